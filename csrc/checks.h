@@ -1,0 +1,39 @@
+// What the CPU and CUDA bindings both demand of their arguments before a pointer is taken. The public functions in
+// gc_cuda/functional.py say the same earlier and in the user's words; these hold for direct callers of torch.ops.gc_cuda.
+#pragma once
+
+#include <ATen/ATen.h>
+
+namespace gc {
+
+inline at::ScalarType accumulation_type(at::ScalarType type) {
+  return type == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+inline void check_feature_map(const at::Tensor& x, const char* name) {
+  TORCH_CHECK(x.dim() == 4, name, " must have shape [N, C, H, W], got ", x.sizes());
+  const auto type = x.scalar_type();
+  TORCH_CHECK_TYPE(type == at::kFloat || type == at::kDouble || type == at::kHalf || type == at::kBFloat16, name,
+                   " must be float32, float16, bfloat16 or float64, got ", type);
+  TORCH_CHECK(x.size(1) > 0 && x.size(2) > 0 && x.size(3) > 0, name,
+              " must have at least one channel and one pixel, got shape ", x.sizes());
+}
+
+// A tensor that travels with x: same device, `count` elements, x's type or its accumulation type.
+inline void check_companion(const at::Tensor& tensor, const char* name, const at::Tensor& x, int64_t count) {
+  TORCH_CHECK(tensor.device() == x.device(), name, " must be on ", x.device(), " like x, got ", tensor.device());
+  TORCH_CHECK_TYPE(
+      tensor.scalar_type() == x.scalar_type() || tensor.scalar_type() == accumulation_type(x.scalar_type()), name,
+      " must be ", x.scalar_type(), " like x, or ", accumulation_type(x.scalar_type()), ", got ", tensor.scalar_type());
+  TORCH_CHECK(tensor.numel() == count, name, " must have ", count, " elements, got shape ", tensor.sizes());
+}
+
+// A second feature map, a gradient say: x's own shape, type and device.
+inline void check_like(const at::Tensor& tensor, const char* name, const at::Tensor& x) {
+  TORCH_CHECK(tensor.sizes() == x.sizes(), name, " must have shape ", x.sizes(), " like x, got ", tensor.sizes());
+  TORCH_CHECK(tensor.device() == x.device(), name, " must be on ", x.device(), " like x, got ", tensor.device());
+  TORCH_CHECK_TYPE(tensor.scalar_type() == x.scalar_type(), name, " must be ", x.scalar_type(), " like x, got ",
+                   tensor.scalar_type());
+}
+
+}  // namespace gc

@@ -1,0 +1,261 @@
+// The CPU implementation of the operators: checks, allocation, and the cut of the work over threads. What is computed is
+// in vec/.
+//
+// A feature map keeps its layout: channels_last stays channels_last, anything that is neither that nor NCHW is copied to
+// the nearer of the two. Vectors per image or channel are converted to the accumulation type up front; they are small.
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include <tuple>
+
+#include "checks.h"
+#include "cpu/dispatch.h"
+
+namespace gc::cpu {
+
+namespace {
+
+using at::Tensor;
+
+// Below this many elements per thread, starting the thread costs more than it gains.
+constexpr int64_t kGrainElements = 32 * 1024;
+
+struct FeatureMap {
+  Tensor tensor;
+  at::MemoryFormat format;
+  Shape shape;
+
+  FeatureMap(const Tensor& x, const char* name) {
+    check_feature_map(x, name);
+    format = at::MemoryFormat::Contiguous;
+    if (!x.is_contiguous()) format = x.suggest_memory_format();
+    tensor = x.contiguous(format);
+    // A single pixel is the same memory in both layouts, and a row of channels is the better one.
+    const int64_t pixels = x.size(2) * x.size(3);
+    const bool channels_last = format == at::MemoryFormat::ChannelsLast || pixels == 1;
+    shape = {x.size(0), x.size(1), pixels, channels_last};
+  }
+
+  Tensor like() const { return at::empty(tensor.sizes(), tensor.options().memory_format(format)); }
+  Plan plan() const { return make_plan(shape, tensor.element_size()); }
+  at::TensorOptions accumulation() const { return tensor.options().dtype(accumulation_type(tensor.scalar_type())); }
+  int64_t image_elements() const { return shape.channels * shape.pixels; }
+};
+
+Tensor accumulated(const Tensor& companion, const FeatureMap& x) {
+  return companion.to(accumulation_type(x.tensor.scalar_type())).contiguous();
+}
+
+// Calls body(begin, end) on ranges of 0..count, `elements` of x to each item.
+template <typename Body>
+void parallel(int64_t count, int64_t elements, const Body& body) {
+  if (count == 0) return;
+  at::parallel_for(0, count, std::max<int64_t>(1, divide_up(kGrainElements, elements)), body);
+}
+
+// [groups, members, width] -> [groups, width], members added in their order.
+template <typename T>
+Tensor sum_members(const Tensor& parts) {
+  const int64_t groups = parts.size(0), members = parts.size(1), width = parts.size(2);
+  if (members == 1) return parts.view({groups, width});
+  const Tensor out = at::empty({groups, width}, parts.options());
+  const ReduceArgs<acc_t<T>> args{parts.data_ptr<acc_t<T>>(), out.data_ptr<acc_t<T>>(), members, width};
+  parallel(groups, members * width, [&](int64_t begin, int64_t end) { kernels<T>().reduce(args, begin, end); });
+  return out;
+}
+
+struct Pooled {
+  Tensor context;
+  Tensor logits;
+  Tensor state;
+};
+
+// The weighted sum over pixels behind softmax_pool, attention_pool and pixel_sum.
+Pooled run_pool(const FeatureMap& x, Weights weights, const Tensor& mask_weight, double mask_bias, Tensor logits,
+                bool divide_by_z) {
+  const Shape& shape = x.shape;
+  const Plan plan = x.plan();
+  Pooled out;
+  out.context = at::empty({shape.images, shape.channels}, x.tensor.options());
+  out.state = at::empty({shape.images, shape.channels + 2}, x.accumulation());
+  out.logits = weights == Weights::kMask ? at::empty({shape.images, shape.pixels}, x.accumulation()) : logits;
+  const Tensor partials = plan.splits == 1
+                              ? out.state
+                              : at::empty({shape.images, plan.splits, shape.channels + 2}, x.accumulation());
+  dispatch(x.tensor.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    using A = acc_t<T>;
+    const PoolArgs<T> args{shape,
+                           plan,
+                           weights,
+                           divide_by_z,
+                           x.tensor.data_ptr<T>(),
+                           mask_weight.defined() ? mask_weight.data_ptr<A>() : nullptr,
+                           static_cast<A>(mask_bias),
+                           out.logits.defined() ? out.logits.data_ptr<A>() : nullptr,
+                           partials.data_ptr<A>(),
+                           out.state.data_ptr<A>(),
+                           out.context.data_ptr<T>()};
+    parallel(shape.images * plan.splits, x.image_elements() / plan.splits,
+             [&](int64_t begin, int64_t end) { kernels<T>().pool(args, begin, end); });
+    if (plan.splits > 1) {
+      parallel(shape.images, plan.splits * shape.channels,
+               [&](int64_t begin, int64_t end) { kernels<T>().pool_merge(args, begin, end); });
+    }
+  });
+  return out;
+}
+
+std::tuple<Tensor, Tensor> softmax_pool(const Tensor& x, const Tensor& logits) {
+  const FeatureMap map(x, "x");
+  check_companion(logits, "logits", x, map.shape.images * map.shape.pixels);
+  const Pooled out = run_pool(map, Weights::kLogits, {}, 0, accumulated(logits, map), true);
+  return {out.context, out.state};
+}
+
+std::tuple<Tensor, Tensor, Tensor> attention_pool(const Tensor& x, const Tensor& mask_weight,
+                                                  const std::optional<Tensor>& mask_bias) {
+  const FeatureMap map(x, "x");
+  check_companion(mask_weight, "mask_weight", x, map.shape.channels);
+  double bias = 0;
+  if (mask_bias.has_value()) {
+    check_companion(*mask_bias, "mask_bias", x, 1);
+    bias = mask_bias->item<double>();
+  }
+  const Pooled out = run_pool(map, Weights::kMask, accumulated(mask_weight, map), bias, {}, true);
+  return {out.context, out.logits, out.state};
+}
+
+Tensor pixel_sum(const Tensor& x, bool mean) {
+  return run_pool(FeatureMap(x, "x"), Weights::kUniform, {}, 0, {}, mean).context;
+}
+
+struct PoolGradients {
+  Tensor x;
+  Tensor logits;
+  Tensor mask_weight;
+};
+
+// With a mask_weight: its gradient, and the logits' share in grad_x; without: the gradient of the logits.
+PoolGradients run_pool_backward(const Tensor& grad_context, const FeatureMap& x, const Tensor& mask_weight,
+                                const Tensor& logits, const Tensor& state) {
+  const Shape& shape = x.shape;
+  check_companion(grad_context, "grad_context", x.tensor, shape.images * shape.channels);
+  check_companion(logits, "logits", x.tensor, shape.images * shape.pixels);
+  check_companion(state, "state", x.tensor, shape.images * (shape.channels + 2));
+  const Plan plan = x.plan();
+  const Tensor wide_grad = accumulated(grad_context, x);
+  const Tensor wide_logits = accumulated(logits, x);
+  const Tensor wide_state = accumulated(state, x);
+  const bool mask = mask_weight.defined();
+  const Tensor wide_weight = mask ? accumulated(mask_weight, x) : Tensor();
+  PoolGradients out;
+  out.x = x.like();
+  Tensor parts;
+  if (mask) {
+    parts = at::empty({1, shape.images * plan.splits, shape.channels}, x.accumulation());
+  } else {
+    out.logits = at::empty(logits.sizes(), x.accumulation());
+  }
+  dispatch(x.tensor.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    using A = acc_t<T>;
+    const PoolBackwardArgs<T> args{shape,
+                                   plan,
+                                   wide_grad.data_ptr<A>(),
+                                   x.tensor.data_ptr<T>(),
+                                   mask ? wide_weight.data_ptr<A>() : nullptr,
+                                   wide_logits.data_ptr<A>(),
+                                   wide_state.data_ptr<A>(),
+                                   out.x.data_ptr<T>(),
+                                   mask ? nullptr : out.logits.data_ptr<A>(),
+                                   mask ? parts.data_ptr<A>() : nullptr};
+    parallel(shape.images * plan.splits, x.image_elements() / plan.splits,
+             [&](int64_t begin, int64_t end) { kernels<T>().pool_backward(args, begin, end); });
+    if (mask) out.mask_weight = sum_members<T>(parts).to(mask_weight.scalar_type()).view(mask_weight.sizes());
+  });
+  if (!mask) out.logits = out.logits.to(logits.scalar_type());
+  return out;
+}
+
+std::tuple<Tensor, Tensor> softmax_pool_backward(const Tensor& grad_context, const Tensor& x, const Tensor& logits,
+                                                 const Tensor& state) {
+  const PoolGradients grads = run_pool_backward(grad_context, FeatureMap(x, "x"), {}, logits, state);
+  return {grads.x, grads.logits};
+}
+
+std::tuple<Tensor, Tensor> attention_pool_backward(const Tensor& grad_context, const Tensor& x,
+                                                   const Tensor& mask_weight, const Tensor& logits,
+                                                   const Tensor& state) {
+  const FeatureMap map(x, "x");
+  check_companion(mask_weight, "mask_weight", x, map.shape.channels);
+  const PoolGradients grads = run_pool_backward(grad_context, map, mask_weight, logits, state);
+  return {grads.x, grads.mask_weight};
+}
+
+Tensor broadcast(const Tensor& x, const std::optional<Tensor>& scale, const std::optional<Tensor>& term) {
+  const FeatureMap map(x, "x");
+  TORCH_CHECK(scale.has_value() || term.has_value(), "broadcast needs a scale or a term, got neither");
+  const auto companion = [&](const std::optional<Tensor>& tensor, const char* name) {
+    if (!tensor.has_value()) return Tensor();
+    check_companion(*tensor, name, x, map.shape.images * map.shape.channels);
+    return accumulated(*tensor, map);
+  };
+  const Tensor wide_scale = companion(scale, "scale");
+  const Tensor wide_term = companion(term, "term");
+  const Tensor out = map.like();
+  dispatch(x.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    using A = acc_t<T>;
+    const BroadcastArgs<T> args{map.shape, map.tensor.data_ptr<T>(), scale ? wide_scale.data_ptr<A>() : nullptr,
+                                term ? wide_term.data_ptr<A>() : nullptr, out.data_ptr<T>()};
+    parallel(map.tensor.numel(), 1, [&](int64_t begin, int64_t end) { kernels<T>().broadcast(args, begin, end); });
+  });
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor> broadcast_mul_backward(const Tensor& grad, const Tensor& x, const Tensor& scale) {
+  const FeatureMap map(x, "x");
+  const Shape& shape = map.shape;
+  check_like(grad, "grad", x);
+  check_companion(scale, "scale", x, shape.images * shape.channels);
+  const Plan plan = map.plan();
+  const Tensor same_grad = grad.contiguous(map.format);
+  const Tensor wide_scale = accumulated(scale, map);
+  const Tensor grad_x = map.like();
+  const Tensor scale_parts = at::empty({shape.images, plan.splits, shape.channels}, map.accumulation());
+  const Tensor term_parts = at::empty_like(scale_parts);
+  Tensor grad_scale, grad_term;
+  dispatch(x.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    using A = acc_t<T>;
+    const BroadcastMulBackwardArgs<T> args{shape,
+                                           plan,
+                                           same_grad.data_ptr<T>(),
+                                           map.tensor.data_ptr<T>(),
+                                           wide_scale.data_ptr<A>(),
+                                           grad_x.data_ptr<T>(),
+                                           scale_parts.data_ptr<A>(),
+                                           term_parts.data_ptr<A>()};
+    parallel(shape.images * plan.splits, map.image_elements() / plan.splits,
+             [&](int64_t begin, int64_t end) { kernels<T>().broadcast_mul_backward(args, begin, end); });
+    grad_scale = sum_members<T>(scale_parts).to(scale.scalar_type());
+    grad_term = sum_members<T>(term_parts).to(scale.scalar_type());
+  });
+  return {grad_x, grad_scale, grad_term};
+}
+
+}  // namespace
+
+}  // namespace gc::cpu
+
+TORCH_LIBRARY_IMPL(gc_cuda, CPU, m) {
+  m.impl("softmax_pool", &gc::cpu::softmax_pool);
+  m.impl("softmax_pool_backward", &gc::cpu::softmax_pool_backward);
+  m.impl("attention_pool", &gc::cpu::attention_pool);
+  m.impl("attention_pool_backward", &gc::cpu::attention_pool_backward);
+  m.impl("pixel_sum", &gc::cpu::pixel_sum);
+  m.impl("broadcast", &gc::cpu::broadcast);
+  m.impl("broadcast_mul_backward", &gc::cpu::broadcast_mul_backward);
+}

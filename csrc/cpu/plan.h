@@ -1,0 +1,57 @@
+// How the pixels of an image are cut on the CPU: tiles that stay in cache between two readings, and splits, each a run of
+// whole tiles that one thread works through. Everything here follows from the shape alone, never from the number of
+// threads: that keeps results bitwise the same on any machine with the same instruction set.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+namespace gc::cpu {
+
+struct Shape {
+  int64_t images;
+  int64_t channels;
+  int64_t pixels;
+  bool channels_last;  // memory order [N, S, C] instead of [N, C, S]
+};
+
+struct Plan {
+  int64_t tile;    // pixels per tile
+  int64_t tiles;   // per image; the last one may be short
+  int64_t splits;  // per image
+
+  int64_t split_begin(int64_t split) const { return split * tiles / splits * tile; }
+};
+
+inline constexpr int64_t kMaxTilePixels = 1024;
+inline constexpr int64_t kMaxSplits = 64;
+// Tiles of an NCHW tensor are narrow columns: below 64 pixels a row is too short to stream. Both sizes leave room for a
+// second tile in a 1 MiB second-level cache.
+inline constexpr int64_t kMinTilePixels = 64;
+inline constexpr int64_t kTileBytes = 256 * 1024;
+// Channels_last tiles are contiguous however few their pixels; 32 KiB of them stay in the first-level cache.
+inline constexpr int64_t kContiguousTileBytes = 32 * 1024;
+// Work of one split, at least: below it, the merge costs more than another thread gains.
+inline constexpr int64_t kMinSplitBytes = 64 * 1024;
+
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+inline Plan make_plan(const Shape& shape, int64_t element_bytes) {
+  const int64_t pixel_bytes = shape.channels * element_bytes;
+  int64_t tile = shape.channels_last ? std::max<int64_t>(kContiguousTileBytes / pixel_bytes, 16)
+                                     : std::max(kTileBytes / pixel_bytes, kMinTilePixels);
+  tile = std::min({tile, kMaxTilePixels, shape.pixels});
+  // Even out the tiles, in steps of a cache line of the smallest type.
+  const int64_t even = divide_up(shape.pixels, divide_up(shape.pixels, tile));
+  tile = std::min(divide_up(even, 32) * 32, tile);
+
+  Plan plan;
+  plan.tile = tile;
+  plan.tiles = divide_up(shape.pixels, tile);
+  const int64_t by_work = divide_up(shape.pixels * pixel_bytes, kMinSplitBytes);
+  const int64_t by_images = divide_up(kMaxSplits, std::max<int64_t>(shape.images, 1));
+  plan.splits = std::min({plan.tiles, by_work, by_images});
+  return plan;
+}
+
+}  // namespace gc::cpu

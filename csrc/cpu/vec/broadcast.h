@@ -1,0 +1,181 @@
+// out = x * scale + term with a scale and a term per image and channel, and the backward pass of out = x * scale:
+// grad_x = grad * scale, grad_scale = sum_s grad * x, grad_term = sum_s grad. Both stream: every element is read once and
+// written once.
+#pragma once
+
+#include "cpu/vec/tile.h"
+
+namespace gc::cpu {
+inline namespace CPU_CAPABILITY {
+
+template <bool kScale, bool kTerm, typename T>
+inline void broadcast_elements(const BroadcastArgs<T>& args, int64_t element_begin, int64_t element_end) {
+  using L = Lanes<T>;
+  using V = typename L::V;
+  const Shape& shape = args.shape;
+  const int64_t width = shape.channels_last ? shape.channels : shape.pixels;
+  L scale = L::zero();
+  L term = L::zero();
+  int64_t row = element_begin / width;
+  int64_t column = element_begin % width;
+  for (int64_t left = element_end - element_begin; left > 0; ++row, column = 0) {
+    const int64_t end = std::min(width, column + left);
+    left -= end - column;
+    const T* x = args.x + row * width;
+    T* out = args.out + row * width;
+    const auto write_row = [&](const auto& fetch) {
+      for_each_run<L::kWidth>(column, end, [&](int64_t j, int count, auto partial) {
+        fetch(j, count, partial);
+        L lanes = L::template load<partial.value>(x + j, count);
+        for (int i = 0; i < L::kVecs; ++i) {
+          if constexpr (kScale && kTerm) {
+            lanes.v[i] = at::vec::fmadd(lanes.v[i], scale.v[i], term.v[i]);
+          } else if constexpr (kScale) {
+            lanes.v[i] = lanes.v[i] * scale.v[i];
+          } else {
+            lanes.v[i] = lanes.v[i] + term.v[i];
+          }
+        }
+        lanes.template store<partial.value>(out + j, count);
+      });
+    };
+    if (shape.channels_last) {
+      const int64_t first = row / shape.pixels * shape.channels;
+      write_row([&](int64_t j, int count, auto partial) {
+        if constexpr (kScale) scale = L::template load_wide<partial.value>(args.scale + first + j, count);
+        if constexpr (kTerm) term = L::template load_wide<partial.value>(args.term + first + j, count);
+      });
+    } else {
+      for (int i = 0; i < L::kVecs; ++i) {
+        if constexpr (kScale) scale.v[i] = V(args.scale[row]);
+        if constexpr (kTerm) term.v[i] = V(args.term[row]);
+      }
+      write_row([](int64_t, int, auto) {});
+    }
+  }
+}
+
+template <typename T>
+void broadcast(const BroadcastArgs<T>& args, int64_t element_begin, int64_t element_end) {
+  if (args.scale && args.term) {
+    broadcast_elements<true, true>(args, element_begin, element_end);
+  } else if (args.scale) {
+    broadcast_elements<true, false>(args, element_begin, element_end);
+  } else {
+    broadcast_elements<false, true>(args, element_begin, element_end);
+  }
+}
+
+// One run: writes grad * scale, adds grad * x and grad to the sums.
+template <bool kPartial, typename T>
+inline void mul_backward_run(const T* grad, const T* x, const Lanes<T>& scale, T* grad_x, int count,
+                             Lanes<T>& grad_scale, Lanes<T>& grad_term) {
+  using L = Lanes<T>;
+  L g = L::template load<kPartial>(grad, count);
+  grad_scale.add_product(g, L::template load<kPartial>(x, count));
+  grad_term.add(g);
+  for (int i = 0; i < L::kVecs; ++i) g.v[i] = g.v[i] * scale.v[i];
+  g.template store<kPartial>(grad_x, count);
+}
+
+// NCHW: rows are channels. One image's pixels [begin, end); sums[c] += ...
+template <typename T>
+inline void mul_backward_planes(const BroadcastMulBackwardArgs<T>& args, int64_t image, int64_t begin, int64_t end,
+                                acc_t<T>* grad_scale, acc_t<T>* grad_term) {
+  using L = Lanes<T>;
+  using V = typename L::V;
+  const Shape& shape = args.shape;
+  const acc_t<T>* scales = args.scale + image * shape.channels;
+  for_each_run<V::size()>(0, shape.channels, [&](int64_t channel, int rows, auto) {
+    V scale_sums[V::size()];
+    V term_sums[V::size()];
+    for (int r = 0; r < V::size(); ++r) {
+      L by_x = L::zero();
+      L plain = L::zero();
+      if (r < rows) {
+        const int64_t base = (image * shape.channels + channel + r) * shape.pixels;
+        L scale;
+        for (int i = 0; i < L::kVecs; ++i) scale.v[i] = V(scales[channel + r]);
+        for_each_run<L::kWidth>(base + begin, base + end, [&](int64_t j, int count, auto partial) {
+          mul_backward_run<partial.value>(args.grad + j, args.x + j, scale, args.grad_x + j, count, by_x, plain);
+        });
+      }
+      for (int i = 1; i < L::kVecs; ++i) {
+        by_x.v[0] = by_x.v[0] + by_x.v[i];
+        plain.v[0] = plain.v[0] + plain.v[i];
+      }
+      scale_sums[r] = by_x.v[0];
+      term_sums[r] = plain.v[0];
+    }
+    (V::loadu(grad_scale + channel, rows) + lane_sums(scale_sums)).store(grad_scale + channel, rows);
+    (V::loadu(grad_term + channel, rows) + lane_sums(term_sums)).store(grad_term + channel, rows);
+  });
+}
+
+// channels_last: rows are pixels, and all of a tile's are taken for one block of channels before the next.
+template <typename T>
+inline void mul_backward_pixels(const BroadcastMulBackwardArgs<T>& args, int64_t image, int64_t begin, int64_t end,
+                                acc_t<T>* grad_scale, acc_t<T>* grad_term) {
+  using L = Lanes<T>;
+  constexpr int kBlock = 4 / L::kVecs;  // runs: twice as many sums, and the scales, stay in registers
+  const int64_t channels = args.shape.channels;
+  const int64_t base = (image * args.shape.pixels + begin) * channels;
+  const acc_t<T>* scales = args.scale + image * channels;
+  const auto take_block = [&](int64_t channel, int last, auto runs, auto partial) {
+    constexpr int kRuns = runs.value;
+    const auto for_runs = [&](const auto& body) {
+      for (int b = 0; b < kRuns - 1; ++b) body(b, L::kWidth, std::false_type{});
+      body(kRuns - 1, last, partial);
+    };
+    L scale[kRuns], by_x[kRuns], plain[kRuns];
+    for_runs([&](int b, int count, auto part) {
+      scale[b] = L::template load_wide<part.value>(scales + channel + b * L::kWidth, count);
+      by_x[b] = L::zero();
+      plain[b] = L::zero();
+    });
+    for (int64_t j = base + channel, rows = end - begin; rows > 0; --rows, j += channels) {
+      for_runs([&](int b, int count, auto part) {
+        const int64_t at = j + b * L::kWidth;
+        mul_backward_run<part.value>(args.grad + at, args.x + at, scale[b], args.grad_x + at, count, by_x[b], plain[b]);
+      });
+    }
+    for_runs([&](int b, int count, auto) {
+      by_x[b].add_to(grad_scale + channel + b * L::kWidth, count);
+      plain[b].add_to(grad_term + channel + b * L::kWidth, count);
+    });
+  };
+  int64_t channel = 0;
+  for (; channel + kBlock * L::kWidth <= channels; channel += kBlock * L::kWidth) {
+    take_block(channel, L::kWidth, std::integral_constant<int, kBlock>{}, std::false_type{});
+  }
+  for_each_run<L::kWidth>(channel, channels, [&](int64_t c, int count, auto partial) {
+    take_block(c, count, std::integral_constant<int, 1>{}, partial);
+  });
+}
+
+template <typename T>
+void broadcast_mul_backward(const BroadcastMulBackwardArgs<T>& args, int64_t unit_begin, int64_t unit_end) {
+  const Shape& shape = args.shape;
+  const Plan& plan = args.plan;
+  for (int64_t unit = unit_begin; unit < unit_end; ++unit) {
+    const int64_t image = unit / plan.splits;
+    const int64_t split = unit % plan.splits;
+    acc_t<T>* grad_scale = args.grad_scale + unit * shape.channels;
+    acc_t<T>* grad_term = args.grad_term + unit * shape.channels;
+    for (int64_t c = 0; c < shape.channels; ++c) grad_scale[c] = grad_term[c] = 0;
+    const int64_t split_end = std::min(plan.split_begin(split + 1), shape.pixels);
+    // Nothing is read twice, so an NCHW step need not fit any cache; it ends where its sums would grow too long.
+    const int64_t step = shape.channels_last ? std::min(plan.tile, kChainRows) : kMaxTilePixels;
+    for (int64_t pixel = plan.split_begin(split); pixel < split_end; pixel += step) {
+      const int64_t end = std::min(pixel + step, split_end);
+      if (shape.channels_last) {
+        mul_backward_pixels(args, image, pixel, end, grad_scale, grad_term);
+      } else {
+        mul_backward_planes(args, image, pixel, end, grad_scale, grad_term);
+      }
+    }
+  }
+}
+
+}  // namespace CPU_CAPABILITY
+}  // namespace gc::cpu

@@ -1,0 +1,33 @@
+// The kernels of one instruction set, as a table.
+#pragma once
+
+#include "cpu/vec/broadcast.h"
+#include "cpu/vec/pool.h"
+
+namespace gc::cpu {
+inline namespace CPU_CAPABILITY {
+
+template <typename A>
+void reduce(const ReduceArgs<A>& args, int64_t group_begin, int64_t group_end) {
+  using V = Vec<A>;
+  for (int64_t group = group_begin; group < group_end; ++group) {
+    const A* in = args.in + group * args.members * args.width;
+    for_each_run<V::size()>(0, args.width, [&](int64_t j, int count, auto) {
+      V sum(A(0));
+      for (int64_t k = 0; k < args.members; ++k) sum = sum + V::loadu(in + k * args.width + j, count);
+      sum.store(args.out + group * args.width + j, count);
+    });
+  }
+}
+
+template <typename T>
+constexpr Kernels<T> make_kernels() {
+  return {pool<T>, pool_merge<T>, pool_backward<T>, broadcast_mul_backward<T>, broadcast<T>, reduce<acc_t<T>>};
+}
+
+// Constant, so that nothing of this instruction set runs when the library is loaded.
+inline constexpr KernelSet kKernelSet{make_kernels<float>(), make_kernels<double>(), make_kernels<c10::Half>(),
+                                      make_kernels<c10::BFloat16>()};
+
+}  // namespace CPU_CAPABILITY
+}  // namespace gc::cpu

@@ -1,0 +1,177 @@
+// Sums over a tile: `rows` rows of `width` contiguous elements, `stride` apart.
+//
+//   NCHW:          a row is a channel, its elements are pixels
+//   channels_last: a row is a pixel, its elements are channels
+//
+// row_dot sums along the rows, column_accumulate across them; over channels and over pixels are then the one or the other.
+// Results are handed to emit(index, vector of sums, count), in ascending index. Sums run in several chains, each short,
+// that are added at the end: that keeps the rounding error at or below that of a blocked matrix product.
+#pragma once
+
+#include "cpu/vec/lanes.h"
+
+namespace gc::cpu {
+inline namespace CPU_CAPABILITY {
+
+inline constexpr int kAccumulators = 8;  // vectors; leaves AVX2 half of its 16 registers for operands
+inline constexpr int64_t kChainRows = 64;
+
+template <int kRows, typename T>
+inline void dot_rows(const T* x, int64_t stride, int64_t width, const acc_t<T>* v, Vec<acc_t<T>>* sums) {
+  using L = Lanes<T>;
+  L acc[kRows];
+  for (int r = 0; r < kRows; ++r) acc[r] = L::zero();
+  for_each_run<L::kWidth>(0, width, [&](int64_t j, int count, auto partial) {
+    const L weight = L::template load_wide<partial.value>(v + j, count);
+    for (int r = 0; r < kRows; ++r) acc[r].add_product(L::template load<partial.value>(x + r * stride + j, count), weight);
+  });
+  for (int r = 0; r < kRows; ++r) {
+    sums[r] = acc[r].v[0];
+    for (int i = 1; i < L::kVecs; ++i) sums[r] = sums[r] + acc[r].v[i];
+  }
+}
+
+// emits sum_j x[r][j] * v[j] for every row r
+template <typename T, typename Emit>
+inline void row_dot(const T* x, int64_t stride, int64_t rows, int64_t width, const acc_t<T>* v, const Emit& emit) {
+  using V = Vec<acc_t<T>>;
+  constexpr int kGroup = V::size();
+  constexpr int kTogether = kGroup < 4 ? kGroup : 4;
+  for_each_run<kGroup>(0, rows, [&](int64_t row, int count, auto) {
+    V sums[kGroup];
+    int r = 0;
+    for (; r + kTogether <= count; r += kTogether) {
+      dot_rows<kTogether>(x + (row + r) * stride, stride, width, v, sums + r);
+    }
+    for (; r < count; ++r) dot_rows<1>(x + (row + r) * stride, stride, width, v, sums + r);
+    for (; r < kGroup; ++r) sums[r] = V(acc_t<T>(0));
+    emit(row, lane_sums(sums), count);
+  });
+}
+
+// kBlock runs of columns from x on; `last` elements in the last run.
+template <int kBlock, bool kPartial, typename T, typename Emit>
+inline void accumulate_block(const T* x, int64_t stride, int64_t rows, const acc_t<T>* coef, int64_t column, int last,
+                             const Emit& emit) {
+  using L = Lanes<T>;
+  using V = typename L::V;
+  constexpr int kChains = kAccumulators / (kBlock * L::kVecs);
+  static_assert(kChains >= 1, "more accumulators than registers");
+  L total[kBlock];
+  for (int b = 0; b < kBlock; ++b) total[b] = L::zero();
+  for (int64_t begin = 0; begin < rows; begin += kChainRows) {
+    const int64_t end = begin + kChainRows < rows ? begin + kChainRows : rows;
+    L acc[kChains][kBlock];
+    for (int c = 0; c < kChains; ++c) {
+      for (int b = 0; b < kBlock; ++b) acc[c][b] = L::zero();
+    }
+    const auto add_row = [&](int64_t r, L(&sum)[kBlock]) {
+      const V weight(coef[r]);
+      const T* row = x + r * stride;
+      for (int b = 0; b < kBlock - 1; ++b) sum[b].add_product(L::template load<false>(row + b * L::kWidth), weight);
+      sum[kBlock - 1].add_product(L::template load<kPartial>(row + (kBlock - 1) * L::kWidth, last), weight);
+    };
+    int64_t r = begin;
+    for (; r + kChains <= end; r += kChains) {
+      for (int c = 0; c < kChains; ++c) add_row(r + c, acc[c]);
+    }
+    for (; r < end; ++r) add_row(r, acc[0]);
+    for (int b = 0; b < kBlock; ++b) {
+      for (int c = 1; c < kChains; ++c) acc[0][b].add(acc[c][b]);
+      total[b].add(acc[0][b]);
+    }
+  }
+  for (int b = 0; b < kBlock; ++b) {
+    const int count = b == kBlock - 1 ? last : L::kWidth;
+    for (int i = 0; i < L::kVecs; ++i) {
+      const int n = L::part(count, i);
+      if (n > 0) emit(column + b * L::kWidth + i * L::kVecWidth, total[b].v[i], n);
+    }
+  }
+}
+
+// Takes as many blocks of kBlock runs as fit, then goes on with half the block.
+template <int kBlock, typename T, typename Emit>
+inline void accumulate_columns(const T* x, int64_t stride, int64_t rows, int64_t column, int64_t width,
+                               const acc_t<T>* coef, const Emit& emit) {
+  constexpr int kWidth = Lanes<T>::kWidth;
+  while (column + kBlock * kWidth <= width) {
+    accumulate_block<kBlock, false>(x + column, stride, rows, coef, column, kWidth, emit);
+    column += kBlock * kWidth;
+  }
+  if (column + (kBlock - 1) * kWidth < width) {
+    const int last = static_cast<int>(width - column - (kBlock - 1) * kWidth);
+    accumulate_block<kBlock, true>(x + column, stride, rows, coef, column, last, emit);
+  } else if constexpr (kBlock > 1) {
+    accumulate_columns<kBlock / 2>(x, stride, rows, column, width, coef, emit);
+  }
+}
+
+// emits sum_r coef[r] * x[r][j] for every column j
+template <typename T, typename Emit>
+inline void column_accumulate(const T* x, int64_t stride, int64_t rows, int64_t width, const acc_t<T>* coef,
+                              const Emit& emit) {
+  accumulate_columns<kAccumulators / Lanes<T>::kVecs>(x, stride, rows, 0, width, coef, emit);
+}
+
+// out[r][j] = u[r] * v[j] (+ s[r] * t[j] if s)
+template <typename T>
+inline void write_outer(T* out, int64_t stride, int64_t rows, int64_t width, const acc_t<T>* u, const acc_t<T>* v,
+                        const acc_t<T>* s, const acc_t<T>* t) {
+  using L = Lanes<T>;
+  using V = typename L::V;
+  for (int64_t r = 0; r < rows; ++r) {
+    const V first(u[r]);
+    const V second(s ? s[r] : acc_t<T>(0));
+    for_each_run<L::kWidth>(0, width, [&](int64_t j, int count, auto partial) {
+      L lanes = L::template load_wide<partial.value>(v + j, count);
+      for (int i = 0; i < L::kVecs; ++i) lanes.v[i] = lanes.v[i] * first;
+      if (s) lanes.add_product(L::template load_wide<partial.value>(t + j, count), second);
+      lanes.template store<partial.value>(out + r * stride + j, count);
+    });
+  }
+}
+
+// One tile of an image in either layout.
+template <typename T>
+struct Tile {
+  const T* x;
+  int64_t channels;
+  int64_t pixels;       // in the tile
+  int64_t row_stride;   // S, or C if channels_last
+  bool channels_last;
+
+  static int64_t offset(const Shape& shape, int64_t image, int64_t pixel) {
+    return image * shape.channels * shape.pixels + pixel * (shape.channels_last ? shape.channels : 1);
+  }
+
+  Tile(const T* base, const Shape& shape, int64_t image, int64_t pixel, int64_t count)
+      : x(base + offset(shape, image, pixel)),
+        channels(shape.channels),
+        pixels(count),
+        row_stride(shape.channels_last ? shape.channels : shape.pixels),
+        channels_last(shape.channels_last) {}
+
+  // emits sum_c weight[c] * x[c, p] for every pixel p of the tile
+  template <typename Emit>
+  void sum_over_channels(const acc_t<T>* weight, const Emit& emit) const {
+    if (channels_last) {
+      row_dot(x, row_stride, pixels, channels, weight, emit);
+    } else {
+      column_accumulate(x, row_stride, channels, pixels, weight, emit);
+    }
+  }
+
+  // emits sum_p weight[p] * x[c, p] for every channel c
+  template <typename Emit>
+  void sum_over_pixels(const acc_t<T>* weight, const Emit& emit) const {
+    if (channels_last) {
+      column_accumulate(x, row_stride, pixels, channels, weight, emit);
+    } else {
+      row_dot(x, row_stride, channels, pixels, weight, emit);
+    }
+  }
+};
+
+}  // namespace CPU_CAPABILITY
+}  // namespace gc::cpu

@@ -1,0 +1,68 @@
+// From a plan's run-time choices to the kernels' template arguments, and the launch itself.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime_api.h>
+
+#include "cuda/plan.h"
+#include "kernels/numeric.h"
+
+namespace gc {
+
+template <typename T>
+struct Type {
+  using type = T;
+};
+template <auto kValue>
+struct Constant {
+  static constexpr auto value = kValue;
+};
+
+// Calls body(Constant<width>) for a power of two up to kMax.
+template <int kMax, typename Body>
+cudaError_t dispatch_width(int width, const Body& body) {
+  if constexpr (kMax > 1) {
+    if (width < kMax) return dispatch_width<kMax / 2>(width, body);
+  }
+  return body(Constant<kMax>{});
+}
+
+// Calls body(Type<T>, Constant<layout>, Constant<width>) as the plan says.
+template <typename Body>
+cudaError_t dispatch(const Plan& plan, const Body& body) {
+  const auto with_layout = [&](auto layout) {
+    const auto with_type = [&](auto type) {
+      return dispatch_width<kElements<typename decltype(type)::type>>(
+          plan.width, [&](auto width) { return body(type, layout, width); });
+    };
+    switch (plan.type) {
+      case ElementType::kFloat:
+        return with_type(Type<float>{});
+      case ElementType::kHalf:
+        return with_type(Type<__half>{});
+      case ElementType::kBFloat16:
+        return with_type(Type<__nv_bfloat16>{});
+      case ElementType::kDouble:
+        return with_type(Type<double>{});
+    }
+    return cudaErrorInvalidValue;
+  };
+  return plan.layout == Layout::kNCHW ? with_layout(Constant<Layout::kNCHW>{}) : with_layout(Constant<Layout::kNHWC>{});
+}
+
+template <typename Args>
+cudaError_t launch(void (*kernel)(Args), const Plan& plan, Args args, cudaStream_t stream) {
+  constexpr int kSharedWithoutAsking = 48 * 1024;
+  if (plan.shared_bytes > kSharedWithoutAsking) {
+    const cudaError_t status =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes);
+    if (status != cudaSuccess) return status;
+  }
+  args.walk = plan.walk;
+  const dim3 grid(static_cast<unsigned>(plan.grid_x()), static_cast<unsigned>(plan.grid_y()));
+  kernel<<<grid, plan.threads(), plan.shared_bytes, stream>>>(args);
+  return cudaGetLastError();
+}
+
+}  // namespace gc

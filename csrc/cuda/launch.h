@@ -1,0 +1,18 @@
+// Launches of the kernels as planned. Asynchronous on `stream`; no allocation, no synchronisation.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "cuda/plan.h"
+#include "kernels/args.h"
+
+namespace gc {
+
+// Each takes the walk from the plan; args.walk need not be set.
+cudaError_t launch_pool_forward(const Plan& plan, PoolForwardArgs args, cudaStream_t stream);
+cudaError_t launch_pool_backward(const Plan& plan, PoolBackwardArgs args, cudaStream_t stream);
+cudaError_t launch_pixel_dot(const Plan& plan, PixelDotArgs args, cudaStream_t stream);
+cudaError_t launch_broadcast(const Plan& plan, BroadcastArgs args, cudaStream_t stream);
+cudaError_t launch_broadcast_mul_backward(const Plan& plan, BroadcastMulBackwardArgs args, cudaStream_t stream);
+
+}  // namespace gc

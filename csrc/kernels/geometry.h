@@ -1,0 +1,71 @@
+// How a block's threads and registers are laid over a feature map: shared by the kernels and by the host's launch plans.
+//
+// A tile is rows x contiguous elements. In NCHW a row is a channel and the elements are its pixels; in NHWC
+// (channels_last) a row is a pixel and the elements are its channels. A thread keeps `rows` vectors of 16 bytes, so with
+// E elements to a vector it holds rows x E values in registers:
+//
+//            contiguous ->  fast_threads x E elements
+//   rows     +------------------------------------+
+//   |        | thread (fast 0, slow 0) | (1, 0) ..|   row r of a thread lies r * slow_threads further down
+//   v        | thread (0, 1)           | (1, 1) ..|
+//            +------------------------------------+
+#pragma once
+
+#if defined(__CUDACC__)
+#define GC_BOTH __host__ __device__ constexpr
+#else
+#define GC_BOTH constexpr
+#endif
+
+namespace gc {
+
+enum class Layout : int { kNCHW, kNHWC };
+
+inline constexpr int kWarp = 32;
+inline constexpr int kVectorBytes = 16;
+inline constexpr int kMaxThreads = 512;
+
+struct TileShape {
+  int fast_threads;  // along the contiguous dimension; a power of two
+  int slow_threads;  // across rows; a power of two; fast_threads * slow_threads is a multiple of the warp
+};
+
+// The work of a launch: every image's pixels in `splits` ranges of whole tiles, every tile's channels in chunks.
+// Block (image * splits + split, chunk).
+struct Walk {
+  int images, channels, pixels;
+  int splits, tiles_per_split;
+  TileShape shape;
+};
+
+// The two thread axes seen from the mathematics: who shares a pixel, who shares a channel.
+GC_BOTH bool channels_are_fast(Layout layout) { return layout == Layout::kNHWC; }
+
+GC_BOTH int channel_threads(Layout layout, TileShape shape) {
+  return channels_are_fast(layout) ? shape.fast_threads : shape.slow_threads;
+}
+GC_BOTH int pixel_threads(Layout layout, TileShape shape) {
+  return channels_are_fast(layout) ? shape.slow_threads : shape.fast_threads;
+}
+
+// A reduction over one axis is finished inside each warp by shuffles; what is left are this many values a kept index.
+GC_BOTH int axis_slots(bool over_fast, TileShape shape) {
+  if (over_fast) return shape.fast_threads > kWarp ? shape.fast_threads / kWarp : 1;
+  const int warps = shape.fast_threads * shape.slow_threads / kWarp;
+  return shape.slow_threads < warps ? shape.slow_threads : warps;
+}
+
+// Elements of scratch for a reduction of `count` values a thread over one axis.
+GC_BOTH int axis_scratch(bool over_fast, TileShape shape, int count) {
+  return axis_slots(over_fast, shape) * (over_fast ? shape.slow_threads : shape.fast_threads) * count;
+}
+
+// The same by meaning: for a reduction over the channel threads, and over the pixel threads.
+GC_BOTH int over_channels_scratch(Layout layout, TileShape shape, int count) {
+  return axis_scratch(channels_are_fast(layout), shape, count);
+}
+GC_BOTH int over_pixels_scratch(Layout layout, TileShape shape, int count) {
+  return axis_scratch(!channels_are_fast(layout), shape, count);
+}
+
+}  // namespace gc

@@ -1,0 +1,204 @@
+// Pooling of a feature map over its pixels, in one launch and one read of x:
+//
+//   context[n, c] = sum_s a[n, s] * x[n, c, s],   a = softmax over s of logits[n, s]
+//
+//   kMask     logits[n, s] = mask_weight . x[n, :, s] + mask_bias, computed from the same registers and written
+//   kLogits   logits are given
+//   kUniform  a = factor for every pixel: the mean or the sum (no softmax, no state)
+//
+// x [N, C, S] (NCHW) or [N, S, C] (NHWC) -> context [N, C], state [N, C + 2] = (m, z, context unrounded).
+//
+// Decomposition: block (image * splits + split, chunk) walks the tiles of its pixel range for its chunk of channels (with
+// kMask the one chunk holds all channels). Every thread keeps kRows vectors of x and a running (m, z, sums over its
+// pixels); threads of the same pixels agree bit for bit, for they read the same dot products. At the end the block
+// combines its pixel threads, writes (m, z, sums) of its split, and the last block of an image and chunk merges the
+// splits in order.
+//
+// Moves: x once (N*C*S elements), logits once (N*S accumulation type, read or written), N*splits*(C + 2) partial values.
+#pragma once
+
+#include "softmax.h"
+#include "split_merge.h"
+#include "tile.h"
+
+namespace gc {
+
+template <Weighting kWeighting, typename T, typename Map>
+GC_DEVICE void write_context(const PoolForwardArgs& args, const Map& map, int channel, Acc<T> sum, Acc<T> z) {
+  const Acc<T> context = kWeighting == Weighting::kUniform ? sum * static_cast<Acc<T>>(args.factor) : sum / z;
+  static_cast<T*>(args.context)[map.channels0() + channel] = from_acc<T>(context);
+  if constexpr (kWeighting != Weighting::kUniform) static_cast<Acc<T>*>(args.state)[map.state0() + 2 + channel] = context;
+}
+
+template <Weighting kWeighting, typename T, typename Map>
+GC_DEVICE void write_stats(const PoolForwardArgs& args, const Map& map, Acc<T> m, Acc<T> z) {
+  if (kWeighting == Weighting::kUniform || port::block_y() != 0 || port::thread_index() != 0) return;
+  Acc<T>* const state = static_cast<Acc<T>*>(args.state) + map.state0();
+  state[0] = m;
+  state[1] = z;
+}
+
+// Merges the splits of the block's image and chunk: each thread some channels, each channel in split order.
+template <Weighting kWeighting, typename T, typename Map>
+GC_DEVICE void merge_splits(const PoolForwardArgs& args, const Map& map, Acc<T>* split_weight) {
+  using A = Acc<T>;
+  const int splits = args.walk.splits;
+  A m = minus_infinity<A>();
+  A z = 0;
+  if constexpr (kWeighting != Weighting::kUniform) {
+    const A* const stats = static_cast<const A*>(args.partial_stats) + map.image_chunk() * splits * 2;
+    for (int k = 0; k < splits; ++k) m = Max::combine(m, stats[2 * k]);
+    for (int k = port::thread_index(); k < splits; k += port::block_threads()) {
+      split_weight[k] = exp_below(stats[2 * k], m);
+    }
+    port::sync_block<kSyncSplitWeights>();
+    for (int k = 0; k < splits; ++k) z += split_weight[k] * stats[2 * k + 1];
+  }
+  const A* const parts = static_cast<const A*>(args.partial_context) + map.channels0() * splits;
+  add_rows(
+      map, parts, splits, [&](int k) { return kWeighting == Weighting::kUniform ? A(1) : split_weight[k]; },
+      [&](int channel, A sum) { write_context<kWeighting, T>(args, map, channel, sum, z); });
+  write_stats<kWeighting, T>(args, map, m, z);
+}
+
+template <typename T, Layout kLayout, int kRows, int kWidth, Weighting kWeighting>
+GC_KERNEL(kMaxThreads, 1)
+pool_forward(const PoolForwardArgs args) {
+  using A = Acc<T>;
+  using TileT = Tile<T, kLayout, kRows, kWidth>;
+  constexpr int kChannels = TileT::kChannels;
+  constexpr int kPixels = TileT::kPixels;
+
+  const typename TileT::Map map(args.walk);
+  const T* const x = static_cast<const T*>(args.x) + map.image0();
+
+  port::SharedArena arena;
+  A* weight = nullptr;
+  A* dot_scratch = nullptr;
+  const int dot_count = over_channels_scratch(kLayout, map.shape, kPixels);
+  A bias = 0;
+  if constexpr (kWeighting == Weighting::kMask) {
+    weight = arena.take<A>(map.tile_channels());
+    dot_scratch = arena.take<A>(2 * dot_count);
+    stage_channels(map, weight, [&](int channel) { return read<T>(args.mask_weight, channel); });
+    if (args.mask_bias.data != nullptr) bias = read<T>(args.mask_bias, 0);
+    port::sync_block<kSyncStaged>();
+    weight += map.channel_thread() * kChannels;
+  }
+
+  A m = minus_infinity<A>();
+  A sums[kChannels + 1];  // over this thread's pixels: each channel's weighted sum, then z
+  GC_UNROLL
+  for (int i = 0; i <= kChannels; ++i) sums[i] = 0;
+
+  for (int tile_index = map.first_tile; tile_index < map.end_tile; ++tile_index) {
+    const int pixel0 = tile_index * map.tile_pixels();
+    TileT tile;
+    tile.load(x, map, pixel0);
+
+    A a[kPixels];  // logits, then attention relative to m
+    if constexpr (kWeighting == Weighting::kMask) {
+      GC_UNROLL
+      for (int p = 0; p < kPixels; ++p) a[p] = 0;
+      GC_UNROLL
+      for (int c = 0; c < kChannels; ++c) {
+        GC_UNROLL
+        for (int p = 0; p < kPixels; ++p) a[p] += weight[c] * tile(c, p);
+      }
+      // Two scratch areas in turn: who writes one again has passed the barrier after which nobody reads it.
+      A* const scratch = dot_scratch + (tile_index & 1) * dot_count;
+      OverChannels<kLayout, kPixels>::publish(map, a, scratch);
+      tile.keep_packed();
+      port::sync_block<kSyncDot>();
+      OverChannels<kLayout, kPixels>::collect(map, a, scratch);
+      GC_UNROLL
+      for (int p = 0; p < kPixels; ++p) a[p] += bias;
+      if (map.channel_thread() == 0) {
+        GC_UNROLL
+        for (int p = 0; p < kPixels; ++p) {
+          const int pixel = map.pixel(pixel0, p);
+          if (pixel < map.pixels) static_cast<A*>(args.logits)[map.pixels0() + pixel] = a[p];
+        }
+      }
+    } else if constexpr (kWeighting == Weighting::kLogits) {
+      GC_UNROLL
+      for (int p = 0; p < kPixels; ++p) {
+        const int pixel = map.pixel(pixel0, p);
+        a[p] = pixel < map.pixels ? read<T>(args.given_logits, map.pixels0() + pixel) : A(0);
+      }
+    }
+
+    if constexpr (kWeighting == Weighting::kUniform) {
+      GC_UNROLL
+      for (int p = 0; p < kPixels; ++p) a[p] = 1;
+    } else {
+      A m_new = m;
+      GC_UNROLL
+      for (int p = 0; p < kPixels; ++p) {
+        if (map.pixel(pixel0, p) < map.pixels) m_new = Max::combine(m_new, a[p]);
+      }
+      const A rescale = exp_below(m, m_new);
+      GC_UNROLL
+      for (int i = 0; i <= kChannels; ++i) sums[i] *= rescale;
+      GC_UNROLL
+      for (int p = 0; p < kPixels; ++p) {
+        a[p] = map.pixel(pixel0, p) < map.pixels ? exp_below(a[p], m_new) : A(0);
+        sums[kChannels] += a[p];
+      }
+      m = m_new;
+    }
+    // No pixel is skipped for a weight of 0: 0 * inf must stay NaN.
+    GC_UNROLL
+    for (int c = 0; c < kChannels; ++c) {
+      A tile_sum = 0;
+      GC_UNROLL
+      for (int p = 0; p < kPixels; ++p) tile_sum += a[p] * tile(c, p);
+      sums[c] += tile_sum;
+    }
+  }
+
+  A block_max[1] = {m};
+  if constexpr (kWeighting != Weighting::kUniform) {
+    A* const max_scratch = arena.take<A>(over_pixels_scratch(kLayout, map.shape, 1));
+    OverPixels<kLayout, 1, Max>::publish(map, block_max, max_scratch);
+    port::sync_block<kSyncPixelMax>();
+    OverPixels<kLayout, 1, Max>::collect(map, block_max, max_scratch);
+    const A rescale = exp_below(m, block_max[0]);
+    GC_UNROLL
+    for (int i = 0; i <= kChannels; ++i) sums[i] *= rescale;
+  }
+  A* const sum_scratch = arena.take<A>(over_pixels_scratch(kLayout, map.shape, kChannels + 1));
+  OverPixels<kLayout, kChannels + 1>::publish(map, sums, sum_scratch);
+  port::sync_block<kSyncPixelSum>();
+  OverPixels<kLayout, kChannels + 1>::collect(map, sums, sum_scratch);
+
+  const A z = sums[kChannels];
+  if (args.walk.splits == 1) {
+    if (map.pixel_thread() == 0) {
+      GC_UNROLL
+      for (int c = 0; c < kChannels; ++c) {
+        if (map.channel(c) < map.channels) write_context<kWeighting, T>(args, map, map.channel(c), sums[c], z);
+      }
+    }
+    write_stats<kWeighting, T>(args, map, block_max[0], z);
+    return;
+  }
+  if (map.pixel_thread() == 0) {
+    A* const out = static_cast<A*>(args.partial_context) + static_cast<long long>(port::block_x()) * map.channels;
+    GC_UNROLL
+    for (int c = 0; c < kChannels; ++c) {
+      if (map.channel(c) < map.channels) out[map.channel(c)] = sums[c];
+    }
+    if (kWeighting != Weighting::kUniform && map.channel_thread() == 0) {
+      A* const stats = static_cast<A*>(args.partial_stats) + (map.image_chunk() * args.walk.splits + map.split) * 2;
+      stats[0] = block_max[0];
+      stats[1] = z;
+    }
+  }
+  int* const flag = arena.take<int>(1);
+  A* const split_weight = arena.take<A>(kWeighting == Weighting::kUniform ? 0 : args.walk.splits);
+  unsigned* const ticket = args.tickets + map.image_chunk();
+  if (arrive_last(ticket, args.walk.splits, flag)) merge_splits<kWeighting, T>(args, map, split_weight);
+}
+
+}  // namespace gc

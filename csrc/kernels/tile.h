@@ -1,0 +1,238 @@
+// A block's tile of a feature map, held in registers, in either layout; and the reductions over its two thread axes.
+//
+// Kernels speak of channels and pixels only. `Tile` turns that into rows and elements, so one kernel text serves NCHW and
+// channels_last: a sum over channels runs down a thread's rows and then over the slow axis in NCHW, along a thread's
+// elements and then over the fast axis in NHWC; a sum over pixels the other way round.
+#pragma once
+
+#include "numeric.h"
+#include "sites.h"
+
+namespace gc {
+
+// Where this thread stands: the block's image and range of tiles, its own channels and pixels within the block's tile.
+template <Layout kLayout, int kRows, int kElementsPerRow>
+struct TileMap {
+  static constexpr bool kChannelsFast = channels_are_fast(kLayout);
+  static constexpr int kChannels = kChannelsFast ? kElementsPerRow : kRows;  // a thread's
+  static constexpr int kPixels = kChannelsFast ? kRows : kElementsPerRow;    // a thread's
+
+  TileShape shape;
+  int channels, pixels;      // of the image
+  int channel0;              // first channel of the block
+  int fast, slow;            // this thread
+  int image, split;          // this block
+  int first_tile, end_tile;  // its range
+
+  GC_DEVICE explicit TileMap(const Walk& walk)
+      : shape(walk.shape),
+        channels(walk.channels),
+        pixels(walk.pixels),
+        channel0(port::block_y() * tile_channels()),
+        fast(port::thread_index() & (walk.shape.fast_threads - 1)),
+        slow(port::thread_index() / walk.shape.fast_threads),
+        image(port::block_x() / walk.splits),
+        split(port::block_x() % walk.splits),
+        first_tile(split * walk.tiles_per_split) {
+    const int tiles = (pixels + tile_pixels() - 1) / tile_pixels();
+    end_tile = first_tile + walk.tiles_per_split < tiles ? first_tile + walk.tiles_per_split : tiles;
+  }
+
+  // Offsets of the image in [N, C, S], [N, S], [N, C] and [N, C + 2].
+  GC_DEVICE long long image0() const { return static_cast<long long>(image) * channels * pixels; }
+  GC_DEVICE long long pixels0() const { return static_cast<long long>(image) * pixels; }
+  GC_DEVICE long long channels0() const { return static_cast<long long>(image) * channels; }
+  GC_DEVICE long long state0() const { return static_cast<long long>(image) * (channels + 2); }
+  // The image and chunk as one index.
+  GC_DEVICE long long image_chunk() const { return static_cast<long long>(image) * port::grid_y() + port::block_y(); }
+  GC_DEVICE int end_channel() const {
+    return channel0 + tile_channels() < channels ? channel0 + tile_channels() : channels;
+  }
+
+  GC_DEVICE int tile_channels() const { return kChannels * channel_threads(kLayout, shape); }
+  GC_DEVICE int tile_pixels() const { return kPixels * pixel_threads(kLayout, shape); }
+  GC_DEVICE int channel_thread() const { return kChannelsFast ? fast : slow; }
+  GC_DEVICE int pixel_thread() const { return kChannelsFast ? slow : fast; }
+
+  GC_DEVICE int channel(int thread, int i) const {
+    return channel0 + (kChannelsFast ? thread * kChannels + i : i * shape.slow_threads + thread);
+  }
+  GC_DEVICE int channel(int i) const { return channel(channel_thread(), i); }
+  GC_DEVICE int pixel(int pixel0, int j) const {
+    return pixel0 + (kChannelsFast ? j * shape.slow_threads + slow : fast * kPixels + j);
+  }
+
+  // The same seen as rows x elements of memory.
+  GC_DEVICE int row(int pixel0, int r) const { return (kChannelsFast ? pixel0 : channel0) + r * shape.slow_threads + slow; }
+  GC_DEVICE int rows() const { return kChannelsFast ? pixels : channels; }
+  GC_DEVICE int element(int pixel0) const { return (kChannelsFast ? channel0 : pixel0) + fast * kElementsPerRow; }
+  GC_DEVICE int row_extent() const { return kChannelsFast ? channels : pixels; }
+};
+
+// kWidth: the elements moved by one load or store. The tail of an image is a predicate on each of them: the width divides
+// the extent, so none straddles it.
+template <typename T, Layout kLayout, int kRows, int kWidth>
+class Tile {
+ public:
+  using Map = TileMap<kLayout, kRows, kElements<T>>;
+  static constexpr int kChannels = Map::kChannels;
+  static constexpr int kPixels = Map::kPixels;
+
+  GC_DEVICE Acc<T> operator()(int channel, int pixel) const {
+    return Map::kChannelsFast ? rows_[pixel].get(channel) : rows_[channel].get(pixel);
+  }
+  GC_DEVICE void set(int channel, int pixel, Acc<T> v) {
+    Map::kChannelsFast ? rows_[pixel].set(channel, v) : rows_[channel].set(pixel, v);
+  }
+
+  // To be called between two uses of the whole tile: without it the compiler unpacks every half once, keeps the floats for
+  // the second use, and runs out of registers.
+  GC_DEVICE void keep_packed() {
+    if constexpr (sizeof(T) == 2) {
+      GC_UNROLL
+      for (int r = 0; r < kRows; ++r) {
+        GC_UNROLL
+        for (int k = 0; k < kVectorBytes / 4; ++k) port::forget(rows_[r].word[k]);
+      }
+    }
+  }
+
+  // What lies outside the image reads as 0.
+  GC_DEVICE void load(const T* image, const Map& map, int pixel0) {
+    GC_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      GC_UNROLL
+      for (int k = 0; k < kVectorBytes / 4; ++k) rows_[r].word[k] = 0;
+      each_piece(map, pixel0, r, [&](int e, int offset) { rows_[r].template load<kWidth>(e, image + offset); });
+    }
+  }
+  // What lies outside the image is not written.
+  GC_DEVICE void store(T* image, const Map& map, int pixel0) const {
+    GC_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      each_piece(map, pixel0, r, [&](int e, int offset) { rows_[r].template store<kWidth>(e, image + offset); });
+    }
+  }
+
+ private:
+  // Calls body(element within the vector, offset within the image) for the pieces of row r that lie inside the image.
+  template <typename Body>
+  GC_DEVICE static void each_piece(const Map& map, int pixel0, int r, const Body& body) {
+    unsigned row_step = map.shape.slow_threads;
+    port::forget(row_step);  // or every row's offset and predicate would be kept from tile to tile, in registers
+    const int row = map.row(pixel0, 0) + r * static_cast<int>(row_step);
+    if (row >= map.rows()) return;
+    const int element = map.element(pixel0);
+    const int offset = row * map.row_extent() + element;
+    GC_UNROLL
+    for (int e = 0; e < kElements<T>; e += kWidth) {
+      if (element + e < map.row_extent()) body(e, offset + e);
+    }
+  }
+
+  PackedVector<T> rows_[kRows];
+};
+
+struct Sum {
+  template <typename A>
+  GC_DEVICE static A combine(A a, A b) {
+    return a + b;
+  }
+};
+struct Max {  // a NaN loses: it reaches the result through the sum, as it does in PyTorch
+  template <typename A>
+  GC_DEVICE static A combine(A a, A b) {
+    return b > a ? b : a;
+  }
+};
+
+// A thread's own run of shared memory, moved 16 bytes at a time where its length allows.
+template <int kCount, typename A>
+inline constexpr int kSharedStep = kCount % kElements<A> == 0 ? kElements<A> : 1;
+
+template <int kCount, typename A>
+GC_DEVICE void read_shared(A (&value)[kCount], const A* source) {
+  constexpr int kStep = kSharedStep<kCount, A>;
+  GC_UNROLL
+  for (int i = 0; i < kCount; i += kStep) {
+    const Vector<A, kStep> piece = *reinterpret_cast<const Vector<A, kStep>*>(source + i);
+    GC_UNROLL
+    for (int k = 0; k < kStep; ++k) value[i + k] = piece.value[k];
+  }
+}
+
+template <int kCount, typename A>
+GC_DEVICE void write_shared(A* target, const A (&value)[kCount]) {
+  constexpr int kStep = kSharedStep<kCount, A>;
+  GC_UNROLL
+  for (int i = 0; i < kCount; i += kStep) {
+    Vector<A, kStep> piece;
+    GC_UNROLL
+    for (int k = 0; k < kStep; ++k) piece.value[k] = value[i + k];
+    *reinterpret_cast<Vector<A, kStep>*>(target + i) = piece;
+  }
+}
+
+// A reduction over the channel threads or the pixel threads of a block, in two steps with a barrier of the caller's
+// between them: publish() combines inside the warp and leaves axis_slots() values in scratch, collect() combines those in
+// slot order. Every thread gets the result, and all get the same bits.
+template <bool kOverFast, int kCount, typename Op = Sum>
+struct AxisReduce {
+  template <typename A, typename Map>
+  GC_DEVICE static void publish(const Map& map, A (&value)[kCount], A* scratch) {
+    const int thread = port::thread_index();
+    const TileShape shape = map.shape;
+    const int first = kOverFast ? 1 : shape.fast_threads;
+    const int end = kOverFast && shape.fast_threads < kWarp ? shape.fast_threads : kWarp;
+    GC_UNROLL_BY(1)
+    for (int mask = first; mask < end; mask <<= 1) {
+      GC_UNROLL
+      for (int i = 0; i < kCount; ++i) value[i] = Op::combine(value[i], port::shuffle_xor(value[i], mask));
+    }
+    const bool writer = kOverFast ? (thread & (end - 1)) == 0 : (thread & (kWarp - 1)) < shape.fast_threads;
+    if (!writer) return;
+    const int warp = thread / kWarp;
+    const int slot = kOverFast ? map.fast / kWarp : (shape.fast_threads < kWarp ? warp : map.slow);
+    write_shared(scratch + (slot * kept(map) + own(map)) * kCount, value);
+  }
+
+  template <typename A, typename Map>
+  GC_DEVICE static void collect(const Map& map, A (&value)[kCount], const A* scratch) {
+    const int slots = axis_slots(kOverFast, map.shape);
+    read_shared(value, scratch + own(map) * kCount);
+    GC_UNROLL_BY(2)
+    for (int slot = 1; slot < slots; ++slot) {
+      A part[kCount];
+      read_shared(part, scratch + (slot * kept(map) + own(map)) * kCount);
+      GC_UNROLL
+      for (int i = 0; i < kCount; ++i) value[i] = Op::combine(value[i], part[i]);
+    }
+  }
+
+ private:
+  template <typename Map>
+  GC_DEVICE static int kept(const Map& map) {
+    return kOverFast ? map.shape.slow_threads : map.shape.fast_threads;
+  }
+  template <typename Map>
+  GC_DEVICE static int own(const Map& map) {
+    return kOverFast ? map.slow : map.fast;
+  }
+};
+
+template <Layout kLayout, int kCount, typename Op = Sum>
+using OverChannels = AxisReduce<channels_are_fast(kLayout), kCount, Op>;
+template <Layout kLayout, int kCount, typename Op = Sum>
+using OverPixels = AxisReduce<!channels_are_fast(kLayout), kCount, Op>;
+
+// A vector over the block's channels in shared memory, in the order in which threads use it: thread t's channel i at
+// t * kChannels + i, so that a thread reads its own with vector loads. Needs a barrier before it is read.
+template <typename Map, typename A, typename Source>
+GC_DEVICE void stage_channels(const Map& map, A* shared, const Source& source) {
+  for (int slot = port::thread_index(); slot < map.tile_channels(); slot += port::block_threads()) {
+    const int channel = map.channel(slot / Map::kChannels, slot % Map::kChannels);
+    shared[slot] = channel < map.channels ? source(channel) : A(0);
+  }
+}
+
+}  // namespace gc
