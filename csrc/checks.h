@@ -1,14 +1,13 @@
 // What the CPU and CUDA bindings both demand of their arguments before a pointer is taken. The public functions in
-// gc_cuda/functional.py say the same earlier and in the user's words; these hold for direct callers of torch.ops.gc_cuda.
+// gc_cuda/functional.py say the same earlier and in the user's words; these hold for direct callers of
+// torch.ops.gc_cuda.
 #pragma once
 
 #include <ATen/ATen.h>
 
 namespace gc {
 
-inline at::ScalarType accumulation_type(at::ScalarType type) {
-  return type == at::kDouble ? at::kDouble : at::kFloat;
-}
+inline at::ScalarType accumulation_type(at::ScalarType type) { return type == at::kDouble ? at::kDouble : at::kFloat; }
 
 inline void check_feature_map(const at::Tensor& x, const char* name) {
   TORCH_CHECK(x.dim() == 4, name, " must have shape [N, C, H, W], got ", x.sizes());

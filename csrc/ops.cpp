@@ -1,11 +1,14 @@
 // The operators' schemas, and the Python module gc_cuda._C that carries them and says how it was built.
 //
-// Shapes: x [N, C, H, W] (NCHW or channels_last), S = H*W pixels; logits [N, S]; context [N, C]; state [N, C + 2] in the
-// accumulation type (float32; float64 for float64 x): per image the largest logit m, z = sum_s exp(logit[s] - m), and the
-// context before it is rounded to x's type.
+// Shapes: x [N, C, H, W] (NCHW or channels_last), S = H*W pixels; logits [N, S]; context [N, C]; state [N, C + 2] in
+// the accumulation type (float32; float64 for float64 x): per image the largest logit m, z = sum_s exp(logit[s] - m),
+// and the context before it is rounded to x's type.
 #include <torch/extension.h>
 
+#include <string>
+
 #include "build_config.h"
+#include "cuda/plan.h"
 
 TORCH_LIBRARY(gc_cuda, m) {
   // context = sum_s softmax(logits)[s] * x[:, s]
@@ -33,7 +36,54 @@ TORCH_LIBRARY(gc_cuda, m) {
       "(Tensor grad_x, Tensor grad_scale, Tensor grad_term)");
 }
 
+namespace {
+
+// The enumerator of that name.
+template <typename Enum>
+Enum named(const std::string& name, int count, const char* argument) {
+  std::string names;
+  for (int i = 0; i < count; ++i) {
+    const char* const candidate = gc::name_of(static_cast<Enum>(i));
+    if (name == candidate) return static_cast<Enum>(i);
+    names += std::string(i == 0 ? "" : ", ") + candidate;
+  }
+  throw std::invalid_argument(std::string(argument) + " must be one of " + names + ", got " + name);
+}
+
+gc::Plan plan(const std::string& kernel, int64_t images, int64_t channels, int64_t pixels, const std::string& layout,
+              const std::string& dtype, int alignment, int multiprocessors, int shared_bytes, bool dots_given) {
+  const gc::Problem problem{
+      images,   channels, pixels, named<gc::Layout>(layout, 2, "layout"), named<gc::ElementType>(dtype, 4, "dtype"),
+      alignment};
+  return gc::make_plan(named<gc::KernelKind>(kernel, gc::kKernelKinds, "kernel"), problem,
+                       {multiprocessors, shared_bytes}, dots_given);
+}
+
+}  // namespace
+
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
-  m.doc() = "Build configuration of gc_cuda; importing it registers the torch.ops.gc_cuda operators.";
+  m.doc() = "Build configuration and launch plans of gc_cuda; importing it registers the torch.ops.gc_cuda operators.";
   m.def("build_config", &gc::build_config, "What was built: a dict of str.");
+
+  py::class_<gc::Plan>(m, "Plan", "How a kernel would be launched; print it.")
+      .def_readonly("rows", &gc::Plan::rows)
+      .def_readonly("width", &gc::Plan::width)
+      .def_readonly("chunks", &gc::Plan::chunks)
+      .def_readonly("holds_channels", &gc::Plan::holds_channels)
+      .def_readonly("shared_bytes", &gc::Plan::shared_bytes)
+      .def_readonly("workspace", &gc::Plan::workspace)
+      .def_readonly("tickets", &gc::Plan::tickets)
+      .def_property_readonly("splits", [](const gc::Plan& self) { return self.walk.splits; })
+      .def_property_readonly("tiles_per_split", [](const gc::Plan& self) { return self.walk.tiles_per_split; })
+      .def_property_readonly("tile_channels", &gc::Plan::tile_channels)
+      .def_property_readonly("tile_pixels", &gc::Plan::tile_pixels)
+      .def_property_readonly("threads", &gc::Plan::threads)
+      .def_property_readonly("grid", [](const gc::Plan& self) { return py::make_tuple(self.grid_x(), self.grid_y()); })
+      .def("__str__", &gc::Plan::to_string)
+      .def("__repr__", &gc::Plan::to_string);
+  // The defaults describe an H200.
+  m.def("plan", &plan, "The launch plan of a CUDA kernel; needs no GPU.", py::arg("kernel"), py::arg("images"),
+        py::arg("channels"), py::arg("pixels"), py::arg("layout") = "NCHW", py::arg("dtype") = "float32",
+        py::arg("alignment") = 16, py::arg("multiprocessors") = 132, py::arg("shared_bytes") = 232448,
+        py::arg("dots_given") = false);
 }

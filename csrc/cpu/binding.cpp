@@ -11,6 +11,7 @@
 
 #include "checks.h"
 #include "cpu/dispatch.h"
+#include "cpu/pages.h"
 
 namespace gc::cpu {
 
@@ -37,11 +38,19 @@ struct FeatureMap {
     shape = {x.size(0), x.size(1), pixels, channels_last};
   }
 
-  Tensor like() const { return at::empty(tensor.sizes(), tensor.options().memory_format(format)); }
-  Plan plan() const { return make_plan(shape, tensor.element_size()); }
+  Tensor like() const { return empty_output(tensor.sizes(), tensor.options().memory_format(format)); }
   at::TensorOptions accumulation() const { return tensor.options().dtype(accumulation_type(tensor.scalar_type())); }
-  int64_t image_elements() const { return shape.channels * shape.pixels; }
 };
+
+// For operators that read every element once and keep channels apart: the planes of an NCHW tensor may be grouped at will,
+// and in small groups each plane streams as one long run.
+Shape streaming(Shape shape) {
+  if (shape.channels_last) return shape;
+  const int64_t planes = shape.images * shape.channels;
+  int64_t group = 16;
+  while (planes % group != 0) group /= 2;
+  return {planes / group, group, shape.pixels, false};
+}
 
 Tensor accumulated(const Tensor& companion, const FeatureMap& x) {
   return companion.to(accumulation_type(x.tensor.scalar_type())).contiguous();
@@ -72,12 +81,11 @@ struct Pooled {
 };
 
 // The weighted sum over pixels behind softmax_pool, attention_pool and pixel_sum.
-Pooled run_pool(const FeatureMap& x, Weights weights, const Tensor& mask_weight, double mask_bias, Tensor logits,
-                bool divide_by_z) {
-  const Shape& shape = x.shape;
-  const Plan plan = x.plan();
+Pooled run_pool(const FeatureMap& x, const Shape& shape, Weights weights, const Tensor& mask_weight, double mask_bias,
+                Tensor logits, bool divide_by_z) {
+  const Plan plan = make_plan(shape, x.tensor.element_size());
   Pooled out;
-  out.context = at::empty({shape.images, shape.channels}, x.tensor.options());
+  out.context = at::empty({x.shape.images, x.shape.channels}, x.tensor.options());
   out.state = at::empty({shape.images, shape.channels + 2}, x.accumulation());
   out.logits = weights == Weights::kMask ? at::empty({shape.images, shape.pixels}, x.accumulation()) : logits;
   const Tensor partials = plan.splits == 1
@@ -97,7 +105,7 @@ Pooled run_pool(const FeatureMap& x, Weights weights, const Tensor& mask_weight,
                            partials.data_ptr<A>(),
                            out.state.data_ptr<A>(),
                            out.context.data_ptr<T>()};
-    parallel(shape.images * plan.splits, x.image_elements() / plan.splits,
+    parallel(shape.images * plan.splits, shape.channels * shape.pixels / plan.splits,
              [&](int64_t begin, int64_t end) { kernels<T>().pool(args, begin, end); });
     if (plan.splits > 1) {
       parallel(shape.images, plan.splits * shape.channels,
@@ -110,7 +118,7 @@ Pooled run_pool(const FeatureMap& x, Weights weights, const Tensor& mask_weight,
 std::tuple<Tensor, Tensor> softmax_pool(const Tensor& x, const Tensor& logits) {
   const FeatureMap map(x, "x");
   check_companion(logits, "logits", x, map.shape.images * map.shape.pixels);
-  const Pooled out = run_pool(map, Weights::kLogits, {}, 0, accumulated(logits, map), true);
+  const Pooled out = run_pool(map, map.shape, Weights::kLogits, {}, 0, accumulated(logits, map), true);
   return {out.context, out.state};
 }
 
@@ -123,12 +131,13 @@ std::tuple<Tensor, Tensor, Tensor> attention_pool(const Tensor& x, const Tensor&
     check_companion(*mask_bias, "mask_bias", x, 1);
     bias = mask_bias->item<double>();
   }
-  const Pooled out = run_pool(map, Weights::kMask, accumulated(mask_weight, map), bias, {}, true);
+  const Pooled out = run_pool(map, map.shape, Weights::kMask, accumulated(mask_weight, map), bias, {}, true);
   return {out.context, out.logits, out.state};
 }
 
 Tensor pixel_sum(const Tensor& x, bool mean) {
-  return run_pool(FeatureMap(x, "x"), Weights::kUniform, {}, 0, {}, mean).context;
+  const FeatureMap map(x, "x");
+  return run_pool(map, streaming(map.shape), Weights::kUniform, {}, 0, {}, mean).context;
 }
 
 struct PoolGradients {
@@ -144,7 +153,7 @@ PoolGradients run_pool_backward(const Tensor& grad_context, const FeatureMap& x,
   check_companion(grad_context, "grad_context", x.tensor, shape.images * shape.channels);
   check_companion(logits, "logits", x.tensor, shape.images * shape.pixels);
   check_companion(state, "state", x.tensor, shape.images * (shape.channels + 2));
-  const Plan plan = x.plan();
+  const Plan plan = make_plan(shape, x.tensor.element_size());
   const Tensor wide_grad = accumulated(grad_context, x);
   const Tensor wide_logits = accumulated(logits, x);
   const Tensor wide_state = accumulated(state, x);
@@ -171,7 +180,7 @@ PoolGradients run_pool_backward(const Tensor& grad_context, const FeatureMap& x,
                                    out.x.data_ptr<T>(),
                                    mask ? nullptr : out.logits.data_ptr<A>(),
                                    mask ? parts.data_ptr<A>() : nullptr};
-    parallel(shape.images * plan.splits, x.image_elements() / plan.splits,
+    parallel(shape.images * plan.splits, shape.channels * shape.pixels / plan.splits,
              [&](int64_t begin, int64_t end) { kernels<T>().pool_backward(args, begin, end); });
     if (mask) out.mask_weight = sum_members<T>(parts).to(mask_weight.scalar_type()).view(mask_weight.sizes());
   });
@@ -217,15 +226,16 @@ Tensor broadcast(const Tensor& x, const std::optional<Tensor>& scale, const std:
 
 std::tuple<Tensor, Tensor, Tensor> broadcast_mul_backward(const Tensor& grad, const Tensor& x, const Tensor& scale) {
   const FeatureMap map(x, "x");
-  const Shape& shape = map.shape;
   check_like(grad, "grad", x);
-  check_companion(scale, "scale", x, shape.images * shape.channels);
-  const Plan plan = map.plan();
+  check_companion(scale, "scale", x, map.shape.images * map.shape.channels);
+  const Shape shape = streaming(map.shape);
+  const Plan plan = make_plan(shape, x.element_size());
   const Tensor same_grad = grad.contiguous(map.format);
   const Tensor wide_scale = accumulated(scale, map);
   const Tensor grad_x = map.like();
   const Tensor scale_parts = at::empty({shape.images, plan.splits, shape.channels}, map.accumulation());
   const Tensor term_parts = at::empty_like(scale_parts);
+  const int64_t sizes[] = {map.shape.images, map.shape.channels};
   Tensor grad_scale, grad_term;
   dispatch(x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
@@ -238,10 +248,10 @@ std::tuple<Tensor, Tensor, Tensor> broadcast_mul_backward(const Tensor& grad, co
                                            grad_x.data_ptr<T>(),
                                            scale_parts.data_ptr<A>(),
                                            term_parts.data_ptr<A>()};
-    parallel(shape.images * plan.splits, map.image_elements() / plan.splits,
+    parallel(shape.images * plan.splits, shape.channels * shape.pixels / plan.splits,
              [&](int64_t begin, int64_t end) { kernels<T>().broadcast_mul_backward(args, begin, end); });
-    grad_scale = sum_members<T>(scale_parts).to(scale.scalar_type());
-    grad_term = sum_members<T>(term_parts).to(scale.scalar_type());
+    grad_scale = sum_members<T>(scale_parts).to(scale.scalar_type()).view(sizes);
+    grad_term = sum_members<T>(term_parts).to(scale.scalar_type()).view(sizes);
   });
   return {grad_x, grad_scale, grad_term};
 }

@@ -1,8 +1,8 @@
 // The CUDA implementation of the operators, and the only file here that knows torch: checks, allocation, device and
 // stream, and the arguments of each launch. No synchronisation; every buffer comes from torch's allocator.
 //
-// A feature map keeps its layout: channels_last stays channels_last, anything that is neither that nor NCHW is copied to
-// the nearer of the two.
+// A feature map keeps its layout: channels_last stays channels_last, anything that is neither that nor NCHW is copied
+// to the nearer of the two.
 #include <ATen/ATen.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
@@ -32,8 +32,8 @@ DeviceLimits device_limits(int device) {
   return limits;
 }
 
-// Counters for arrive_last: 0 at rest, for the last block of every launch resets its own. One set a device and stream, so
-// that concurrent launches never share one. While a graph is captured, a set of its own, whose fill is captured too.
+// Counters for arrive_last: 0 at rest, for the last block of every launch resets its own. One set a device and stream,
+// so that concurrent launches never share one. While a graph is captured, a set of its own, whose fill is captured too.
 Tensor zeroed_tickets(int64_t count, const at::TensorOptions& options, cudaStream_t stream) {
   const auto make = [&](int64_t size) { return at::zeros({size}, options.dtype(at::kInt)); };
   cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;

@@ -1,7 +1,6 @@
-#include "kernels/broadcast.h"
-
 #include "cuda/dispatch.h"
 #include "cuda/launch.h"
+#include "kernels/broadcast.h"
 
 namespace gc {
 

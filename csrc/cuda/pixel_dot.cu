@@ -1,7 +1,6 @@
-#include "kernels/pixel_dot.h"
-
 #include "cuda/dispatch.h"
 #include "cuda/launch.h"
+#include "kernels/pixel_dot.h"
 
 namespace gc {
 

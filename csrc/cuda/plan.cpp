@@ -9,11 +9,13 @@ namespace {
 
 constexpr int kMaxGridY = 65535;
 constexpr int64_t kMaxGridX = 2147483647;
-// Pixels, channels and offsets inside an image are 32-bit in the kernels; tiles may reach past its end by less than this.
+// Pixels, channels and offsets inside an image are 32-bit in the kernels; tiles may reach past its end by less than
+// this.
 constexpr int64_t kMaxImageElements = 2147483647 - (1 << 17);
 // The last block of an image reads every split's sums: more splits would cost it more than they save the others.
 constexpr int kMaxMergedSplits = 256;
-// Registers a thread may use (kernels are compiled for kMaxThreads a block), for the blocks that share a multiprocessor.
+// Registers a thread may use (kernels are compiled for kMaxThreads a block), for the blocks that share a
+// multiprocessor.
 constexpr int kThreadsPerMultiprocessor = 65536 / 128;
 // 32-byte segments reach half the streaming rate of an H100, 128-byte ones 93 % (design.md section 4).
 constexpr int kGoodSegment = 128;
@@ -111,7 +113,8 @@ int shared_bytes_of(KernelKind kind, const Plan& plan, int elements, bool dots_g
       if (mask) take(staged, accumulation);
       take(over_channels_scratch(layout, shape, 1), accumulation);
       if (!dots_given) take(dots, accumulation);
-      if (mask) take(over_pixels_scratch(layout, shape, channels), accumulation), take(1, sizeof(int)), take(1, sizeof(int));
+      if (mask)
+        take(over_pixels_scratch(layout, shape, channels), accumulation), take(1, sizeof(int)), take(1, sizeof(int));
       break;
     }
     case KernelKind::kPixelDot:
@@ -133,9 +136,31 @@ void require(bool holds, const std::string& message) {
 
 }  // namespace
 
-int element_bytes(ElementType type) {
-  return type == ElementType::kDouble ? 8 : type == ElementType::kFloat ? 4 : 2;
+const char* name_of(KernelKind kind) {
+  static const char* const names[] = {"pool_mask",          "pool_logits",           "pool_uniform",
+                                      "pool_backward_mask", "pool_backward_logits",  "pixel_dot",
+                                      "broadcast",          "broadcast_mul_backward"};
+  return names[static_cast<int>(kind)];
 }
+
+const char* name_of(ElementType type) {
+  static const char* const names[] = {"float32", "float16", "bfloat16", "float64"};
+  return names[static_cast<int>(type)];
+}
+
+const char* name_of(Layout layout) { return layout == Layout::kNCHW ? "NCHW" : "NHWC"; }
+
+int Plan::tile_channels() const {
+  const int per_thread = channels_are_fast(layout) ? kVectorBytes / element_bytes(type) : rows;
+  return per_thread * channel_threads(layout, walk.shape);
+}
+
+int Plan::tile_pixels() const {
+  const int per_thread = channels_are_fast(layout) ? rows : kVectorBytes / element_bytes(type);
+  return per_thread * pixel_threads(layout, walk.shape);
+}
+
+int element_bytes(ElementType type) { return type == ElementType::kDouble ? 8 : type == ElementType::kFloat ? 4 : 2; }
 int accumulation_bytes(ElementType type) { return type == ElementType::kDouble ? 8 : 4; }
 
 Plan make_plan(KernelKind kind, const Problem& p, const DeviceLimits& device, bool dots_given) {
@@ -159,13 +184,12 @@ Plan make_plan(KernelKind kind, const Problem& p, const DeviceLimits& device, bo
     plan.width /= 2;
   }
 
-  const Tiling tiling = whole                                        ? whole_channel_tiling(p, elements)
+  const Tiling tiling = whole                                       ? whole_channel_tiling(p, elements)
                         : kind == KernelKind::kBroadcastMulBackward ? free_tiling(p, elements, 4)
-                                                                     : free_tiling(p, elements, 8);
+                                                                    : free_tiling(p, elements, 8);
   plan.rows = tiling.rows;
   plan.walk.shape = tiling.shape;
-  const int tile_channels = channels_fast ? elements * tiling.shape.fast_threads : tiling.rows * tiling.shape.slow_threads;
-  const int tile_pixels = channels_fast ? tiling.rows * tiling.shape.slow_threads : elements * tiling.shape.fast_threads;
+  const int tile_channels = plan.tile_channels();
   plan.holds_channels = !whole || tile_channels >= p.channels;
   const bool chunks_in_block = kind == KernelKind::kPixelDot;
   const int64_t chunks = whole || chunks_in_block ? 1 : divide_up(p.channels, tile_channels);
@@ -177,14 +201,14 @@ Plan make_plan(KernelKind kind, const Problem& p, const DeviceLimits& device, bo
   const bool merges = kind != KernelKind::kBroadcast && kind != KernelKind::kPixelDot;
   const int resident = std::max(1, kThreadsPerMultiprocessor / plan.threads());
   const int64_t wanted_blocks = int64_t{device.multiprocessors} * std::min(resident, 8) * (merges ? 1 : 4);
-  const int64_t tiles = divide_up(p.pixels, tile_pixels);
+  const int64_t tiles = divide_up(p.pixels, plan.tile_pixels());
   int64_t splits = std::max<int64_t>(1, wanted_blocks / (p.images * chunks));
   splits = std::min(splits, tiles);
   if (merges) splits = std::min<int64_t>(splits, kMaxMergedSplits);
   const int64_t tiles_per_split = divide_up(tiles, splits);
   splits = divide_up(tiles, tiles_per_split);
-  require(p.images <= kMaxGridX / splits, "images must be at most " + std::to_string(kMaxGridX / splits) + ", got " +
-                                              std::to_string(p.images));
+  require(p.images <= kMaxGridX / splits,
+          "images must be at most " + std::to_string(kMaxGridX / splits) + ", got " + std::to_string(p.images));
   plan.walk.images = static_cast<int>(p.images);
   plan.walk.channels = static_cast<int>(p.channels);
   plan.walk.pixels = static_cast<int>(p.pixels);
@@ -192,6 +216,7 @@ Plan make_plan(KernelKind kind, const Problem& p, const DeviceLimits& device, bo
   plan.walk.tiles_per_split = static_cast<int>(tiles_per_split);
 
   plan.shared_bytes = shared_bytes_of(kind, plan, elements, dots_given);
+  if (whole && plan.shared_bytes > device.shared_bytes) plan.holds_channels = false;
   require(plan.shared_bytes <= device.shared_bytes || !plan.holds_channels,
           "a block needs " + std::to_string(plan.shared_bytes) + " bytes of shared memory, the device has " +
               std::to_string(device.shared_bytes));
@@ -223,16 +248,13 @@ Plan make_plan(KernelKind kind, const Problem& p, const DeviceLimits& device, bo
 }
 
 std::string Plan::to_string() const {
-  static const char* const kinds[] = {"pool_mask",     "pool_logits", "pool_uniform", "pool_backward_mask", "pool_backward_logits",
-                                      "pixel_dot", "broadcast",   "broadcast_mul_backward"};
-  static const char* const types[] = {"float32", "float16", "bfloat16", "float64"};
   std::ostringstream out;
-  out << kinds[static_cast<int>(kind)] << ' ' << types[static_cast<int>(type)] << ' '
-      << (layout == Layout::kNCHW ? "NCHW" : "NHWC") << ' ' << walk.images << 'x' << walk.channels << 'x' << walk.pixels
-      << ": " << rows << " rows of " << kVectorBytes << " bytes a thread, loads of " << width * element_bytes(type)
-      << " bytes, " << walk.shape.fast_threads << 'x' << walk.shape.slow_threads << " threads, " << walk.splits
-      << " splits of " << walk.tiles_per_split << " tiles, grid " << grid_x() << 'x' << grid_y() << ", " << shared_bytes
-      << " bytes shared, " << workspace << " workspace elements, " << tickets << " tickets";
+  out << name_of(kind) << ' ' << name_of(type) << ' ' << name_of(layout) << ' ' << walk.images << 'x' << walk.channels
+      << 'x' << walk.pixels << ": " << rows << " rows of " << kVectorBytes << " bytes a thread, loads of "
+      << width * element_bytes(type) << " bytes, " << walk.shape.fast_threads << 'x' << walk.shape.slow_threads
+      << " threads, " << walk.splits << " splits of " << walk.tiles_per_split << " tiles, grid " << grid_x() << 'x'
+      << grid_y() << ", " << shared_bytes << " bytes shared, " << workspace << " workspace elements, " << tickets
+      << " tickets";
   if (!holds_channels) out << "; too many channels for a block: needs pixel_dot first";
   return out.str();
 }

@@ -1,5 +1,5 @@
-// Launch plans: every heuristic of the CUDA launches, computed on the host into an object that can be printed and tested
-// without a GPU. Knows neither torch nor the CUDA runtime.
+// Launch plans: every heuristic of the CUDA launches, computed on the host into an object that can be printed and
+// tested without a GPU. Knows neither torch nor the CUDA runtime.
 #pragma once
 
 #include <cstdint>
@@ -24,6 +24,12 @@ enum class KernelKind : int {
   kBroadcast,
   kBroadcastMulBackward,
 };
+inline constexpr int kKernelKinds = 8;
+
+// The names used in to_string() and by Python: "pool_mask", "float32", "NCHW" ...
+const char* name_of(KernelKind kind);
+const char* name_of(ElementType type);
+const char* name_of(Layout layout);
 
 struct Problem {
   int64_t images;
@@ -46,14 +52,16 @@ struct Plan {
   int rows;   // vectors a thread holds
   int width;  // elements moved by one load or store
   Walk walk;
-  int chunks;             // of channels
-  bool holds_channels;    // false: this kernel wants a pixel's dot product over all channels, and a block holds too few;
-                          // run kPixelDot first and plan with dots_given
-  int shared_bytes;       // dynamic shared memory of a block
-  int64_t workspace;      // elements of the accumulation type for partial results; 0: none
-  int64_t tickets;        // counters; 0: none
+  int chunks;           // of channels
+  bool holds_channels;  // false: this kernel wants a pixel's dot product over all channels, and a block holds too few;
+                        // run kPixelDot first and plan with dots_given
+  int shared_bytes;     // dynamic shared memory of a block
+  int64_t workspace;    // elements of the accumulation type for partial results; 0: none
+  int64_t tickets;      // counters; 0: none
 
   int threads() const { return walk.shape.fast_threads * walk.shape.slow_threads; }
+  int tile_channels() const;
+  int tile_pixels() const;
   int64_t grid_x() const { return static_cast<int64_t>(walk.images) * walk.splits; }
   int grid_y() const { return chunks; }
   // One line, e.g. "pool_mask float32 NCHW 2x512x16800: 16 rows x 4, 8x32 threads, 132 splits of 4 tiles, ..."

@@ -13,7 +13,8 @@ cudaError_t launch_pool_forward(const Plan& plan, PoolForwardArgs args, cudaStre
       case KernelKind::kPoolMask:
         // Only NCHW with many channels wants the taller tile, and a double's would not fit the registers.
         if constexpr (kLayout == Layout::kNCHW && sizeof(T) < 8) {
-          if (plan.rows == 16) return launch(pool_forward<T, kLayout, 16, kWidth, Weighting::kMask>, plan, args, stream);
+          if (plan.rows == 16)
+            return launch(pool_forward<T, kLayout, 16, kWidth, Weighting::kMask>, plan, args, stream);
         }
         return launch(pool_forward<T, kLayout, 8, kWidth, Weighting::kMask>, plan, args, stream);
       case KernelKind::kPoolLogits:

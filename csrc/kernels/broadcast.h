@@ -5,9 +5,9 @@
 //
 // x, out, grad, grad_x [N, C, S] or [N, S, C]; scale, term [N, C].
 //
-// Decomposition: block (image * splits + split, chunk) walks the tiles of its pixel range for its chunk of channels. The
-// sums of the backward are combined as in pool_forward: in registers, over the block's pixel threads, and over the splits
-// in order by the last block of an image and chunk.
+// Decomposition: block (image * splits + split, chunk) walks the tiles of its pixel range for its chunk of channels.
+// The sums of the backward are combined as in pool_forward: in registers, over the block's pixel threads, and over the
+// splits in order by the last block of an image and chunk.
 //
 // Moves: forward x and out once; backward grad, x and grad_x once (N*C*S elements each).
 #pragma once
@@ -118,8 +118,10 @@ broadcast_mul_backward(const BroadcastMulBackwardArgs args) {
   unsigned* const ticket = args.tickets + map.image_chunk();
   if (!arrive_last(ticket, args.walk.splits, flag)) return;
   const auto plainly = [](int) { return A(1); };
-  add_rows(map, partial_product, args.walk.splits, plainly, [&](int c, A sum) { write<T>(args.grad_scale, map.channels0() + c, sum); });
-  add_rows(map, partial_grad, args.walk.splits, plainly, [&](int c, A sum) { write<T>(args.grad_term, map.channels0() + c, sum); });
+  add_rows(map, partial_product, args.walk.splits, plainly,
+           [&](int c, A sum) { write<T>(args.grad_scale, map.channels0() + c, sum); });
+  add_rows(map, partial_grad, args.walk.splits, plainly,
+           [&](int c, A sum) { write<T>(args.grad_term, map.channels0() + c, sum); });
 }
 
 }  // namespace gc

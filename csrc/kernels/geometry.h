@@ -1,8 +1,9 @@
-// How a block's threads and registers are laid over a feature map: shared by the kernels and by the host's launch plans.
+// How a block's threads and registers are laid over a feature map: shared by the kernels and by the host's launch
+// plans.
 //
 // A tile is rows x contiguous elements. In NCHW a row is a channel and the elements are its pixels; in NHWC
-// (channels_last) a row is a pixel and the elements are its channels. A thread keeps `rows` vectors of 16 bytes, so with
-// E elements to a vector it holds rows x E values in registers:
+// (channels_last) a row is a pixel and the elements are its channels. A thread keeps `rows` vectors of 16 bytes, so
+// with E elements to a vector it holds rows x E values in registers:
 //
 //            contiguous ->  fast_threads x E elements
 //   rows     +------------------------------------+

@@ -3,8 +3,8 @@
 // Only for feature maps with too many channels for a block's registers: the pooling kernels then take these as given
 // instead of computing them from the registers they already hold. vector [N or 1, C], x [N, C, S] or [N, S, C].
 //
-// Decomposition: block image * splits + split walks the tiles of its pixel range, and for each tile the chunks of channels.
-// Moves: x once (N*C*S elements), writes N*S values of the accumulation type.
+// Decomposition: block image * splits + split walks the tiles of its pixel range, and for each tile the chunks of
+// channels. Moves: x once (N*C*S elements), writes N*S values of the accumulation type.
 #pragma once
 
 #include "tile.h"

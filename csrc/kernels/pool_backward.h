@@ -4,12 +4,12 @@
 //   grad_x[:, s]   = a[s] * gc + grad_logits[s] * mask_weight          (the second term with kMask)
 //   grad_mask_weight = sum over n, s of grad_logits[s] * x[:, s]       (kMask)
 //
-// The softmax's inner product sum_s a[s] * (gc . x[:, s]) equals gc . context, which the forward pass has kept: so every
-// pixel is on its own. With kLogits, grad_logits is written instead of being folded into grad_x.
+// The softmax's inner product sum_s a[s] * (gc . x[:, s]) equals gc . context, which the forward pass has kept: so
+// every pixel is on its own. With kLogits, grad_logits is written instead of being folded into grad_x.
 //
-// Decomposition: as pool_forward; block (image * splits + split, chunk). Usually one chunk holds all channels; where the
-// registers cannot, `dots` brings gc . x[:, s] from pixel_dot. The weight gradient is summed over a block's pixels in
-// registers, over an image's splits by the image's last block, over images by the last image's.
+// Decomposition: as pool_forward; block (image * splits + split, chunk). Usually one chunk holds all channels; where
+// the registers cannot, `dots` brings gc . x[:, s] from pixel_dot. The weight gradient is summed over a block's pixels
+// in registers, over an image's splits by the image's last block, over images by the last image's.
 //
 // Moves: x once, grad_x once (N*C*S elements each), logits once (N*S accumulation type).
 #pragma once
@@ -43,7 +43,8 @@ pool_backward(const PoolBackwardArgs args) {
   const int dot_count = over_channels_scratch(kLayout, map.shape, kPixels);
   A* const dot_scratch = arena.take<A>(args.dots == nullptr ? 2 * dot_count : 0);
   stage_channels(map, grad_context, [&](int channel) { return read<T>(args.grad_context, map.channels0() + channel); });
-  if constexpr (kMask) stage_channels(map, mask_weight, [&](int channel) { return read<T>(args.mask_weight, channel); });
+  if constexpr (kMask)
+    stage_channels(map, mask_weight, [&](int channel) { return read<T>(args.mask_weight, channel); });
   grad_context += map.channel_thread() * kChannels;
   mask_weight += kMask ? map.channel_thread() * kChannels : 0;
 
@@ -140,7 +141,8 @@ pool_backward(const PoolBackwardArgs args) {
     const auto plainly = [](int) { return A(1); };
     const A* const parts = static_cast<const A*>(args.partial_weight) + map.channels0() * args.walk.splits;
     add_rows(map, parts, args.walk.splits, plainly, [&](int c, A sum) { image_weight[map.channels0() + c] = sum; });
-    unsigned* const batch_ticket = args.tickets + (static_cast<long long>(args.walk.images) * port::grid_y() + port::block_y());
+    unsigned* const batch_ticket =
+        args.tickets + (static_cast<long long>(args.walk.images) * port::grid_y() + port::block_y());
     if (!arrive_last(batch_ticket, args.walk.images, last_image)) return;
     add_rows(map, image_weight, args.walk.images, plainly, [&](int c, A sum) { write<T>(args.grad_weight, c, sum); });
   }

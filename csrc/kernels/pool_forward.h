@@ -8,13 +8,14 @@
 //
 // x [N, C, S] (NCHW) or [N, S, C] (NHWC) -> context [N, C], state [N, C + 2] = (m, z, context unrounded).
 //
-// Decomposition: block (image * splits + split, chunk) walks the tiles of its pixel range for its chunk of channels (with
-// kMask the one chunk holds all channels). Every thread keeps kRows vectors of x and a running (m, z, sums over its
-// pixels); threads of the same pixels agree bit for bit, for they read the same dot products. At the end the block
+// Decomposition: block (image * splits + split, chunk) walks the tiles of its pixel range for its chunk of channels
+// (with kMask the one chunk holds all channels). Every thread keeps kRows vectors of x and a running (m, z, sums over
+// its pixels); threads of the same pixels agree bit for bit, for they read the same dot products. At the end the block
 // combines its pixel threads, writes (m, z, sums) of its split, and the last block of an image and chunk merges the
 // splits in order.
 //
-// Moves: x once (N*C*S elements), logits once (N*S accumulation type, read or written), N*splits*(C + 2) partial values.
+// Moves: x once (N*C*S elements), logits once (N*S accumulation type, read or written), N*splits*(C + 2) partial
+// values.
 #pragma once
 
 #include "softmax.h"
@@ -27,7 +28,8 @@ template <Weighting kWeighting, typename T, typename Map>
 GC_DEVICE void write_context(const PoolForwardArgs& args, const Map& map, int channel, Acc<T> sum, Acc<T> z) {
   const Acc<T> context = kWeighting == Weighting::kUniform ? sum * static_cast<Acc<T>>(args.factor) : sum / z;
   static_cast<T*>(args.context)[map.channels0() + channel] = from_acc<T>(context);
-  if constexpr (kWeighting != Weighting::kUniform) static_cast<Acc<T>*>(args.state)[map.state0() + 2 + channel] = context;
+  if constexpr (kWeighting != Weighting::kUniform)
+    static_cast<Acc<T>*>(args.state)[map.state0() + 2 + channel] = context;
 }
 
 template <Weighting kWeighting, typename T, typename Map>

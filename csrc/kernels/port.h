@@ -74,7 +74,9 @@ class SharedArena {
 
 // A trivially copyable vector of 2, 4, 8 or 16 bytes, aligned to its size, moved by one instruction.
 template <typename V>
-GC_DEVICE V load_global(const V* address) { return *address; }
+GC_DEVICE V load_global(const V* address) {
+  return *address;
+}
 
 // For data that no kernel reads again soon: first to leave the caches.
 template <typename V>

@@ -7,8 +7,8 @@
 
 namespace gc {
 
-// True in every thread of the last of `blocks` blocks to call this with the same counter. What the other blocks wrote to
-// global memory before their call is then visible. The counter is 0 before the launch, and again after it.
+// True in every thread of the last of `blocks` blocks to call this with the same counter. What the other blocks wrote
+// to global memory before their call is then visible. The counter is 0 before the launch, and again after it.
 GC_DEVICE bool arrive_last(unsigned* counter, int blocks, int* shared_flag) {
   // One thread fences for the block: a fence orders all that happens before it, and the barriers put the other threads'
   // writes before the release and their reads after the acquire.

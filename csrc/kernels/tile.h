@@ -1,8 +1,8 @@
 // A block's tile of a feature map, held in registers, in either layout; and the reductions over its two thread axes.
 //
-// Kernels speak of channels and pixels only. `Tile` turns that into rows and elements, so one kernel text serves NCHW and
-// channels_last: a sum over channels runs down a thread's rows and then over the slow axis in NCHW, along a thread's
-// elements and then over the fast axis in NHWC; a sum over pixels the other way round.
+// Kernels speak of channels and pixels only. `Tile` turns that into rows and elements, so one kernel text serves NCHW
+// and channels_last: a sum over channels runs down a thread's rows and then over the slow axis in NCHW, along a
+// thread's elements and then over the fast axis in NHWC; a sum over pixels the other way round.
 #pragma once
 
 #include "numeric.h"
@@ -63,14 +63,16 @@ struct TileMap {
   }
 
   // The same seen as rows x elements of memory.
-  GC_DEVICE int row(int pixel0, int r) const { return (kChannelsFast ? pixel0 : channel0) + r * shape.slow_threads + slow; }
+  GC_DEVICE int row(int pixel0, int r) const {
+    return (kChannelsFast ? pixel0 : channel0) + r * shape.slow_threads + slow;
+  }
   GC_DEVICE int rows() const { return kChannelsFast ? pixels : channels; }
   GC_DEVICE int element(int pixel0) const { return (kChannelsFast ? channel0 : pixel0) + fast * kElementsPerRow; }
   GC_DEVICE int row_extent() const { return kChannelsFast ? channels : pixels; }
 };
 
-// kWidth: the elements moved by one load or store. The tail of an image is a predicate on each of them: the width divides
-// the extent, so none straddles it.
+// kWidth: the elements moved by one load or store. The tail of an image is a predicate on each of them: the width
+// divides the extent, so none straddles it.
 template <typename T, Layout kLayout, int kRows, int kWidth>
 class Tile {
  public:
@@ -85,8 +87,8 @@ class Tile {
     Map::kChannelsFast ? rows_[pixel].set(channel, v) : rows_[channel].set(pixel, v);
   }
 
-  // To be called between two uses of the whole tile: without it the compiler unpacks every half once, keeps the floats for
-  // the second use, and runs out of registers.
+  // To be called between two uses of the whole tile: without it the compiler unpacks every half once, keeps the floats
+  // for the second use, and runs out of registers.
   GC_DEVICE void keep_packed() {
     if constexpr (sizeof(T) == 2) {
       GC_UNROLL
@@ -174,8 +176,8 @@ GC_DEVICE void write_shared(A* target, const A (&value)[kCount]) {
 }
 
 // A reduction over the channel threads or the pixel threads of a block, in two steps with a barrier of the caller's
-// between them: publish() combines inside the warp and leaves axis_slots() values in scratch, collect() combines those in
-// slot order. Every thread gets the result, and all get the same bits.
+// between them: publish() combines inside the warp and leaves axis_slots() values in scratch, collect() combines those
+// in slot order. Every thread gets the result, and all get the same bits.
 template <bool kOverFast, int kCount, typename Op = Sum>
 struct AxisReduce {
   template <typename A, typename Map>

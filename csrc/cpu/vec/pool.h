@@ -7,6 +7,9 @@
 // Backward, per tile: a[s] = exp(l[s] - m) / z, dl[s] = a[s] * (grad . x[:, s] - grad . context), then
 // grad_x = a * grad + dl * mask_weight and grad_mask_weight += dl * x: one read of x, one write of grad_x.
 //
+// The dl of an image sum to zero but for rounding. What remains, times the mean of x, would be the largest error of
+// grad_mask_weight, so that is summed over x - context instead: the same by definition, and free of it.
+//
 // An image whose logits are all -inf has z = 0 and becomes NaN by the division, as in PyTorch; +inf and NaN logits do so
 // by themselves. No pixel is skipped for a zero weight: 0 * inf stays NaN.
 #pragma once
@@ -62,6 +65,14 @@ inline A exp_weights(const A* logits, int64_t count, A shift, A* weights) {
       sum = sum + e;
     }
   });
+  return lane_sum(sum);
+}
+
+template <typename A>
+inline A sum_of(const A* values, int64_t count) {
+  using V = Vec<A>;
+  V sum(A(0));
+  for_each_run<V::size()>(0, count, [&](int64_t j, int n, auto) { sum = sum + V::loadu(values + j, n); });
   return lane_sum(sum);
 }
 
@@ -174,6 +185,7 @@ void pool_backward(const PoolBackwardArgs<T>& args, int64_t unit_begin, int64_t 
     dot_rows<1>(state + 2, 0, channels, grad_context, products);
     const V mean(lane_sum(products[0]));
     const V z(state[1]);
+    A grad_logits_sum = 0;
 
     const int64_t end = std::min(plan.split_begin(split + 1), shape.pixels);
     for (int64_t pixel = plan.split_begin(split); pixel < end; pixel += plan.tile) {
@@ -190,6 +202,7 @@ void pool_backward(const PoolBackwardArgs<T>& args, int64_t unit_begin, int64_t 
         for (int64_t p = 0; p < count; ++p) out[p] = grad_logits[p];
       }
       if (grad_weight) {
+        grad_logits_sum += sum_of(grad_logits, count);
         tile.sum_over_pixels(grad_logits, [&](int64_t c, const V& sum, int n) {
           (V::loadu(grad_weight + c, n) + sum).store(grad_weight + c, n);
         });
@@ -201,6 +214,9 @@ void pool_backward(const PoolBackwardArgs<T>& args, int64_t unit_begin, int64_t 
       } else {
         write_outer(out, tile.row_stride, channels, count, grad_context, attention, args.mask_weight, on_mask);
       }
+    }
+    if (grad_weight) {
+      for (int64_t c = 0; c < channels; ++c) grad_weight[c] -= grad_logits_sum * state[2 + c];
     }
   }
 }

@@ -14,20 +14,26 @@ namespace gc::cpu {
 inline namespace CPU_CAPABILITY {
 
 inline constexpr int kAccumulators = 8;  // vectors; leaves AVX2 half of its 16 registers for operands
-inline constexpr int64_t kChainRows = 64;
+inline constexpr int64_t kChain = 32;    // additions into one accumulator before it is added to a total
 
+// sums[r]: vectors whose lanes add up to sum_j x[r][j] * v[j]
 template <int kRows, typename T>
 inline void dot_rows(const T* x, int64_t stride, int64_t width, const acc_t<T>* v, Vec<acc_t<T>>* sums) {
   using L = Lanes<T>;
-  L acc[kRows];
-  for (int r = 0; r < kRows; ++r) acc[r] = L::zero();
-  for_each_run<L::kWidth>(0, width, [&](int64_t j, int count, auto partial) {
-    const L weight = L::template load_wide<partial.value>(v + j, count);
-    for (int r = 0; r < kRows; ++r) acc[r].add_product(L::template load<partial.value>(x + r * stride + j, count), weight);
-  });
-  for (int r = 0; r < kRows; ++r) {
-    sums[r] = acc[r].v[0];
-    for (int i = 1; i < L::kVecs; ++i) sums[r] = sums[r] + acc[r].v[i];
+  for (int r = 0; r < kRows; ++r) sums[r] = typename L::V(acc_t<T>(0));
+  for (int64_t begin = 0; begin < width; begin += kChain * L::kWidth) {
+    L acc[kRows];
+    for (int r = 0; r < kRows; ++r) acc[r] = L::zero();
+    for_each_run<L::kWidth>(begin, std::min(width, begin + kChain * L::kWidth), [&](int64_t j, int count, auto partial) {
+      const L weight = L::template load_wide<partial.value>(v + j, count);
+      for (int r = 0; r < kRows; ++r) {
+        acc[r].add_product(L::template load<partial.value>(x + r * stride + j, count), weight);
+      }
+    });
+    for (int r = 0; r < kRows; ++r) {
+      for (int i = 1; i < L::kVecs; ++i) acc[r].v[0] = acc[r].v[0] + acc[r].v[i];
+      sums[r] = sums[r] + acc[r].v[0];
+    }
   }
 }
 
@@ -59,8 +65,8 @@ inline void accumulate_block(const T* x, int64_t stride, int64_t rows, const acc
   static_assert(kChains >= 1, "more accumulators than registers");
   L total[kBlock];
   for (int b = 0; b < kBlock; ++b) total[b] = L::zero();
-  for (int64_t begin = 0; begin < rows; begin += kChainRows) {
-    const int64_t end = begin + kChainRows < rows ? begin + kChainRows : rows;
+  for (int64_t begin = 0; begin < rows; begin += kChain * kChains) {
+    const int64_t end = std::min(rows, begin + kChain * kChains);
     L acc[kChains][kBlock];
     for (int c = 0; c < kChains; ++c) {
       for (int b = 0; b < kBlock; ++b) acc[c][b] = L::zero();

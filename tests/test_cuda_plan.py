@@ -1,0 +1,143 @@
+"""Launch plans of the CUDA kernels: every plan covers its problem and stays within what a launch can be.
+
+Plans are computed on the host, so all of this runs without a GPU. What the planned kernels then compute is
+checked in tests/host, which runs them on the CPU from the same plans.
+"""
+
+import importlib
+import itertools
+
+import pytest
+
+import gc_cuda  # noqa: F401  (loads torch, whose libraries the extension needs)
+
+plan = importlib.import_module("gc_cuda._C").plan
+
+KERNELS = (
+    "pool_mask",
+    "pool_logits",
+    "pool_uniform",
+    "pool_backward_mask",
+    "pool_backward_logits",
+    "pixel_dot",
+    "broadcast",
+    "broadcast_mul_backward",
+)
+BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
+WHOLE_CHANNELS = {"pool_mask", "pool_backward_mask", "pool_backward_logits"}
+V100 = {"multiprocessors": 80, "shared_bytes": 98304}
+H200 = {"multiprocessors": 132, "shared_bytes": 232448}
+
+# (images, channels, pixels)
+PROBLEMS = {
+    "one element": (1, 1, 1),
+    "c3 of an 800x1333 image": (2, 512, 16800),
+    "c4": (2, 1024, 4200),
+    "c5: pixels a multiple of 2 only": (1, 2048, 1050),
+    "7x7 maps of a large batch": (32, 2048, 49),
+    "odd everything": (3, 199, 1134 + 3),
+    "more channels than a block holds": (1, 20000, 7),
+    "one channel, many pixels": (1, 1, 1 << 24),
+    "more images than a grid's y": (70000, 3, 5),
+}
+
+
+@pytest.mark.parametrize("device", [V100, H200], ids=["V100", "H200"])
+@pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_every_element_is_covered_once_within_the_limits_of_a_launch(kernel, problem, device):
+    images, channels, pixels = problem
+    for layout, dtype in itertools.product(("NCHW", "NHWC"), BYTES):
+        p = plan(kernel, images, channels, pixels, layout, dtype, **device)
+
+        assert p.threads % 32 == 0 and 32 <= p.threads <= 512, p
+        grid_x, grid_y = p.grid
+        assert grid_x == images * p.splits < 2**31 and 1 <= grid_y <= 65535, p
+        assert p.shared_bytes <= device["shared_bytes"] or not p.holds_channels, p
+
+        covered = p.splits * p.tiles_per_split * p.tile_pixels
+        assert covered >= pixels, p
+        last_split_begins = (p.splits - 1) * p.tiles_per_split * p.tile_pixels
+        assert last_split_begins < pixels, f"an empty split: {p}"
+        if p.holds_channels and kernel != "pixel_dot":
+            assert p.chunks * p.tile_channels >= channels > (p.chunks - 1) * p.tile_channels, p
+
+        extent = channels if layout == "NHWC" else pixels
+        assert extent % p.width == 0 and p.width * BYTES[dtype] <= 16, p
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+@pytest.mark.parametrize("kernel", sorted(WHOLE_CHANNELS))
+def test_blocks_hold_all_channels_of_a_resnet(kernel, layout):
+    for dtype in ("float32", "float16", "bfloat16"):
+        for channels in (64, 256, 512, 1024, 2048):
+            p = plan(kernel, 2, channels, 4200, layout, dtype)
+            assert p.holds_channels and p.chunks == 1 and p.tile_channels >= channels, p
+
+
+@pytest.mark.parametrize("kernel", sorted(WHOLE_CHANNELS))
+def test_too_many_channels_for_a_block_ask_for_the_dot_products_first(kernel):
+    assert not plan(kernel, 1, 20000, 64).holds_channels
+    assert plan(kernel, 1, 20000, 64, dots_given=True).holds_channels
+
+
+def test_the_width_of_loads_follows_alignment_and_extent():
+    assert plan("broadcast", 1, 8, 64).width == 4
+    assert plan("broadcast", 1, 8, 64, alignment=8).width == 2
+    assert plan("broadcast", 1, 8, 1050).width == 2
+    assert plan("broadcast", 1, 8, 49).width == 1
+    assert plan("broadcast", 1, 8, 49, "NHWC").width == 4
+    assert plan("broadcast", 1, 8, 64, dtype="float16").width == 8
+    assert plan("broadcast", 1, 8, 64, dtype="float16", alignment=2).width == 1
+    assert plan("broadcast", 1, 8, 64, dtype="float64").width == 2
+
+
+@pytest.mark.parametrize("kernel", ["pool_mask", "pool_backward_mask"])
+def test_nchw_tiles_of_a_resnet_take_segments_of_64_bytes_or_more(kernel):
+    for channels, pixels in ((512, 16800), (1024, 4200), (2048, 1050)):
+        for dtype in ("float32", "float16", "bfloat16"):
+            p = plan(kernel, 2, channels, pixels, "NCHW", dtype)
+            assert p.tile_pixels * BYTES[dtype] >= 64, p
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+def test_one_large_image_fills_the_device(layout):
+    p = plan("pool_mask", 1, 512, 16800, layout)
+    assert p.grid[0] >= 132, p
+
+
+def test_a_large_batch_is_not_split_and_needs_no_merge():
+    p = plan("pool_mask", 1024, 64, 196)
+    assert p.splits == 1 and p.workspace == 0 and p.tickets == 0, p
+
+
+@pytest.mark.parametrize(
+    ("problem", "message"),
+    [
+        (
+            (1, 65536, 65536),
+            r"one image must have fewer than \d+ elements, got 65536 channels x 65536 pixels",
+        ),
+        ((2**31, 4, 4), r"images must be at most \d+, got 2147483648"),
+        ((1, 0, 4), "needs images, channels and pixels"),
+    ],
+)
+def test_what_no_launch_can_serve_is_refused(problem, message):
+    with pytest.raises(ValueError, match=message):
+        plan("broadcast", *problem)
+
+
+def test_an_unknown_name_is_refused_with_those_that_are_known():
+    with pytest.raises(ValueError, match=r"kernel must be one of pool_mask, .*, got pool"):
+        plan("pool", 1, 1, 1)
+    with pytest.raises(
+        ValueError, match="dtype must be one of float32, float16, bfloat16, float64, got int8"
+    ):
+        plan("broadcast", 1, 1, 1, dtype="int8")
+
+
+def test_a_plan_prints_as_one_line_that_says_it_all():
+    line = str(plan("pool_mask", 2, 512, 16800))
+    assert line.startswith("pool_mask float32 NCHW 2x512x16800: ") and "\n" not in line
+    for word in ("rows", "loads of 16 bytes", "threads", "splits", "grid", "shared", "workspace", "tickets"):
+        assert word in line
