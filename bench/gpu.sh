@@ -1,0 +1,128 @@
+#!/usr/bin/env bash
+# Everything that takes a GPU, in one go:  bench/gpu.sh OUTPUT_FOLDER [STEP…]
+#
+# Builds for the GPU at hand, runs the GPU tests, the benchmark, the four tools of compute-sanitizer and the remaining
+# tests. Fetches nothing: it uses what $PYTHON (default: python3) holds, which must be torch >= 2.4 with CUDA, pytest
+# and ninja, and an nvcc. OUTPUT_FOLDER gets GPU-NAME.md, the result, brought up to date after every step, GPU-NAME.log
+# with all that was printed, and the benchmark's own files. A step that fails does not keep the others from running; the
+# exit status is 1 if any failed. The steps are those in the list below, in that order, or the ones named.
+set -uo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+python=${PYTHON:-python3}
+
+die() {
+  printf 'bench/gpu.sh: %s\n' "$*" >&2
+  exit 1
+}
+
+(($# >= 1)) || die "name the output folder: bench/gpu.sh OUTPUT_FOLDER [STEP…]"
+output=$1
+shift
+steps=("$@")
+(($#)) || steps=(build report gpu-tests bench bench-half memcheck racecheck initcheck synccheck tests)
+
+gpu=$("$python" - << 'END'
+import importlib.util
+import sys
+
+missing = [name for name in ("torch", "pytest", "ninja") if importlib.util.find_spec(name) is None]
+if missing:
+    sys.exit(f"bench/gpu.sh: {sys.executable} lacks {', '.join(missing)}")
+import torch
+
+if not torch.cuda.is_available():
+    sys.exit(f"bench/gpu.sh: no CUDA device is visible to torch {torch.__version__} of {sys.executable}")
+print(torch.cuda.get_device_name().replace(" ", "-").replace("/", "-"))
+END
+) || exit 1
+
+mkdir -p "$output" || die "cannot make $output"
+output=$(cd "$output" && pwd)
+result=$output/$gpu.md
+log=$output/$gpu.log
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+cd "$root" || exit 1
+commit=$(git describe --always --dirty 2> /dev/null || echo unknown)
+export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} FORCE_CUDA=1
+unset TORCH_CUDA_ARCH_LIST # for this GPU
+: > "$log"
+failed=()
+
+sanitizer() { # TOOL
+  local home tool
+  home=$("$python" -c 'from gc_cuda import _toolkit; print(_toolkit.find_toolkit().home)')
+  tool=$(PATH=$PATH:$home/bin:$home/compute-sanitizer command -v compute-sanitizer) || {
+    echo "skipped: there is no compute-sanitizer on the PATH or in $home"
+    return 77
+  }
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$tool" --tool "$1" --error-exitcode 1 "$python" bench/sanitize.py
+}
+
+run() { # STEP
+  case $1 in
+    build) "$python" setup.py -q build_ext --inplace ;;
+    report)
+      "$python" -m gc_cuda || return
+      command -v nvidia-smi > /dev/null || return 0
+      nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm,clocks.max.mem --format=csv
+      ;;
+    gpu-tests) # which would all be skipped without the CUDA kernels
+      "$python" -c 'from gc_cuda import _extension as e; e.require_cuda()' && "$python" -m pytest tests -m gpu -q -rs
+      ;;
+    bench) "$python" bench/latency.py --output "$output/latency" ;;
+    bench-half) "$python" bench/latency.py --dtype float16 --output "$output/latency-float16" ;;
+    memcheck | racecheck | initcheck | synccheck) sanitizer "$1" ;;
+    tests) "$python" -m pytest tests -m "not gpu" -q -rs ;;
+    *)
+      echo "no such step: $1"
+      return 2
+      ;;
+  esac
+}
+
+# The last line that says something, for the summary.
+last_line() { grep -v '^[[:space:]]*$' "$1" | tail -n 1 | tr -d '|\r' | cut -c 1-150; }
+
+section() { # TITLE FILE [LINES]
+  printf '\n## %s\n\n```\n' "$1"
+  tail -n "${3:-1000000}" "$2"
+  printf '```\n'
+}
+
+write_result() {
+  {
+    printf '# %s\n\ncommit %s, %s\n\n' "$gpu" "$commit" "$(date -u '+%Y-%m-%d %H:%M UTC')"
+    printf '| step | result | seconds | last line |\n|---|---|---|---|\n'
+    cat "$work/rows"
+    for step in report bench bench-half; do
+      [[ ! -s $work/$step.out ]] || section "$step" "$work/$step.out"
+    done
+    for step in "${failed[@]}"; do
+      section "$step failed: its last lines" "$work/$step.all" 60
+    done
+  } > "$result"
+}
+
+for step in "${steps[@]}"; do
+  printf '==> %s\n' "$step"
+  start=$SECONDS
+  run "$step" > "$work/$step.out" 2> "$work/$step.err"
+  status=$?
+  cat "$work/$step.err" "$work/$step.out" > "$work/$step.all"
+  case $status in
+    0) word=passed ;;
+    77) word=skipped ;;
+    *)
+      word="FAILED ($status)"
+      failed+=("$step")
+      tail -n 30 "$work/$step.all"
+      ;;
+  esac
+  { printf '\n==> %s: %s\n' "$step" "$word" && cat "$work/$step.all"; } >> "$log"
+  printf '| %s | %s | %d | %s |\n' "$step" "$word" $((SECONDS - start)) "$(last_line "$work/$step.all")" >> "$work/rows"
+  write_result
+  printf '    %s in %d s\n' "$word" $((SECONDS - start))
+done
+printf '==> result: %s\n' "$result"
+((${#failed[@]} == 0))

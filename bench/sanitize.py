@@ -1,0 +1,87 @@
+"""Runs every operation forward and backward on small CUDA tensors, for compute-sanitizer to watch.
+
+The shapes are small because the sanitizers slow a kernel down a hundredfold, and odd because that is where a
+tile ends inside a vector. What comes out is compared loosely (the tests do it exactly), with the reference on
+the CPU, so that hardly any kernels but ours are watched. PYTORCH_NO_CUDA_MEMORY_CACHING=1 makes every tensor
+an allocation of its own, past whose end memcheck can see.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from types import ModuleType
+
+import torch
+
+import gc_cuda
+from gc_cuda import reference
+
+SHAPES = (
+    (2, 8, 4, 4),  # every vector and tile full
+    (1, 3, 5, 7),  # every tail at once
+    (2, 67, 13, 11),  # no vector width divides C, H or W
+    (1, 32, 40, 67),  # several splits to an image, merged by the last block
+    (3, 260, 7, 7),  # more channels than threads in a block
+)
+OPERATIONS = (
+    "softmax_pool",
+    "attention_pool",
+    "average_pool",
+    "broadcast_add",
+    "broadcast_mul",
+    "broadcast_mul_add",
+)
+LAYOUTS = (torch.contiguous_format, torch.channels_last)
+# Relative to the largest value; a rounding of the result, with room for sums in another order.
+TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+
+def companions(name: str, n: int, c: int, h: int, w: int) -> list[tuple[int, ...]]:
+    """The shapes of what the operation takes besides x."""
+    shapes: dict[str, list[tuple[int, ...]]] = {
+        "softmax_pool": [(n, h * w)],
+        "attention_pool": [(c,)],
+        "average_pool": [],
+        "broadcast_add": [(n, c)],
+        "broadcast_mul": [(n, c)],
+        "broadcast_mul_add": [(n, c), (n, c)],
+    }
+    return shapes[name]
+
+
+def evaluate(module: ModuleType, name: str, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The operation's result and the gradients of its sum."""
+    leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+    out = getattr(module, name)(*leaves)
+    return [out.detach(), *torch.autograd.grad(out, leaves, torch.ones_like(out))]
+
+
+def largest_deviation(name: str, tensors: list[torch.Tensor]) -> float:
+    """From the reference in float64, relative to the largest value of each result."""
+    ours = [result.cpu().double() for result in evaluate(gc_cuda, name, [t.cuda() for t in tensors])]
+    exact = evaluate(reference, name, [t.double() for t in tensors])
+    return max(float((a - b).abs().max() / b.abs().max().clamp(min=1)) for a, b in zip(ours, exact))
+
+
+def main() -> int:
+    if not torch.cuda.is_available():
+        print("bench/sanitize.py needs a CUDA device, and none is visible", file=sys.stderr)
+        return 1
+    torch.manual_seed(0)
+    runs, wrong = 0, 0
+    for name, shape, dtype, layout in itertools.product(OPERATIONS, SHAPES, TOLERANCE, LAYOUTS):
+        x = torch.randn(shape).to(dtype).contiguous(memory_format=layout)
+        others = [torch.randn(size).to(dtype) for size in companions(name, *shape)]
+        deviation = largest_deviation(name, [x, *others])
+        runs += 1
+        if not deviation <= TOLERANCE[dtype]:
+            wrong += 1
+            print(f"{name} {shape} {dtype} {layout}: deviates by {deviation:.3g}")
+    torch.cuda.synchronize()
+    print(f"{runs} runs, {wrong} wrong")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,29 @@
+"""Fused global context block (GCNet) for PyTorch: CUDA and CPU kernels, one read of the map per pass.
+
+``ContextBlock`` is the module; ``softmax_pool``, ``attention_pool``, ``average_pool`` and the ``broadcast_*``
+functions are its parts; ``reference`` has the same in plain PyTorch. ``python -m gc_cuda`` reports the build.
+"""
+
+from gc_cuda import reference
+from gc_cuda.blocks import ContextBlock
+from gc_cuda.functional import (
+    attention_pool,
+    average_pool,
+    broadcast_add,
+    broadcast_mul,
+    broadcast_mul_add,
+    softmax_pool,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ContextBlock",
+    "attention_pool",
+    "average_pool",
+    "broadcast_add",
+    "broadcast_mul",
+    "broadcast_mul_add",
+    "reference",
+    "softmax_pool",
+]

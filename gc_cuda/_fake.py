@@ -1,0 +1,83 @@
+"""Fake (meta) kernels: the shapes, dtypes and strides that the operators return, for torch.compile.
+
+They can be registered only once the extension has defined the operators, hence :func:`register`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch._prims_common import suggest_memory_format
+
+
+def _accumulation(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _feature_map_like(x: Tensor) -> Tensor:
+    # The kernels read NCHW where x is that, else the layout that x suggests, and write what they read.
+    if x.is_contiguous():
+        return torch.empty_like(x, memory_format=torch.contiguous_format)
+    return torch.empty_like(x, memory_format=suggest_memory_format(x))
+
+
+def _per_channel(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.new_empty((x.shape[0], x.shape[1]), dtype=dtype)
+
+
+def _state(x: Tensor) -> Tensor:
+    return x.new_empty((x.shape[0], x.shape[1] + 2), dtype=_accumulation(x))
+
+
+def _dense_like(tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+
+def softmax_pool(x: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+    return _per_channel(x, x.dtype), _state(x)
+
+
+def softmax_pool_backward(
+    grad_context: Tensor, x: Tensor, logits: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    return _feature_map_like(x), _dense_like(logits)
+
+
+def attention_pool(x: Tensor, mask_weight: Tensor, mask_bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    n, _, h, w = x.shape
+    return _per_channel(x, x.dtype), x.new_empty((n, h * w), dtype=_accumulation(x)), _state(x)
+
+
+def attention_pool_backward(
+    grad_context: Tensor, x: Tensor, mask_weight: Tensor, logits: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    return _feature_map_like(x), _dense_like(mask_weight)
+
+
+def pixel_sum(x: Tensor, mean: bool) -> Tensor:
+    return _per_channel(x, x.dtype)
+
+
+def broadcast(x: Tensor, scale: Tensor | None, term: Tensor | None) -> Tensor:
+    return _feature_map_like(x)
+
+
+def broadcast_mul_backward(grad: Tensor, x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return _feature_map_like(x), _per_channel(x, scale.dtype), _per_channel(x, scale.dtype)
+
+
+_KERNELS = (
+    softmax_pool,
+    softmax_pool_backward,
+    attention_pool,
+    attention_pool_backward,
+    pixel_sum,
+    broadcast,
+    broadcast_mul_backward,
+)
+
+
+def register() -> None:
+    """Attach every kernel of this file to the operator of its name."""
+    for kernel in _KERNELS:
+        torch.library.register_fake(f"gc_cuda::{kernel.__name__}", kernel)

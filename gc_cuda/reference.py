@@ -1,0 +1,197 @@
+"""The definition of what is right: the global context block in plain PyTorch.
+
+These are the operations that eager PyTorch runs for mmcv's ``ContextBlock`` (a 1x1 convolution, a softmax
+over the pixels, a matrix product, two broadcasts), with the signatures of the fused ones. They work in every
+floating dtype, on every device and with every stride, they can be differentiated twice, and they are the
+eager peer of the benchmark.
+
+Where a companion of ``x`` (``logits``, ``mask_weight``, ``scale``, ``term``) has a wider dtype, the result is
+computed in that dtype and rounded to that of ``x`` at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+POOLING_TYPES = ("avg", "att")
+FUSION_TYPES = ("channel_add", "channel_mul")
+
+
+def softmax_pool(x: Tensor, logits: Tensor) -> Tensor:
+    """context[n, c] = sum_s softmax(logits[n])[s] * x[n, c, s].
+
+    Args:
+        x: [N, C, H, W].
+        logits: [N, H*W] or [N, 1, H, W].
+
+    Returns:
+        [N, C] in the dtype of ``x``.
+    """
+    n, c, h, w = x.shape
+    dtype = torch.promote_types(x.dtype, logits.dtype)
+    attention = functional.softmax(logits.to(dtype).reshape(n, 1, h * w), dim=2).unsqueeze(-1)  # [N, 1, S, 1]
+    pixels = x.to(dtype).reshape(n, c, h * w).unsqueeze(1)  # [N, 1, C, S]
+    return torch.matmul(pixels, attention).reshape(n, c).to(x.dtype)
+
+
+def attention_pool(x: Tensor, mask_weight: Tensor, mask_bias: Tensor | None = None) -> Tensor:
+    """:func:`softmax_pool` with logits[n, s] = sum_c mask_weight[c] * x[n, c, s] + mask_bias.
+
+    Args:
+        x: [N, C, H, W].
+        mask_weight: C elements, as in [C] or [1, C, 1, 1].
+        mask_bias: one element, or None.
+
+    Returns:
+        [N, C] in the dtype of ``x``.
+    """
+    c = x.shape[1]
+    dtype = torch.promote_types(x.dtype, mask_weight.dtype)
+    bias = None if mask_bias is None else mask_bias.to(dtype).reshape(1)
+    logits = functional.conv2d(x.to(dtype), mask_weight.to(dtype).reshape(1, c, 1, 1), bias)
+    return softmax_pool(x, logits)
+
+
+def average_pool(x: Tensor) -> Tensor:
+    """context[n, c] = mean of x[n, c] over the pixels; [N, C, H, W] -> [N, C]."""
+    return functional.adaptive_avg_pool2d(x, 1).flatten(1)
+
+
+def broadcast_add(x: Tensor, term: Tensor) -> Tensor:
+    """out[n, c, s] = x[n, c, s] + term[n, c]; ``term`` is [N, C] or [N, C, 1, 1]."""
+    return (x + _per_channel(term)).to(x.dtype)
+
+
+def broadcast_mul(x: Tensor, scale: Tensor) -> Tensor:
+    """out[n, c, s] = x[n, c, s] * scale[n, c]; ``scale`` is [N, C] or [N, C, 1, 1]."""
+    return (x * _per_channel(scale)).to(x.dtype)
+
+
+def broadcast_mul_add(x: Tensor, scale: Tensor, term: Tensor) -> Tensor:
+    """out[n, c, s] = x[n, c, s] * scale[n, c] + term[n, c]; both are [N, C] or [N, C, 1, 1]."""
+    return (x * _per_channel(scale) + _per_channel(term)).to(x.dtype)
+
+
+def _per_channel(tensor: Tensor) -> Tensor:
+    return tensor.reshape(*tensor.shape[:2], 1, 1)
+
+
+class ContextBlock(nn.Module):
+    """GCNet's context block (https://arxiv.org/abs/1904.11492) with mmcv's parameters, in eager PyTorch.
+
+    context = attention_pool(x) or average_pool(x); t(context) = W2 ReLU(LN(W1 context + b1)) + b2 with
+    int(in_channels * ratio) hidden units; out = x * sigmoid(t_mul(context)) for "channel_mul", then out +
+    t_add(context) for "channel_add". A new block is the identity (times one half for "channel_mul", as in
+    mmcv): the last convolution of each branch starts at zero.
+
+    Args:
+        in_channels: C, the channels of the feature map.
+        ratio: hidden units per channel.
+        pooling_type: "att" or "avg".
+        fusion_types: a list or tuple of "channel_add" and "channel_mul", at least one.
+        eps: of the layer norms.
+
+    Raises:
+        AssertionError: for an unknown pooling or fusion, or fusion types that are no list or tuple.
+        ValueError: when no hidden unit is left.
+    """
+
+    _abbr_ = "context_block"  # the attribute name under which mmdetection's backbones hold the block
+
+    conv_mask: nn.Conv2d | None
+    channel_add_conv: nn.Sequential | None
+    channel_mul_conv: nn.Sequential | None
+
+    def __init__(
+        self,
+        in_channels: int,
+        ratio: float,
+        pooling_type: str = "att",
+        fusion_types: Sequence[str] = ("channel_add",),
+        eps: float = 1e-5,
+    ) -> None:
+        super().__init__()
+        _check_block_arguments(in_channels, ratio, pooling_type, fusion_types)
+        self.in_channels = in_channels
+        self.ratio = ratio
+        self.planes = int(in_channels * ratio)
+        self.pooling_type = pooling_type
+        self.fusion_types = fusion_types
+        self.eps = eps
+        # The order of construction is mmcv's, so that one random seed gives both the same parameters.
+        self.conv_mask = nn.Conv2d(in_channels, 1, kernel_size=1) if pooling_type == "att" else None
+        self.channel_add_conv = self._new_transform() if "channel_add" in fusion_types else None
+        self.channel_mul_conv = self._new_transform() if "channel_mul" in fusion_types else None
+        self.reset_parameters()
+
+    def _new_transform(self) -> nn.Sequential:
+        return nn.Sequential(
+            nn.Conv2d(self.in_channels, self.planes, kernel_size=1),
+            nn.LayerNorm([self.planes, 1, 1], eps=self.eps),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(self.planes, self.in_channels, kernel_size=1),
+        )
+
+    def reset_parameters(self) -> None:
+        """mmcv's initialisation: Kaiming-normal mask convolution without bias, last convolutions zero."""
+        if self.conv_mask is not None:
+            nn.init.kaiming_normal_(self.conv_mask.weight, a=0, mode="fan_in", nonlinearity="relu")
+            _zero(self.conv_mask.bias)
+        for transform in (self.channel_add_conv, self.channel_mul_conv):
+            if transform is not None:
+                last = transform[-1]
+                assert isinstance(last, nn.Conv2d)
+                _zero(last.weight)
+                _zero(last.bias)
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.in_channels}, ratio={self.ratio:g}, pooling_type={self.pooling_type!r}, "
+            f"fusion_types={tuple(self.fusion_types)!r}, eps={self.eps:g}"
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] -> the same shape and dtype."""
+        if self.conv_mask is not None:
+            context = attention_pool(x, self.conv_mask.weight, self.conv_mask.bias)
+        else:
+            context = average_pool(x)
+        context = context[:, :, None, None]
+        out = x
+        if self.channel_mul_conv is not None:
+            out = out * torch.sigmoid(self.channel_mul_conv(context))
+        if self.channel_add_conv is not None:
+            out = out + self.channel_add_conv(context)
+        return out
+
+
+def _zero(parameter: Tensor | None) -> None:
+    if parameter is not None:
+        nn.init.zeros_(parameter)
+
+
+def _check_block_arguments(
+    in_channels: int, ratio: float, pooling_type: str, fusion_types: Sequence[str]
+) -> None:
+    # Raised by hand: mmcv's callers expect AssertionError, and `python -O` would drop an assert.
+    if pooling_type not in POOLING_TYPES:
+        raise AssertionError(f"pooling_type must be one of {POOLING_TYPES}, got {pooling_type!r}")
+    if not isinstance(fusion_types, (list, tuple)):
+        raise AssertionError(
+            f"fusion_types must be a list or tuple of {FUSION_TYPES}, "
+            f"got {type(fusion_types).__name__} {fusion_types!r}"
+        )
+    if not fusion_types:
+        raise AssertionError(f"fusion_types must name at least one of {FUSION_TYPES}, got {fusion_types!r}")
+    unknown = [fusion for fusion in fusion_types if fusion not in FUSION_TYPES]
+    if unknown:
+        raise AssertionError(f"fusion_types must be among {FUSION_TYPES}, got {unknown[0]!r}")
+    if int(in_channels * ratio) < 1:
+        raise ValueError(
+            f"ratio must leave at least one hidden unit: int(in_channels * ratio) is "
+            f"{int(in_channels * ratio)} for in_channels {in_channels} and ratio {ratio}"
+        )

@@ -1,0 +1,130 @@
+"""Builds gc_cuda._C against the torch of this environment.
+
+`./compile.sh` runs it; so do `python setup.py build_ext --inplace` and `pip install --no-build-isolation .`.
+What the package is called and needs stands in pyproject.toml.
+
+Environment: FORCE_CUDA, CUDA_HOME, TORCH_CUDA_ARCH_LIST (see gc_cuda/_toolkit.py) and MAX_JOBS.
+"""
+
+import importlib.util
+import os
+import re
+import sys
+from pathlib import Path
+
+from setuptools import setup
+from setuptools.command.build import build
+
+os.chdir(Path(__file__).resolve().parent)
+os.environ.setdefault("MAX_JOBS", str(os.cpu_count() or 1))
+
+try:
+    import torch
+except ImportError as error:
+    sys.exit(
+        f"gc_cuda: cannot build, as torch cannot be imported ({error}). The extension is compiled against "
+        "the torch of your environment: install torch >= 2.4, ninja and setuptools there and then "
+        "`pip install --no-build-isolation .`, or run ./compile.sh"
+    )
+
+
+def load_toolkit_module():
+    """gc_cuda/_toolkit.py by its path: importing the package would need what is not built yet."""
+    spec = importlib.util.spec_from_file_location("gc_cuda_toolkit", "gc_cuda/_toolkit.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+toolkit = load_toolkit_module()
+VERSION = re.search(r'^__version__ = "(.+)"$', Path("gc_cuda/__init__.py").read_text(), re.MULTILINE).group(1)
+
+if toolkit.version_tuple(torch.__version__) < (2, 4):
+    sys.exit(f"gc_cuda: needs torch >= 2.4, got {torch.__version__}")
+try:
+    decision = toolkit.decide(
+        torch.version.cuda, [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
+    )
+except toolkit.ToolkitError as error:
+    sys.exit(f"gc_cuda: {error}")
+if decision.toolkit is not None:
+    # Both before torch's builder is imported: it would guess the first from the PATH, which a wrapper script
+    # leads astray, and crashes without the second where no GPU is visible.
+    os.environ["CUDA_HOME"] = decision.toolkit.home
+    os.environ["TORCH_CUDA_ARCH_LIST"] = decision.arch_list
+
+from torch.utils.cpp_extension import (  # noqa: E402
+    BuildExtension,
+    CppExtension,
+    CUDAExtension,
+    include_paths,
+    is_ninja_available,
+)
+
+if not is_ninja_available():
+    # Without it torch's builder would follow neither headers nor flags, and keep a library out of date.
+    sys.exit("gc_cuda: needs ninja to build: pip install ninja")
+
+# One folder for each torch and kind of build: nothing stale is taken over, and going back rebuilds nothing.
+BUILD_BASE = Path("build", f"torch-{torch.__version__}-" + ("cuda" if decision.toolkit else "cpu"))
+
+
+def extension():
+    """gc_cuda._C, with the CUDA sources or without."""
+    macros = {"GC_VERSION": VERSION, "GC_BUILD_TORCH": torch.__version__}
+    # Without those warnings that g++ 12 gives by the hundred for its own AVX-512 intrinsics.
+    cxx = ["-O3", "-g0", "-Wall", "-Wno-uninitialized", "-Wno-maybe-uninitialized", "-Wno-psabi"]
+    for folder in include_paths():
+        cxx += ["-isystem", folder]  # no warnings from torch's headers
+    link = []
+    if "parallel backend: OpenMP" in torch.__config__.parallel_info() and sys.platform != "darwin":
+        # Without it at::parallel_for, a template in torch's headers, compiles to a plain loop.
+        cxx.append("-fopenmp")
+        link.append("-fopenmp")
+    sources = ["csrc/ops.cpp", "csrc/cuda/plan.cpp", *map(str, sorted(Path("csrc/cpu").glob("*.cpp")))]
+    kind, flags = CppExtension, {"cxx": cxx}
+    if decision.toolkit is not None:
+        macros.update(GC_CUDA_VERSION=decision.toolkit.version, GC_ARCH_LIST=decision.arch_list)
+        sources += map(str, sorted(p for p in Path("csrc/cuda").iterdir() if p.suffix in (".cpp", ".cu")))
+        # No -std and no -gencode: torch adds its own, and the latter would switch TORCH_CUDA_ARCH_LIST off.
+        kind, flags["nvcc"] = CUDAExtension, ["-O3", "-Xfatbin", "-compress-all"]
+    define_macros = [(name, f'"{value}"') for name, value in macros.items()]
+    if decision.toolkit is not None:
+        define_macros.append(("GC_WITH_CUDA", None))
+    return kind(
+        "gc_cuda._C",
+        sorted(set(sources)),
+        include_dirs=[str(Path("csrc").resolve())],
+        define_macros=define_macros,
+        extra_compile_args=flags,
+        extra_link_args=link,
+    )
+
+
+class Build(build):
+    """Keeps the builds for different torches apart."""
+
+    def initialize_options(self):
+        super().initialize_options()
+        self.build_base = str(BUILD_BASE)
+
+
+class BuildExt(BuildExtension):
+    """Keeps the objects; those of an editable install would go to a folder that setuptools deletes."""
+
+    def initialize_options(self):
+        super().initialize_options()
+        self.build_temp = str(BUILD_BASE / f"objects-{sys.implementation.cache_tag}")
+
+    def run(self):
+        tail = (
+            ""
+            if not decision.surprising
+            else ". A CUDA build was to be expected: FORCE_CUDA=1 makes this an error"
+        )
+        print(f"gc_cuda {VERSION}: building for {decision.describe()}{tail}", file=sys.stderr, flush=True)
+        super().run()
+
+
+# The licence is given here because old and new setuptools agree on no form of it in pyproject.toml.
+setup(license="Apache-2.0", ext_modules=[extension()], cmdclass={"build": Build, "build_ext": BuildExt})

@@ -1,0 +1,29 @@
+"""Run a function forward and backward on given values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Evaluation(NamedTuple):
+    """What a function returned, and the gradients of its inputs (None where there is none)."""
+
+    out: Tensor
+    gradients: tuple[Tensor | None, ...]
+
+
+def evaluate(
+    function: Callable[..., Tensor],
+    inputs: Sequence[Tensor | None],
+    grad: Tensor,
+    dtype: torch.dtype | None = None,
+) -> Evaluation:
+    """Evaluate at detached inputs, strides kept; with ``dtype``, the values are converted to it first."""
+    leaves = [None if t is None else t.detach().to(dtype or t.dtype).requires_grad_() for t in inputs]
+    out = function(*leaves)
+    out.backward(grad.to(out.dtype))
+    return Evaluation(out.detach(), tuple(None if leaf is None else leaf.grad for leaf in leaves))

@@ -1,0 +1,135 @@
+// broadcast and broadcast_mul_backward (csrc/kernels/broadcast.h) against plain loops.
+#include "feature_map.h"
+#include "shapes.h"
+
+namespace gc::drivers {
+namespace {
+
+enum class Form { kAdd, kMul, kMulAdd };
+
+const char* name_of(Form form) { return form == Form::kAdd ? "add" : form == Form::kMul ? "mul" : "mul_add"; }
+
+template <typename T>
+void run_forward(Form form, const ShapeCase& on, Layout layout, bool wide, SameBits& bits,
+                 const host::Schedule& schedule) {
+  const auto [images, channels, pixels] = on.shape;
+  Numbers numbers(1);
+  FeatureMap<T> x("x", on.shape, layout, Use::kInput, on.misaligned);
+  FeatureMap<T> out("out", on.shape, layout, Use::kOutput, on.misaligned);
+  SmallVector<T> scale("scale", images * channels, wide, Use::kInput);
+  SmallVector<T> term("term", images * channels, wide, Use::kInput);
+  x.fill(numbers, 2);
+  scale.fill(numbers, 1);
+  term.fill(numbers, 3);
+
+  const Plan plan = plan_for<T>(KernelKind::kBroadcast, on.shape, layout, on.multiprocessors, false, on.misaligned);
+  BroadcastArgs args{};
+  args.x = x.buffer().data();
+  if (form != Form::kAdd) args.scale = scale.companion();
+  if (form != Form::kMul) args.term = term.companion();
+  args.out = out.buffer().data();
+  run_launch(plan, schedule, [&] { return launch_broadcast(plan, args, nullptr); });
+
+  for (int n = 0; n < images; ++n) {
+    for (int c = 0; c < channels; ++c) {
+      const double times = form == Form::kAdd ? 1 : scale[n * channels + c];
+      const double plus = form == Form::kMul ? 0 : term[n * channels + c];
+      for (int s = 0; s < pixels; ++s) {
+        const double product = x(n, c, s) * times;
+        const double rounding = 2 * Element<Acc<T>>::roundoff * (std::abs(product) + std::abs(plus));
+        host::require_close("out", out(n, c, s), product + plus, store_error<T>(product + plus) + rounding);
+      }
+    }
+  }
+  require_passes(x.buffer(), 1, 0);
+  require_passes(out.buffer(), 0, 1);
+  bits.check(out.buffer());
+}
+
+template <typename T>
+void run_backward(const ShapeCase& on, Layout layout, bool wide, SameBits& bits, const host::Schedule& schedule) {
+  const auto [images, channels, pixels] = on.shape;
+  Numbers numbers(2);
+  FeatureMap<T> grad("grad", on.shape, layout, Use::kInput, on.misaligned);
+  FeatureMap<T> x("x", on.shape, layout, Use::kInput, on.misaligned);
+  FeatureMap<T> grad_x("grad_x", on.shape, layout, Use::kOutput, on.misaligned);
+  SmallVector<T> scale("scale", images * channels, wide, Use::kInput);
+  SmallVector<T> grad_scale("grad_scale", images * channels, wide, Use::kOutput);
+  SmallVector<T> grad_term("grad_term", images * channels, !wide, Use::kOutput);
+  grad.fill(numbers, 1);
+  x.fill(numbers, 2);
+  scale.fill(numbers, 1);
+
+  const Plan plan =
+      plan_for<T>(KernelKind::kBroadcastMulBackward, on.shape, layout, on.multiprocessors, false, on.misaligned);
+  Buffer<Acc<T>> partial_sums("partial_sums", plan.workspace, Use::kOutput);
+  Tickets tickets(plan);
+  BroadcastMulBackwardArgs args{};
+  args.grad = grad.buffer().data();
+  args.x = x.buffer().data();
+  args.scale = scale.companion();
+  args.grad_x = grad_x.buffer().data();
+  args.grad_scale = grad_scale.out();
+  args.grad_term = grad_term.out();
+  args.partial_sums = partial_sums.data();
+  args.tickets = tickets.data();
+  run_launch(plan, schedule, [&] { return launch_broadcast_mul_backward(plan, args, nullptr); });
+
+  for (int n = 0; n < images; ++n) {
+    for (int c = 0; c < channels; ++c) {
+      const int nc = n * channels + c;
+      double product_sum = 0, product_size = 0, grad_sum = 0, grad_size = 0;
+      for (int s = 0; s < pixels; ++s) {
+        const double g = grad(n, c, s);
+        product_sum += g * x(n, c, s);
+        product_size += std::abs(g * x(n, c, s));
+        grad_sum += g;
+        grad_size += std::abs(g);
+        const double want = g * scale[nc];
+        host::require_close("grad_x", grad_x(n, c, s), want,
+                            store_error<T>(want) + Element<Acc<T>>::roundoff * std::abs(want));
+      }
+      const double error = sum_error<T>(pixels);
+      host::require_close("grad_scale", grad_scale[nc], product_sum,
+                          grad_scale.store_error(product_sum) + error * product_size);
+      host::require_close("grad_term", grad_term[nc], grad_sum, grad_term.store_error(grad_sum) + error * grad_size);
+    }
+  }
+  tickets.check();
+  require_passes(grad.buffer(), 1, 0);
+  require_passes(x.buffer(), 1, 0);
+  require_passes(grad_x.buffer(), 0, 1);
+  bits.check(grad_x.buffer());
+  if (plan.workspace > 0) bits.check(partial_sums);
+}
+
+std::vector<host::Case> cases() {
+  std::vector<host::Case> list;
+  for (const ShapeCase& on : shape_cases()) {
+    for (const Layout layout : kLayouts) {
+      each_type(on.all_types, [&](auto element) {
+        using T = decltype(element);
+        const std::string name = std::string("-") + Element<T>::name + "-" + gc::name_of(layout) + "-" +
+                                 on.shape.to_string() + (on.misaligned ? "+" + std::to_string(on.misaligned) : "");
+        // Small vectors in the element's type and in the accumulation type take turns.
+        bool wide = list.size() % 2 == 0;
+        for (const Form form : {Form::kAdd, Form::kMul, Form::kMulAdd}) {
+          wide = !wide;
+          auto bits = std::make_shared<SameBits>();
+          list.push_back({name_of(form) + name, on.reason, [=](const host::Schedule& schedule) {
+                            run_forward<T>(form, on, layout, wide, *bits, schedule);
+                          }});
+        }
+        auto bits = std::make_shared<SameBits>();
+        list.push_back({"mul_backward" + name, on.reason,
+                        [=](const host::Schedule& schedule) { run_backward<T>(on, layout, wide, *bits, schedule); }});
+      });
+    }
+  }
+  return list;
+}
+
+}  // namespace
+}  // namespace gc::drivers
+
+int main(int argc, char** argv) { return gc::host::run_cases(argc, argv, gc::drivers::cases()); }

@@ -1,0 +1,184 @@
+// pool_backward (csrc/kernels/pool_backward.h), after pixel_dot where a block cannot hold all channels, against plain
+// loops over the formula. What the forward pass leaves behind (logits and state) is made here, rounded as it would be.
+#include "feature_map.h"
+#include "shapes.h"
+
+namespace gc::drivers {
+namespace {
+
+template <typename T>
+struct Backward {
+  using A = Acc<T>;
+
+  bool mask;
+  ShapeCase on;
+  Layout layout;
+  bool wide;  // the small vectors
+
+  FeatureMap<T> x{"x", on.shape, layout, Use::kInput, on.misaligned};
+  SmallVector<T> grad_context{"grad_context", channels_in_all(), wide, Use::kInput};
+  SmallVector<T> mask_weight{"mask_weight", static_cast<std::size_t>(on.shape.channels), wide, Use::kInput};
+  SmallVector<T> logits{"logits", pixels_in_all(), mask || wide, Use::kInput};
+  Buffer<A> state{"state", channels_in_all() + 2 * on.shape.images, Use::kInput};
+
+  FeatureMap<T> grad_x{"grad_x", on.shape, layout, Use::kOutput, on.misaligned};
+  SmallVector<T> grad_logits{"grad_logits", pixels_in_all(), wide, Use::kOutput};
+  SmallVector<T> grad_weight{"grad_weight", static_cast<std::size_t>(on.shape.channels), !wide, Use::kOutput};
+
+  Backward(bool mask_, const ShapeCase& on_, Layout layout_, bool wide_)
+      : mask(mask_), on(on_), layout(layout_), wide(wide_) {
+    Numbers numbers(5);
+    x.fill(numbers, 2);
+    grad_context.fill(numbers, 1);
+    mask_weight.fill(numbers, 1);
+    logits.fill(numbers, 2);
+    // Padding: pixels without weight, whose gradient is 0.
+    for (int s = 0; s < on.shape.pixels / 8; ++s) logits.set(s, -std::numeric_limits<double>::infinity());
+    for (int n = 0; n < on.shape.images; ++n) set_state(n);
+  }
+
+  std::size_t pixels_in_all() const { return static_cast<std::size_t>(on.shape.images) * on.shape.pixels; }
+  std::size_t channels_in_all() const { return static_cast<std::size_t>(on.shape.images) * on.shape.channels; }
+  std::size_t state0(int n) const { return static_cast<std::size_t>(n) * (on.shape.channels + 2); }
+
+  void set_state(int n) {
+    const auto [images, channels, pixels] = on.shape;
+    const std::size_t n0 = static_cast<std::size_t>(n) * pixels;
+    double m = -std::numeric_limits<double>::infinity(), z = 0;
+    for (int s = 0; s < pixels; ++s) m = std::max(m, logits[n0 + s]);
+    for (int s = 0; s < pixels; ++s) z += std::exp(logits[n0 + s] - m);
+    state[state0(n)] = static_cast<A>(m);
+    state[state0(n) + 1] = static_cast<A>(z);
+    for (int c = 0; c < channels; ++c) {
+      double sum = 0;
+      for (int s = 0; s < pixels; ++s) sum += std::exp(logits[n0 + s] - m) / z * x(n, c, s);
+      state[state0(n) + 2 + c] = static_cast<A>(sum);
+    }
+  }
+
+  void run(const host::Schedule& schedule, SameBits& bits) {
+    const KernelKind kind = mask ? KernelKind::kPoolBackwardMask : KernelKind::kPoolBackwardLogits;
+    const auto plan_of = [&](KernelKind wanted, bool dots_given) {
+      return plan_for<T>(wanted, on.shape, layout, on.multiprocessors, dots_given, on.misaligned);
+    };
+    Plan plan = plan_of(kind, false);
+    const bool two_passes = !plan.holds_channels;
+    Buffer<A> dots("dots", two_passes ? pixels_in_all() : 0, Use::kOutput);
+    PoolBackwardArgs args{};
+    if (two_passes) {
+      run_pixel_dot(plan_of(KernelKind::kPixelDot, false), dots, schedule);
+      plan = plan_of(kind, true);
+      args.dots = dots.data();
+    }
+    const int splits = plan.walk.splits;
+    Buffer<A> partial_weight("partial_weight", mask ? channels_in_all() * splits : 0, Use::kOutput);
+    Buffer<A> image_weight("image_weight", mask ? channels_in_all() : 0, Use::kOutput);
+    host::require(static_cast<std::size_t>(plan.workspace) == partial_weight.size() + image_weight.size(),
+                  "workspace of " + plan.to_string());
+    Tickets tickets(plan);
+    args.x = x.buffer().data();
+    args.grad_context = grad_context.companion();
+    args.logits = logits.companion();
+    args.state = state.data();
+    args.grad_x = grad_x.buffer().data();
+    if (mask) {
+      args.mask_weight = mask_weight.companion();
+      args.grad_weight = grad_weight.out();
+      args.partial_weight = partial_weight.data();
+      args.image_weight = image_weight.data();
+      args.tickets = tickets.data();
+    } else {
+      args.grad_logits = grad_logits.out();
+    }
+    run_launch(plan, schedule, [&] { return launch_pool_backward(plan, args, nullptr); });
+    tickets.check();
+    require_passes(x.buffer(), two_passes ? 2 : 1, 0);
+    require_passes(grad_x.buffer(), 0, 1);
+    bits.check(grad_x.buffer());
+    if (mask) bits.check(image_weight);
+  }
+
+  void run_pixel_dot(const Plan& plan, Buffer<A>& dots, const host::Schedule& schedule) {
+    PixelDotArgs args{};
+    args.x = x.buffer().data();
+    args.vector = grad_context.companion();
+    args.image_stride = on.shape.channels;
+    args.dots = dots.data();
+    run_launch(plan, schedule, [&] { return launch_pixel_dot(plan, args, nullptr); });
+  }
+
+  void check() const {
+    const auto [images, channels, pixels] = on.shape;
+    const double roundoff = Element<A>::roundoff;
+    std::vector<double> weight_sum(channels, 0), weight_error(channels, 0);
+    for (int n = 0; n < images; ++n) {
+      const std::size_t c0 = static_cast<std::size_t>(n) * channels;
+      double context_dot = 0, context_size = 0;
+      for (int c = 0; c < channels; ++c) {
+        context_dot += grad_context[c0 + c] * state[state0(n) + 2 + c];
+        context_size += std::abs(grad_context[c0 + c] * state[state0(n) + 2 + c]);
+      }
+      for (int s = 0; s < pixels; ++s) {
+        const std::size_t ns = static_cast<std::size_t>(n) * pixels + s;
+        double dot = 0, size = context_size;
+        for (int c = 0; c < channels; ++c) {
+          dot += grad_context[c0 + c] * x(n, c, s);
+          size += std::abs(grad_context[c0 + c] * x(n, c, s));
+        }
+        const double below = logits[ns] - state[state0(n)];
+        const double attention = std::exp(below) / state[state0(n) + 1];
+        const double attention_error = attention == 0 ? 0 : attention * roundoff * (6 - 2 * below);
+        const double grad_logit = attention * (dot - context_dot);
+        const double logit_error = attention * sum_error<T>(channels) * size + attention_error * size;
+        if (!mask) {
+          host::require_close("grad_logits", grad_logits[ns], grad_logit,
+                              grad_logits.store_error(grad_logit) + logit_error);
+        }
+        for (int c = 0; c < channels; ++c) {
+          const double w = mask ? mask_weight[c] : 0;
+          const double direct = attention * grad_context[c0 + c], through = grad_logit * w;
+          const double error = std::abs(grad_context[c0 + c]) * attention_error + std::abs(w) * logit_error +
+                               4 * roundoff * (std::abs(direct) + std::abs(through));
+          host::require_close("grad_x", grad_x(n, c, s), direct + through, store_error<T>(direct + through) + error);
+          const double part = grad_logit * x(n, c, s);
+          weight_sum[c] += part;
+          weight_error[c] += std::abs(x(n, c, s)) * logit_error + sum_error<T>(images * pixels) * std::abs(part);
+        }
+      }
+    }
+    for (int c = 0; mask && c < channels; ++c) {
+      host::require_close("grad_weight", grad_weight[c], weight_sum[c],
+                          grad_weight.store_error(weight_sum[c]) + weight_error[c]);
+    }
+  }
+};
+
+std::vector<host::Case> cases() {
+  std::vector<host::Case> list;
+  bool wide = false;  // small vectors in the element's type and in the accumulation type take turns
+  for (const ShapeCase& on : shape_cases()) {
+    for (const Layout layout : kLayouts) {
+      each_type(on.all_types, [&](auto element) {
+        using T = decltype(element);
+        for (const bool mask : {true, false}) {
+          wide = !wide;
+          const std::string name = std::string(mask ? "mask" : "logits") + "-" + Element<T>::name + "-" +
+                                   gc::name_of(layout) + "-" + on.shape.to_string() +
+                                   (on.misaligned ? "+" + std::to_string(on.misaligned) : "");
+          auto bits = std::make_shared<SameBits>();
+          list.push_back({name, on.reason, [=, wide = wide](const host::Schedule& schedule) {
+                            Backward<T> backward(mask, on, layout, wide);
+                            backward.run(schedule, *bits);
+                            backward.check();
+                          }});
+        }
+      });
+    }
+  }
+  return list;
+}
+
+}  // namespace
+}  // namespace gc::drivers
+
+int main(int argc, char** argv) { return gc::host::run_cases(argc, argv, gc::drivers::cases()); }

@@ -1,0 +1,249 @@
+// pool_forward (csrc/kernels/pool_forward.h), after pixel_dot where a block cannot hold all channels, against plain
+// loops.
+#include <limits>
+
+#include "feature_map.h"
+#include "shapes.h"
+
+namespace gc::drivers {
+namespace {
+
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
+
+const char* name_of(Weighting weighting) {
+  return weighting == Weighting::kMask ? "mask" : weighting == Weighting::kLogits ? "logits" : "uniform";
+}
+
+// What is put into x and the logits on top of random numbers. Image 0 always keeps the random ones.
+enum class Special { kNone, kAllMinusInfinity, kFirstHalfMinusInfinity, kPlusInfinity, kNaN, kInfiniteX, kFarFromZero };
+
+template <typename T>
+struct Pooling {
+  using A = Acc<T>;
+
+  Weighting weighting;
+  ShapeCase on;
+  Layout layout;
+  bool wide;  // the small vectors
+  Special special;
+
+  FeatureMap<T> x{"x", on.shape, layout, Use::kInput, on.misaligned};
+  SmallVector<T> mask_weight{"mask_weight", static_cast<std::size_t>(on.shape.channels), wide, Use::kInput};
+  SmallVector<T> mask_bias{"mask_bias", 1, wide, Use::kInput};
+  SmallVector<T> given_logits{"given_logits", pixels_in_all(), wide, Use::kInput};
+  double factor = 1.0 / on.shape.pixels;
+
+  Buffer<A> logits{"logits", pixels_in_all(), Use::kOutput};
+  Buffer<T> context{"context", channels_in_all(), Use::kOutput};
+  Buffer<A> state{"state", channels_in_all() + 2 * on.shape.images, Use::kOutput};
+
+  Pooling(Weighting weighting_, const ShapeCase& on_, Layout layout_, bool wide_, Special special_)
+      : weighting(weighting_), on(on_), layout(layout_), wide(wide_), special(special_) {
+    Numbers numbers(3);
+    x.fill(numbers, 2);
+    mask_weight.fill(numbers, 2 / std::sqrt(on.shape.channels));
+    mask_bias.set(0, 0.75);
+    given_logits.fill(numbers, 3);
+    for (int n = 1; n < on.shape.images; ++n) add_special(n);
+  }
+
+  std::size_t pixels_in_all() const { return static_cast<std::size_t>(on.shape.images) * on.shape.pixels; }
+  std::size_t channels_in_all() const { return static_cast<std::size_t>(on.shape.images) * on.shape.channels; }
+
+  void add_special(int n) {
+    const int pixels = on.shape.pixels;
+    for (int s = 0; s < pixels; ++s) {
+      const std::size_t ns = static_cast<std::size_t>(n) * pixels + s;
+      if (special == Special::kAllMinusInfinity) given_logits.set(ns, -kInfinity);
+      if (special == Special::kFirstHalfMinusInfinity && s < pixels / 2) given_logits.set(ns, -kInfinity);
+      if (special == Special::kFarFromZero) given_logits.set(ns, 512 * std::floor(given_logits[ns]) + 8000);
+      if (s != pixels / 3) continue;
+      if (special == Special::kPlusInfinity) given_logits.set(ns, kInfinity);
+      if (special == Special::kNaN) given_logits.set(ns, kNaN), x.set(n, 0, s, kNaN);
+      // A weight of exactly 0 meets an infinite x: the result is NaN, not skipped.
+      if (special == Special::kInfiniteX) given_logits.set(ns, -kInfinity), x.set(n, 1, s, kInfinity);
+    }
+  }
+
+  void run(const host::Schedule& schedule) {
+    const KernelKind kinds[] = {KernelKind::kPoolMask, KernelKind::kPoolLogits, KernelKind::kPoolUniform};
+    const auto plan_of = [&](KernelKind kind, bool dots_given) {
+      return plan_for<T>(kind, on.shape, layout, on.multiprocessors, dots_given, on.misaligned);
+    };
+    Plan plan = plan_of(kinds[static_cast<int>(weighting)], false);
+    PoolForwardArgs args{};
+    args.x = x.buffer().data();
+    args.factor = factor;
+    if (weighting == Weighting::kLogits) args.given_logits = given_logits.companion();
+    if (weighting == Weighting::kMask && plan.holds_channels) {
+      args.mask_weight = mask_weight.companion();
+      args.mask_bias = mask_bias.companion();
+      args.logits = logits.data();
+    } else if (weighting == Weighting::kMask) {
+      run_pixel_dot(plan_of(KernelKind::kPixelDot, false), schedule);
+      plan = plan_of(KernelKind::kPoolLogits, true);
+      args.given_logits = {logits.data(), true};
+    }
+    const int splits = plan.walk.splits;
+    Buffer<A> partial_context("partial_context", splits > 1 ? channels_in_all() * splits : 0, Use::kOutput);
+    const bool softmax = weighting != Weighting::kUniform;
+    Buffer<A> partial_stats("partial_stats", splits > 1 && softmax ? on.shape.images * plan.chunks * splits * 2 : 0,
+                            Use::kOutput);
+    host::require(static_cast<std::size_t>(plan.workspace) == partial_context.size() + partial_stats.size(),
+                  "workspace of " + plan.to_string());
+    Tickets tickets(plan);
+    args.context = context.data();
+    if (softmax) args.state = state.data();
+    args.partial_context = partial_context.data();
+    args.partial_stats = partial_stats.data();
+    args.tickets = tickets.data();
+    run_launch(plan, schedule, [&] { return launch_pool_forward(plan, args, nullptr); });
+    tickets.check();
+    const bool two_passes = weighting == Weighting::kMask && args.logits == nullptr;
+    require_passes(x.buffer(), two_passes ? 2 : 1, 0);
+    if (weighting == Weighting::kMask && !two_passes) require_passes(logits, 0, 1);
+  }
+
+  void run_pixel_dot(const Plan& plan, const host::Schedule& schedule) {
+    PixelDotArgs args{};
+    args.x = x.buffer().data();
+    args.vector = mask_weight.companion();
+    args.bias = mask_bias.companion();
+    args.dots = logits.data();
+    run_launch(plan, schedule, [&] { return launch_pixel_dot(plan, args, nullptr); });
+  }
+
+  // softmax as PyTorch has it: NaN for a logit of NaN or +inf, and where all are -inf.
+  void check() const {
+    const auto [images, channels, pixels] = on.shape;
+    for (int n = 0; n < images; ++n) {
+      std::vector<double> logit(pixels, 0), attention(pixels, weighting == Weighting::kUniform ? factor : 0);
+      double logit_error = 0, attention_error = 0;  // the latter relative
+      if (weighting != Weighting::kUniform) {
+        for (int s = 0; s < pixels; ++s) logit_error = std::max(logit_error, expect_logit(n, s, logit[s]));
+        attention_error = expect_attention(n, logit, logit_error, attention);
+      }
+      for (int c = 0; c < channels; ++c) {
+        double sum = 0, size = 0;
+        for (int s = 0; s < pixels; ++s) {
+          sum += attention[s] * x(n, c, s);
+          size += std::abs(attention[s] * x(n, c, s));
+        }
+        const double error = (attention_error + sum_error<T>(pixels)) * size;
+        const std::size_t nc = static_cast<std::size_t>(n) * channels + c;
+        host::require_close("context", to_acc(context[nc]), sum, error + store_error<T>(sum));
+        if (weighting != Weighting::kUniform) {
+          host::require_close("context in state", state[nc + 2 * (n + 1)], sum, error + store_error<A>(sum));
+        }
+      }
+    }
+  }
+
+ private:
+  // Sets the logit and returns its error.
+  double expect_logit(int n, int s, double& logit) const {
+    const auto [images, channels, pixels] = on.shape;
+    const std::size_t ns = static_cast<std::size_t>(n) * pixels + s;
+    if (weighting == Weighting::kLogits) {
+      logit = given_logits[ns];
+      return 0;
+    }
+    double size = std::abs(mask_bias[0]);
+    logit = mask_bias[0];
+    for (int c = 0; c < channels; ++c) {
+      logit += mask_weight[c] * x(n, c, s);
+      size += std::abs(mask_weight[c] * x(n, c, s));
+    }
+    const double error = sum_error<T>(channels + 1) * size;
+    host::require_close("logit", logits[ns], logit, error);
+    return std::isfinite(error) ? error : 0;
+  }
+
+  // Sets the attention, checks the state's maximum and sum, and returns the attention's relative error.
+  double expect_attention(int n, const std::vector<double>& logit, double logit_error,
+                          std::vector<double>& attention) const {
+    const auto [images, channels, pixels] = on.shape;
+    double most = -kInfinity, least = kInfinity, z = 0;
+    for (const double l : logit) {
+      if (std::isnan(l) || l > most) most = l;
+      if (std::isnan(most)) break;
+      if (l > -kInfinity) least = std::min(least, l);
+    }
+    for (int s = 0; s < pixels; ++s) z += attention[s] = std::exp(logit[s] - most);
+    for (double& a : attention) a /= z;
+    if (!std::isfinite(most)) return 0;  // all attention is NaN
+    // Of exp(d): its argument's error, and that of d * log2(e) before exp2.
+    const double error = 2 * logit_error + Element<A>::roundoff * (4 + 2 * std::min(most - least, 100.0));
+    const std::size_t n0 = static_cast<std::size_t>(n) * (channels + 2);
+    host::require_close("m", state[n0], most, logit_error);
+    host::require_close("z", state[n0 + 1], z, (error + sum_error<T>(pixels)) * z);
+    return error + sum_error<T>(pixels);
+  }
+};
+
+template <typename T>
+host::Case case_of(const std::string& name, const char* reason, Weighting weighting, const ShapeCase& on, Layout layout,
+                   bool wide, Special special) {
+  auto bits = std::make_shared<SameBits>();
+  return {name, reason, [=](const host::Schedule& schedule) {
+            Pooling<T> pooling(weighting, on, layout, wide, special);
+            pooling.run(schedule);
+            pooling.check();
+            bits->check(pooling.context);
+            if (weighting != Weighting::kUniform) bits->check(pooling.state);
+          }};
+}
+
+std::vector<host::Case> cases() {
+  std::vector<host::Case> list;
+  bool wide = false;  // small vectors in the element's type and in the accumulation type take turns
+  for (const ShapeCase& on : shape_cases()) {
+    for (const Layout layout : kLayouts) {
+      each_type(on.all_types, [&](auto element) {
+        using T = decltype(element);
+        for (const Weighting weighting : {Weighting::kMask, Weighting::kLogits, Weighting::kUniform}) {
+          wide = !wide;
+          const std::string name = std::string(name_of(weighting)) + "-" + Element<T>::name + "-" +
+                                   gc::name_of(layout) + "-" + on.shape.to_string() +
+                                   (on.misaligned ? "+" + std::to_string(on.misaligned) : "");
+          list.push_back(case_of<T>(name, on.reason, weighting, on, layout, wide, Special::kNone));
+        }
+      });
+    }
+  }
+  struct SpecialCase {
+    Special special;
+    const char* name;
+    const char* reason;
+    bool with_mask;
+  };
+  const SpecialCase specials[] = {
+      {Special::kAllMinusInfinity, "all_minus_inf", "an image with no weight anywhere is NaN", false},
+      {Special::kFirstHalfMinusInfinity, "half_minus_inf", "whole splits without weight contribute 0", false},
+      {Special::kPlusInfinity, "plus_inf", "a logit of +inf makes its image NaN", false},
+      {Special::kNaN, "nan", "a NaN makes its image NaN, and no other", true},
+      {Special::kInfiniteX, "inf_times_0", "0 * inf is NaN, in its channel only", false},
+      {Special::kFarFromZero, "far_from_zero", "logits of 10^4, far apart: no overflow, no cancellation", false},
+  };
+  const ShapeCase on = {{3, 20, 332}, 12, true, 0, ""};
+  for (const SpecialCase& special : specials) {
+    for (const Layout layout : kLayouts) {
+      each_type(true, [&](auto element) {
+        using T = decltype(element);
+        for (const Weighting weighting : {Weighting::kLogits, Weighting::kMask}) {
+          if (weighting == Weighting::kMask && !special.with_mask) continue;
+          const std::string name =
+              std::string(name_of(weighting)) + "-" + Element<T>::name + "-" + gc::name_of(layout) + "-" + special.name;
+          list.push_back(case_of<T>(name, special.reason, weighting, on, layout, true, special.special));
+        }
+      });
+    }
+  }
+  return list;
+}
+
+}  // namespace
+}  // namespace gc::drivers
+
+int main(int argc, char** argv) { return gc::host::run_cases(argc, argv, gc::drivers::cases()); }

@@ -1,0 +1,55 @@
+// Lets the launch files of csrc/cuda run kernels on the CPU. hostbuild.py compiles their text with every
+//
+//   kernel<<<grid, threads, shared_bytes, stream>>>(args)   made   gc::host::launch_kernel(kernel, grid, ...)(args)
+//
+// so that what is tested includes the dispatch from a plan to a template and the launch's own numbers. Drivers say,
+// with LaunchFiles, under which schedule launches run from now on, and get what a launch did wrong as an exception.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "scheduler.h"
+
+namespace gc::host {
+
+// The schedule of the launches to come, and what the last one reported.
+struct LaunchFiles {
+  static Schedule schedule;
+  static LaunchReport last;
+};
+
+// What cudaFuncSetAttribute allows a kernel; 48 KB at least.
+int shared_limit_of(const void* kernel);
+
+template <typename Args>
+class KernelLaunch {
+ public:
+  KernelLaunch(void (*kernel)(Args), dim3 grid, int threads, int shared_bytes)
+      : kernel_(kernel), grid_(grid), threads_(threads), shared_bytes_(shared_bytes) {}
+
+  void operator()(const Args& args) const {
+    const Grid grid{static_cast<int>(grid_.x), static_cast<int>(grid_.y), static_cast<int>(grid_.z)};
+    const int limit = shared_limit_of(reinterpret_cast<const void*>(kernel_));
+    LaunchFiles::last =
+        host::launch(grid, threads_, shared_bytes_, LaunchFiles::schedule, [&] { kernel_(args); }, limit);
+  }
+
+ private:
+  void (*kernel_)(Args);
+  dim3 grid_;
+  int threads_;
+  int shared_bytes_;
+};
+
+template <typename Args>
+KernelLaunch<Args> launch_kernel(void (*kernel)(Args), dim3 grid, int threads, int shared_bytes, cudaStream_t) {
+  return {kernel, grid, threads, shared_bytes};
+}
+
+}  // namespace gc::host
+
+// As cuda_runtime.h has it for nvcc.
+template <typename Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute attribute, int value) {
+  return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), attribute, value);
+}

@@ -1,0 +1,85 @@
+"""Every barrier and fence of the kernels is necessary: with any dropped, drivers of the race build fail.
+
+The sites are those of csrc/kernels/sites.h. With --drop-site a driver does what GC_DROP_SITE does,
+without compiling: the harness's barrier() or fence() returns at once for that site.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+
+import hostbuild
+import pytest
+from hostbuild import Driver
+
+Drivers = Callable[[str, str], Driver]
+
+# One seed is enough: see runtime/race.h.
+ONE_SCHEDULE = ("--schedule", "random:2", "--first")
+REPORTS = ("data race", "uninitialised", "deadlock", "divergent barrier", "got")
+
+
+def sites() -> list[str]:
+    """The names of the enum Site, by number."""
+    text = (hostbuild.ROOT / "csrc" / "kernels" / "sites.h").read_text()
+    body = re.search(r"enum Site\b[^{]*\{(.*?)\}", re.sub(r"//.*", "", text), re.DOTALL)
+    assert body is not None, "sites.h has no enum Site"
+    names = [name.strip() for name in body[1].split(",") if name.strip()]
+    assert names[-1] == "kSiteCount"
+    assert not any("=" in name for name in names), "sites are numbered from 0 on"
+    return names[:-1]
+
+
+SITES = sites()
+KERNEL_DRIVERS = hostbuild.drivers()
+with_race_drivers = [pytest.mark.needs_driver(name, "race") for name in KERNEL_DRIVERS]
+
+
+@pytest.fixture(scope="module")
+def reached(driver: Drivers) -> dict[str, set[int]]:
+    """Which sites each driver comes to when nothing is dropped."""
+    found = {}
+    for name in KERNEL_DRIVERS:
+        code, output = driver(name, "race")("--schedule", "ascending:0")
+        assert code == 0, output
+        last = re.search(r"; sites(.*)$", output)
+        assert last is not None, output
+        found[name] = set(map(int, last[1].split()))
+    return found
+
+
+@pytest.fixture(scope="module")
+def findings(request: pytest.FixtureRequest) -> Iterator[dict[str, str]]:
+    """What found each dropped site; printed as a table at the end."""
+    table: dict[str, str] = {}
+    yield table
+    width = max(map(len, SITES))
+    lines = [f"{site:{width}}  {table.get(site, 'not found, or not run')}" for site in SITES]
+    request.config.stash[hostbuild.TABLES].append(
+        "What found each dropped barrier and fence\n" + "\n".join(lines)
+    )
+
+
+class TestEverySiteIsNecessary:
+    pytestmark = with_race_drivers
+
+    @pytest.mark.parametrize("site", SITES)
+    def test_drop(
+        self, driver: Drivers, reached: dict[str, set[int]], findings: dict[str, str], site: str
+    ) -> None:
+        number = SITES.index(site)
+        users = [name for name in KERNEL_DRIVERS if number in reached[name]]
+        assert users, f"no driver comes to {site}"
+        silent = []
+        for name in users:
+            code, output = driver(name, "race")("--drop-site", str(number), *ONE_SCHEDULE)
+            report = re.search(r"^FAIL (\S+), schedule \S+ (.*)$", output, re.MULTILINE)
+            if code == 1 and report is not None:
+                assert any(word in report[2] for word in REPORTS), report[0]
+                findings.setdefault(site, f"{name}: {report[1]} {report[2][:110]}")
+            else:
+                silent.append(name)
+        assert site in findings, f"dropping {site} goes unnoticed: it is redundant, or no case needs it"
+        # Each kernel that has the site needs it.
+        assert not silent, f"dropping {site} is noticed, but not by {silent}"

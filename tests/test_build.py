@@ -1,0 +1,343 @@
+"""What gets built: finding the toolkit, CUDA or not, the architectures, and the words where it cannot be."""
+
+from __future__ import annotations
+
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from gc_cuda import _extension, _toolkit
+from gc_cuda._toolkit import ToolkitError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def write_program(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return path
+
+
+def make_toolkit(home: Path, version: str = "13.0") -> Path:
+    """A folder whose bin/nvcc answers as the real one does."""
+    write_program(
+        home / "bin" / "nvcc",
+        f"""case $1 in
+          --version) echo "Cuda compilation tools, release {version}, V{version}.88" ;;
+          --dryrun) printf '#$ _HERE_={home}/bin\\n#$ TOP={home}/bin/..\\n#$ PATH=/x\\n' >&2 ;;
+          *) exit 1 ;;
+        esac""",
+    )
+    return home
+
+
+@pytest.fixture
+def toolkit(tmp_path: Path) -> Path:
+    return make_toolkit(tmp_path / "cuda-13.0")
+
+
+def decide(
+    torch_cuda: str | None,
+    environ: dict[str, str],
+    capabilities: tuple[tuple[int, int], ...] = (),
+) -> _toolkit.Decision:
+    return _toolkit.decide(torch_cuda, capabilities, environ, default_home="/nowhere")
+
+
+# Finding the toolkit
+
+
+@pytest.mark.parametrize("variable", ["CUDA_HOME", "CUDA_PATH"])
+def test_environment_names_the_toolkit(toolkit: Path, variable: str) -> None:
+    found = _toolkit.find_toolkit({variable: str(toolkit), "PATH": ""}, "/nowhere")
+    assert found == (str(toolkit), "13.0", variable)
+
+
+def test_wrapper_on_the_path_leads_to_the_toolkit_itself(toolkit: Path, tmp_path: Path) -> None:
+    wrapper = write_program(tmp_path / "local" / "bin" / "nvcc", f'exec {toolkit}/bin/nvcc "$@"')
+    found = _toolkit.find_toolkit({"PATH": f"{wrapper.parent}:{os.defpath}"}, "/nowhere")
+    assert found.home == str(toolkit)
+    assert str(wrapper) in found.found_by
+
+
+def test_home_is_without_dots_and_links(toolkit: Path, tmp_path: Path) -> None:
+    link = tmp_path / "cuda"
+    link.symlink_to(toolkit)
+    assert _toolkit.find_toolkit({"PATH": ""}, str(link)).home == str(toolkit)
+    assert _toolkit.find_toolkit({"CUDA_HOME": f"{toolkit}/bin/..", "PATH": ""}).home == str(toolkit)
+
+
+def test_cuda_home_comes_before_the_path(toolkit: Path, tmp_path: Path) -> None:
+    other = make_toolkit(tmp_path / "cuda-12.4", "12.4")
+    found = _toolkit.find_toolkit({"CUDA_HOME": str(other), "PATH": f"{toolkit}/bin:{os.defpath}"})
+    assert found.version == "12.4"
+
+
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [("exit 3", "failed"), ("echo nothing", "TOP"), ("echo '#$ TOP=/not/there'", "no bin/nvcc")],
+    ids=["fails", "says nothing", "leads nowhere"],
+)
+def test_useless_nvcc_is_named(tmp_path: Path, script: str, words: str) -> None:
+    nvcc = write_program(tmp_path / "bin" / "nvcc", script)
+    with pytest.raises(ToolkitError, match=words) as caught:
+        _toolkit.find_toolkit({"PATH": str(nvcc.parent)}, "/nowhere")
+    assert str(nvcc) in str(caught.value)
+
+
+def test_nothing_found_says_where_it_looked() -> None:
+    with pytest.raises(ToolkitError, match=r"CUDA_HOME.*PATH.*/nowhere"):
+        _toolkit.find_toolkit({"PATH": ""}, "/nowhere")
+
+
+# CUDA or not
+
+
+def test_cuda_is_built_when_torch_and_toolkit_are_there(toolkit: Path) -> None:
+    decision = decide("13.0", {"CUDA_HOME": str(toolkit), "PATH": ""})
+    assert decision.toolkit is not None
+    assert not decision.surprising
+    line = decision.describe()
+    for word in ("CUDA", "13.0", str(toolkit), "CUDA_HOME", "12.0+PTX", "no GPU is visible"):
+        assert word in line
+
+
+def test_torch_without_cuda_gives_a_cpu_build(toolkit: Path) -> None:
+    decision = decide(None, {"CUDA_HOME": str(toolkit), "PATH": ""})
+    assert decision.toolkit is None
+    assert not decision.surprising
+    assert decision.describe() == "CPU only (torch was made without CUDA)"
+
+
+def test_missing_toolkit_gives_a_cpu_build_but_not_silently() -> None:
+    decision = decide("13.0", {"PATH": ""})
+    assert decision.toolkit is None
+    assert decision.surprising
+    assert "torch has CUDA 13.0" in decision.reason
+    assert "no nvcc" in decision.reason
+
+
+def test_force_cuda_0_refuses(toolkit: Path) -> None:
+    decision = decide("13.0", {"FORCE_CUDA": "0", "CUDA_HOME": str(toolkit), "PATH": ""})
+    assert (decision.toolkit, decision.arch_list, decision.reason) == (None, "", "FORCE_CUDA=0")
+
+
+def test_force_cuda_1_builds(toolkit: Path) -> None:
+    decision = decide("13.0", {"FORCE_CUDA": "1", "CUDA_HOME": str(toolkit), "PATH": ""})
+    assert decision.toolkit is not None
+
+
+def test_force_cuda_1_without_cuda_in_torch_is_an_error(toolkit: Path) -> None:
+    with pytest.raises(ToolkitError, match=r"torch here was made without CUDA.*install"):
+        decide(None, {"FORCE_CUDA": "1", "CUDA_HOME": str(toolkit), "PATH": ""})
+
+
+def test_force_cuda_1_without_toolkit_is_an_error() -> None:
+    with pytest.raises(
+        ToolkitError, match=r"no usable CUDA toolkit.*Install the CUDA 13\.0 toolkit.*CUDA_HOME"
+    ):
+        decide("13.0", {"FORCE_CUDA": "1", "PATH": ""})
+
+
+def test_force_cuda_must_be_0_or_1() -> None:
+    with pytest.raises(ToolkitError, match="FORCE_CUDA must be 0, 1 or unset, got 'yes'"):
+        decide("13.0", {"FORCE_CUDA": "yes"})
+
+
+def test_toolkit_of_another_generation_is_refused_and_of_another_minor_taken(tmp_path: Path) -> None:
+    old = {"CUDA_HOME": str(make_toolkit(tmp_path / "old", "12.8")), "PATH": ""}
+    with pytest.raises(ToolkitError, match=r"is CUDA 12\.8, but torch was made with CUDA 13\.0"):
+        decide("13.0", {**old, "FORCE_CUDA": "1"})
+    assert decide("13.0", old).surprising
+    assert decide("12.4", old).toolkit is not None
+
+
+# Architectures
+
+
+def test_default_architectures_of_cuda_13() -> None:
+    assert _toolkit.default_arch_list("13.0", "13.0") == "7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX"
+
+
+@pytest.mark.parametrize("version", ["11.8", "12.1", "12.4", "12.6", "12.8", "12.9"])
+def test_default_architectures_have_volta_up_to_cuda_12(version: str) -> None:
+    names = _toolkit.default_arch_list(version, version).split(";")
+    assert names[0] == "7.0"
+    assert [name.endswith("+PTX") for name in names] == [False] * (len(names) - 1) + [True]
+    assert ("12.0+PTX" in names) == (version in ("12.8", "12.9"))
+
+
+def test_default_architectures_are_ones_that_torch_knows() -> None:
+    """torch 2.6 was made with CUDA 12.4 and calls sm_100 unknown, whatever the toolkit can do."""
+    assert _toolkit.default_arch_list("12.8", "12.4").endswith(";9.0+PTX")
+
+
+def test_default_architectures_pass_torchs_own_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.utils.cpp_extension import _get_cuda_arch_flags
+
+    if _toolkit.version_tuple(torch.__version__) < (2, 9):
+        pytest.skip("CUDA 13 is newer than this torch")
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", _toolkit.default_arch_list("13.0", "13.0"))
+    flags = _get_cuda_arch_flags([])
+    assert "-gencode=arch=compute_75,code=sm_75" in flags
+    assert "-gencode=arch=compute_120,code=compute_120" in flags
+
+
+def test_ancient_toolkit_is_an_error() -> None:
+    with pytest.raises(ToolkitError, match="too old"):
+        _toolkit.default_arch_list("8.0", "8.0")
+
+
+def test_arch_list_of_the_environment_is_respected(toolkit: Path) -> None:
+    environ = {"CUDA_HOME": str(toolkit), "PATH": "", "TORCH_CUDA_ARCH_LIST": "8.0 9.0+PTX"}
+    decision = decide("13.0", environ, ((12, 0),))
+    assert decision.arch_list == "8.0;9.0+PTX"
+    assert "TORCH_CUDA_ARCH_LIST" in decision.reason
+
+
+def test_visible_gpus_choose_the_architectures(toolkit: Path) -> None:
+    decision = decide("13.0", {"CUDA_HOME": str(toolkit), "PATH": ""}, ((9, 0), (8, 6), (9, 0)))
+    assert decision.arch_list == "8.6;9.0+PTX"
+    assert "visible GPUs" in decision.reason
+
+
+def test_gpu_newer_than_the_toolkit_gets_the_newest_ptx() -> None:
+    assert _toolkit.device_arch_list([(12, 0)], "12.4", "12.4") == "9.0+PTX"
+
+
+@pytest.mark.parametrize(
+    ("arch_list", "capability", "expected"),
+    [
+        ("8.0", (8, 0), True),
+        ("8.0", (8, 6), True),  # machine code runs on later cards of its generation
+        ("8.6", (8, 0), False),
+        ("8.0", (9, 0), False),
+        ("8.0+PTX", (9, 0), True),
+        ("7.5;9.0+PTX", (8, 0), False),
+        ("7.5+PTX;9.0", (8, 0), True),
+        ("9.0a", (9, 0), True),
+        ("10.0a+PTX", (12, 0), False),  # what ends in "a" is for one architecture alone
+        ("8.0 9.0", (9, 0), True),
+        ("Hopper", (8, 0), True),  # a family's name: nothing is known against it
+    ],
+)
+def test_covers(arch_list: str, capability: tuple[int, int], expected: bool) -> None:
+    assert _toolkit.covers(arch_list, capability) is expected
+
+
+# The package and the report
+
+
+def test_versions_agree() -> None:
+    config = _extension.build_config()
+    assert config is not None
+    source = (ROOT / "gc_cuda" / "__init__.py").read_text()
+    assert f'__version__ = "{config["version"]}"' in source
+    assert config["torch"] == torch.__version__
+
+
+def test_report_says_that_it_is_ready() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "gc_cuda"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    for word in (
+        "gc_cuda:",
+        "python:",
+        f"torch:          {torch.__version__}",
+        "devices:",
+        "ready on the CPU",
+    ):
+        assert word in done.stdout
+
+
+def copy_package(target: Path) -> None:
+    """The package's Python files alone, as in a checkout in which nothing was built.
+
+    An editable install would lend its gc_cuda._C to the copy: sitecustomize takes its finder away.
+    """
+    keep = '[finder for finder in sys.meta_path if "editable" not in getattr(finder, "__module__", "")]'
+    (target / "sitecustomize.py").write_text(f"import sys\n\nsys.meta_path[:] = {keep}\n")
+    for source in (ROOT / "gc_cuda").rglob("*.py"):
+        copy = target / source.relative_to(ROOT)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(source.read_bytes())
+
+
+def run_python(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environ = {**os.environ, "PYTHONPATH": str(folder)}
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=folder, env=environ, capture_output=True, text=True, check=False
+    )
+
+
+def test_unbuilt_package_imports_reports_and_says_what_to_run(tmp_path: Path) -> None:
+    copy_package(tmp_path)
+    done = run_python(tmp_path, "-m", "gc_cuda")
+    assert done.returncode == 1
+    assert "not ready: gc_cuda._C is not built: run ./compile.sh" in done.stdout
+    done = run_python(tmp_path, "-c", "import torch, gc_cuda; gc_cuda.average_pool(torch.ones(1, 1, 1, 1))")
+    assert "gc_cuda._C is not built: run ./compile.sh" in done.stderr.splitlines()[-1]
+
+
+def test_extension_that_does_not_load_says_why(tmp_path: Path) -> None:
+    copy_package(tmp_path)
+    suffix = ".so" if sys.platform != "win32" else ".pyd"
+    (tmp_path / "gc_cuda" / f"_C{suffix}").write_bytes(b"not a library")
+    done = run_python(tmp_path, "-m", "gc_cuda")
+    assert done.returncode == 1
+    assert "does not load beside torch" in done.stdout
+    assert "./compile.sh" in done.stdout
+
+
+def test_extension_for_another_torch_is_refused(tmp_path: Path) -> None:
+    copy_package(tmp_path)
+    config = {"version": "0.1.0", "torch": "2.4.1+cpu", "cuda": "", "arch_list": "", "compiler": "none"}
+    (tmp_path / "gc_cuda" / "_C.py").write_text(f"def build_config():\n    return {config}\n")
+    done = run_python(tmp_path, "-c", "import gc_cuda; gc_cuda._extension.require()")
+    assert "was built for torch 2.4.1+cpu" in done.stderr
+    assert "./compile.sh" in done.stderr
+
+
+def test_build_says_what_is_wrong_with_force_cuda() -> None:
+    if torch.version.cuda is not None:
+        pytest.skip("this torch has CUDA")
+    environ = {**os.environ, "FORCE_CUDA": "1"}
+    done = subprocess.run(
+        [sys.executable, "setup.py", "--version"],
+        cwd=ROOT,
+        env=environ,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert "FORCE_CUDA=1, but the torch here was made without CUDA" in done.stderr
+
+
+def test_unknown_verb_prints_the_usage() -> None:
+    done = subprocess.run([ROOT / "compile.sh", "nonsense"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "nonsense" in done.stderr
+    assert "./compile.sh test" in done.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is visible")
+def test_gpu_script_without_gpu_says_so(tmp_path: Path) -> None:
+    environ = {**os.environ, "PYTHON": sys.executable}
+    done = subprocess.run(
+        ["bash", str(ROOT / "bench" / "gpu.sh"), str(tmp_path / "out")],
+        env=environ,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "no CUDA device" in done.stderr
+    assert not (tmp_path / "out").exists()

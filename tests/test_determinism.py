@@ -1,0 +1,63 @@
+"""Two runs give identical bits, for any number of CPU threads, forward and backward."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from evaluate import evaluate
+
+import gc_cuda
+
+# Large enough that the work is split over threads, with tails in every dimension.
+SIZES = [(1, 67, 100, 83), (3, 512, 25, 42), (5, 33, 31, 37)]
+
+CALLS = {
+    "softmax_pool": lambda draw, n, c, s: (draw(n, s),),
+    "attention_pool": lambda draw, n, c, s: (draw(c) * c**-0.5, draw(1)),
+    "average_pool": lambda draw, n, c, s: (),
+    "broadcast_add": lambda draw, n, c, s: (draw(n, c),),
+    "broadcast_mul": lambda draw, n, c, s: (draw(n, c),),
+    "broadcast_mul_add": lambda draw, n, c, s: (draw(n, c), draw(n, c)),
+}
+
+
+def bits(evaluation):
+    """Every tensor of an evaluation, as integers: NaN and -0 count too."""
+    tensors = [evaluation.out, *(g for g in evaluation.gradients if g is not None)]
+    return [
+        t.contiguous().view(torch.int32 if t.element_size() == 4 else torch.int16).flatten() for t in tensors
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("name", CALLS)
+def test_identical_bits(random, threads, name, size, dtype, layout, device):
+    n, c, h, w = size
+
+    def draw(*shape):
+        return random(*shape, dtype=dtype, device=device)
+
+    x = random(*size, dtype=dtype, device=device, layout=layout)
+    inputs = (x, *(t.to(dtype) for t in CALLS[name](draw, n, c, h * w)))
+    grad = random(*size, dtype=dtype, device=device, layout=layout) if "broadcast" in name else draw(n, c)
+    threads(1)
+    expected = bits(evaluate(getattr(gc_cuda, name), inputs, grad))
+    for count in (1, 2, 3, 7) if device.type == "cpu" else (1, 1):
+        threads(count)
+        for actual, one in zip(bits(evaluate(getattr(gc_cuda, name), inputs, grad)), expected):
+            assert torch.equal(actual, one), f"with {count} threads"
+
+
+@pytest.mark.parametrize("fusion_types", [("channel_add",), ("channel_add", "channel_mul")])
+def test_block(random, threads, fusion_types, layout, device):
+    torch.manual_seed(0)
+    block = gc_cuda.ContextBlock(512, 1 / 16, "att", fusion_types).to(device)
+    for parameter in block.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    x = random(2, 512, 25, 42, dtype=torch.float32, device=device, layout=layout)
+    threads(1)
+    expected = block(x)
+    for count in (1, 2, 3, 7) if device.type == "cpu" else (1, 1):
+        threads(count)
+        assert torch.equal(block(x), expected), f"with {count} threads"

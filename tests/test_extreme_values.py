@@ -1,0 +1,155 @@
+"""NaN and infinity come out where PyTorch's softmax puts them, and nowhere else; what need not overflow does
+not.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from evaluate import evaluate
+from tolerance import assert_close_to_truth
+
+import gc_cuda
+from gc_cuda import reference
+
+INF, NAN = float("inf"), float("nan")
+# One image that fits a tile, and one that is cut into several splits.
+SIZES = [(3, 8, 7, 7), (3, 16, 64, 80)]
+
+
+def compare(function, inputs, grad):
+    """Value, gradients, and the places of their NaNs and infinities agree with the reference."""
+    ours = evaluate(getattr(gc_cuda, function), inputs, grad)
+    eager = evaluate(getattr(reference, function), inputs, grad)
+    truth = evaluate(getattr(reference, function), inputs, grad, torch.float64)
+    magnitude = torch.ones((), dtype=torch.float64)  # everything here is of order one
+    assert_close_to_truth("out", ours.out, eager.out, truth.out, magnitude)
+    for i, gradients in enumerate(zip(ours.gradients, eager.gradients, truth.gradients)):
+        assert_close_to_truth(f"gradient {i}", *gradients, magnitude)
+    return ours.out
+
+
+@pytest.fixture(params=SIZES, ids=str)
+def size(request):
+    return request.param
+
+
+def pixels(size, fraction):
+    """The first pixels of an image."""
+    return int(size[2] * size[3] * fraction)
+
+
+def test_image_of_minus_infinities_is_nan(random, size, layout, device):
+    """The softmax of nothing but -inf is NaN in PyTorch; the other images do not notice."""
+    x = random(*size, dtype=torch.float32, device=device, layout=layout)
+    logits = random(size[0], size[2] * size[3], dtype=torch.float32, device=device)
+    logits[1] = -INF
+    out = compare("softmax_pool", (x, logits), random(*size[:2], dtype=torch.float32, device=device))
+    assert out[1].isnan().all()
+    assert out[[0, 2]].isfinite().all()
+
+
+def test_masked_pixels_weigh_nothing(random, size, layout, device):
+    """-inf on half of the image, so that whole splits are masked, and on all of it but one pixel."""
+    x = random(*size, dtype=torch.float32, device=device, layout=layout)
+    logits = random(size[0], size[2] * size[3], dtype=torch.float32, device=device)
+    logits[0, : pixels(size, 0.5)] = -INF
+    logits[1, pixels(size, 0.5) :] = -INF
+    logits[2] = -INF
+    logits[2, pixels(size, 0.7)] = -3.0
+    out = compare("softmax_pool", (x, logits), random(*size[:2], dtype=torch.float32, device=device))
+    assert torch.equal(out[2], x.flatten(2)[2, :, pixels(size, 0.7)])
+
+
+@pytest.mark.parametrize("value", [INF, NAN])
+def test_one_bad_logit_spoils_its_image_only(random, size, value, layout, device):
+    x = random(*size, dtype=torch.float32, device=device, layout=layout)
+    logits = random(size[0], size[2] * size[3], dtype=torch.float32, device=device)
+    logits[1, pixels(size, 0.8)] = value
+    out = compare("softmax_pool", (x, logits), random(*size[:2], dtype=torch.float32, device=device))
+    assert out[1].isnan().all()
+    assert out[[0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize("value", [INF, -INF, NAN])
+def test_non_finite_pixel(random, size, value, layout, device):
+    """An infinite value passes into its channel, not into others: the weights there are given."""
+    x = random(*size, dtype=torch.float32, device=device, layout=layout)
+    x[1, 3, 2, 4] = value
+    logits = random(size[0], size[2] * size[3], dtype=torch.float32, device=device)
+    context = gc_cuda.softmax_pool(x, logits)
+    expected = reference.softmax_pool(x, logits)
+    assert torch.equal(context.isfinite(), expected.isfinite())
+    torch.testing.assert_close(context[1, 3], torch.tensor(value, device=device), equal_nan=True)
+    assert context.isfinite().sum() == context.numel() - 1
+    torch.testing.assert_close(
+        gc_cuda.average_pool(x)[1, 3], torch.tensor(value, device=device), equal_nan=True
+    )
+
+
+def test_weight_of_zero_times_infinity_is_nan(random, size, layout, device):
+    """No pixel is skipped because its weight is 0."""
+    x = random(*size, dtype=torch.float32, device=device, layout=layout)
+    x[1, 3, 2, 4] = INF
+    logits = random(size[0], size[2] * size[3], dtype=torch.float32, device=device)
+    logits.view(size[0], *size[2:])[1, 2, 4] = -INF
+    context = gc_cuda.softmax_pool(x, logits)
+    assert context[1, 3].isnan()
+    assert context.isfinite().sum() == context.numel() - 1
+    assert torch.equal(context.isnan(), reference.softmax_pool(x, logits).isnan())
+
+
+@pytest.mark.parametrize("value", [INF, -INF, NAN])
+def test_non_finite_pixel_under_the_mask_convolution(random, size, value, layout, device):
+    """Here it makes the logit infinite or NaN as well, and PyTorch decides what that means."""
+    x = random(*size, dtype=torch.float32, device=device, layout=layout)
+    x[1, 3, 2, 4] = value
+    weight = torch.linspace(0.1, 1, size[1], device=device)
+    context, expected = gc_cuda.attention_pool(x, weight), reference.attention_pool(x, weight)
+    assert torch.equal(context.isnan(), expected.isnan())
+    assert torch.equal(context.isinf(), expected.isinf())
+    torch.testing.assert_close(context, expected, equal_nan=True)
+
+
+def test_large_logits_do_not_overflow(random, size, layout, device):
+    """exp is taken of differences from the maximum only, whichever split holds it."""
+    x = random(*size, dtype=torch.float32, device=device, layout=layout)
+    logits = 1e4 * random(size[0], size[2] * size[3], dtype=torch.float32, device=device)
+    logits[0] += 3e38
+    logits[1] -= 3e38
+    out = compare("softmax_pool", (x, logits), random(*size[:2], dtype=torch.float32, device=device))
+    assert out.isfinite().all()
+
+
+def test_logits_beyond_half_range(random, layout, device):
+    """w . x of half tensors may exceed 65504, where PyTorch's convolution gives inf and NaN; ours stays
+    float32.
+    """
+    x = 30 + random(2, 256, 7, 7, device=device, layout=layout)
+    x = x.half()
+    weight = (20 + random(256, device=device)).half()
+    truth = reference.attention_pool(x.double(), weight.double())
+    out = gc_cuda.attention_pool(x, weight)
+    assert reference.attention_pool(x, weight).isnan().any(), (
+        "PyTorch overflows here: that is why this test exists"
+    )
+    torch.testing.assert_close(out.double(), truth, rtol=2e-3, atol=0)
+
+
+def test_sums_beyond_half_range(layout, device):
+    """The mean of pixels of 60000 is 60000, though their sum is no half; likewise with weights."""
+    x = torch.full((2, 8, 9, 14), 60000.0, dtype=torch.half, device=device).contiguous(memory_format=layout)
+    expected = torch.full((2, 8), 60000.0, dtype=torch.half, device=device)
+    assert torch.equal(gc_cuda.average_pool(x), expected)
+    assert torch.equal(
+        gc_cuda.softmax_pool(x, torch.zeros(2, 126, dtype=torch.half, device=device)), expected
+    )
+
+
+def test_scaling_overflows_only_at_the_end(layout, device):
+    """x * scale + term is rounded once: an intermediate value beyond the half range is no infinity."""
+    x = torch.full((1, 8, 4, 6), 60000.0, dtype=torch.half, device=device).contiguous(memory_format=layout)
+    scale = torch.full((1, 8), 1.5, dtype=torch.half, device=device)
+    term = torch.full((1, 8), -40000.0, dtype=torch.half, device=device)
+    assert torch.equal(gc_cuda.broadcast_mul_add(x, scale, term), torch.full_like(x, 50000.0))
+    assert torch.equal(gc_cuda.broadcast_mul(x, scale), torch.full_like(x, INF))

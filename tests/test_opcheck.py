@@ -1,0 +1,96 @@
+"""The operators keep torch's rules: schemas, fake kernels, tracing; and a model with the block compiles as
+one graph.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.library import opcheck
+
+import gc_cuda
+
+# Dense, sliced and transposed feature maps: a fake kernel that gets a stride wrong shows here.
+VIEWS = {
+    "nchw": lambda x: x,
+    "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "cropped": lambda x: x[:, :, 1:, :-1],
+    "cropped channels_last": lambda x: x.contiguous(memory_format=torch.channels_last)[:, :, 1:, :-1],
+    "transposed": lambda x: x.transpose(2, 3),
+    "one channel": lambda x: x.contiguous(memory_format=torch.channels_last)[:, :1],
+    "one pixel": lambda x: x.contiguous(memory_format=torch.channels_last)[:, :, :1, :1],
+    "no image": lambda x: x[:0],
+}
+
+
+@pytest.fixture(params=VIEWS)
+def view(request):
+    return VIEWS[request.param]
+
+
+def arguments(random, view, dtype):
+    """x, a gradient like it, logits, per-channel vectors and mask weights for every operator."""
+    x, grad = (view(random(3, 6, 4, 5, dtype=dtype)) for _ in range(2))
+    n, c, h, w = x.shape
+    companion = torch.float64 if dtype == torch.float64 else torch.float32
+    return (
+        x,
+        grad,
+        random(n, h * w, dtype=companion),
+        random(n, c, dtype=companion),
+        random(1, c, 1, 1, dtype=companion),
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
+def test_every_operator(random, view, dtype):
+    operators = torch.ops.gc_cuda
+    x, grad, logits, vector, weight = arguments(random, view, dtype)
+    grad_context = vector.to(dtype)
+
+    opcheck(operators.softmax_pool.default, (x, logits))
+    _, state = operators.softmax_pool(x, logits)
+    opcheck(operators.softmax_pool_backward.default, (grad_context, x, logits, state))
+
+    opcheck(operators.attention_pool.default, (x, weight, None))
+    opcheck(operators.attention_pool.default, (x, weight, weight.flatten()[:1]))
+    _, logits, state = operators.attention_pool(x, weight, None)
+    opcheck(operators.attention_pool_backward.default, (grad_context, x, weight, logits, state))
+
+    opcheck(operators.pixel_sum.default, (x, False))
+    opcheck(operators.pixel_sum.default, (x, True))
+    opcheck(operators.broadcast.default, (x, None, vector))
+    opcheck(operators.broadcast.default, (x, vector, None))
+    opcheck(operators.broadcast.default, (x, vector, vector))
+    opcheck(operators.broadcast_mul_backward.default, (grad, x, vector))
+
+
+@pytest.mark.parametrize("fusion_types", [("channel_add",), ("channel_add", "channel_mul")])
+def test_block_compiles_as_one_graph(random, fusion_types, layout, device):
+    """Forward and backward, no graph break; the backend runs the traced graph without generating code."""
+    torch.manual_seed(0)
+    block = gc_cuda.ContextBlock(16, 1 / 4, "att", fusion_types).to(device)
+    for parameter in block.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    x = random(2, 16, 5, 6, dtype=torch.float32, device=device, layout=layout)
+    grad = random(2, 16, 5, 6, dtype=torch.float32, device=device, layout=layout)
+
+    def run(function):
+        leaf = x.clone().requires_grad_()
+        block.zero_grad()
+        out = function(leaf)
+        out.backward(grad)
+        return [out.detach(), leaf.grad, *(parameter.grad.clone() for parameter in block.parameters())]
+
+    expected = run(block)
+    for actual, one in zip(run(torch.compile(block, backend="aot_eager", fullgraph=True)), expected):
+        torch.testing.assert_close(actual, one)
+
+
+def test_functions_trace_under_fake_tensors(random):
+    """Shapes and strides are known without running anything."""
+    x = random(2, 8, 5, 6, dtype=torch.float16, layout=torch.channels_last).to("meta")
+    assert gc_cuda.attention_pool(x, torch.empty(8, device="meta")).dtype == torch.float16
+    out = gc_cuda.broadcast_add(x, gc_cuda.average_pool(x))
+    assert out.shape == x.shape
+    assert out.is_contiguous(memory_format=torch.channels_last)
