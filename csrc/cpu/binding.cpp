@@ -1,8 +1,9 @@
-// The CPU implementation of the operators: checks, allocation, and the cut of the work over threads. What is computed is
-// in vec/.
+// The CPU implementation of the operators: checks, allocation, and the cut of the work over threads. What is computed
+// is in vec/.
 //
-// A feature map keeps its layout: channels_last stays channels_last, anything that is neither that nor NCHW is copied to
-// the nearer of the two. Vectors per image or channel are converted to the accumulation type up front; they are small.
+// A feature map keeps its layout: channels_last stays channels_last, anything that is neither that nor NCHW is copied
+// to the nearer of the two. Vectors per image or channel are converted to the accumulation type up front; they are
+// small.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
@@ -42,8 +43,8 @@ struct FeatureMap {
   at::TensorOptions accumulation() const { return tensor.options().dtype(accumulation_type(tensor.scalar_type())); }
 };
 
-// For operators that read every element once and keep channels apart: the planes of an NCHW tensor may be grouped at will,
-// and in small groups each plane streams as one long run.
+// For operators that read every element once and keep channels apart: the planes of an NCHW tensor may be grouped at
+// will, and in small groups each plane streams as one long run.
 Shape streaming(Shape shape) {
   if (shape.channels_last) return shape;
   const int64_t planes = shape.images * shape.channels;
@@ -68,6 +69,7 @@ template <typename T>
 Tensor sum_members(const Tensor& parts) {
   const int64_t groups = parts.size(0), members = parts.size(1), width = parts.size(2);
   if (members == 1) return parts.view({groups, width});
+  if (members == 0) return at::zeros({groups, width}, parts.options());
   const Tensor out = at::empty({groups, width}, parts.options());
   const ReduceArgs<acc_t<T>> args{parts.data_ptr<acc_t<T>>(), out.data_ptr<acc_t<T>>(), members, width};
   parallel(groups, members * width, [&](int64_t begin, int64_t end) { kernels<T>().reduce(args, begin, end); });
@@ -88,9 +90,8 @@ Pooled run_pool(const FeatureMap& x, const Shape& shape, Weights weights, const 
   out.context = at::empty({x.shape.images, x.shape.channels}, x.tensor.options());
   out.state = at::empty({shape.images, shape.channels + 2}, x.accumulation());
   out.logits = weights == Weights::kMask ? at::empty({shape.images, shape.pixels}, x.accumulation()) : logits;
-  const Tensor partials = plan.splits == 1
-                              ? out.state
-                              : at::empty({shape.images, plan.splits, shape.channels + 2}, x.accumulation());
+  const Tensor partials =
+      plan.splits == 1 ? out.state : at::empty({shape.images, plan.splits, shape.channels + 2}, x.accumulation());
   dispatch(x.tensor.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     using A = acc_t<T>;
@@ -108,7 +109,8 @@ Pooled run_pool(const FeatureMap& x, const Shape& shape, Weights weights, const 
     parallel(shape.images * plan.splits, shape.channels * shape.pixels / plan.splits,
              [&](int64_t begin, int64_t end) { kernels<T>().pool(args, begin, end); });
     if (plan.splits > 1) {
-      parallel(shape.images, plan.splits * shape.channels,
+      // Partials are few and still in cache: a fraction of the work that as many elements of x are.
+      parallel(shape.images, divide_up(plan.splits * shape.channels, 8),
                [&](int64_t begin, int64_t end) { kernels<T>().pool_merge(args, begin, end); });
     }
   });

@@ -1,8 +1,8 @@
 // The kernels for AVX-512, chosen at run time.
 //
-// Every file of an extension is compiled with the same flags, so a pragma sets the instruction set. g++ before 13 expands
-// macros before it obeys the pragma: the feature macros that the headers ask for are defined here, to the values that
-// the compiler itself gives them.
+// Every file of an extension is compiled with the same flags, so a pragma sets the instruction set. g++ before 13
+// expands macros before it obeys the pragma: the feature macros that the headers ask for are defined here, to the
+// values that the compiler itself gives them.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 #define __SSE3__ 1

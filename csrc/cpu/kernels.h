@@ -1,5 +1,5 @@
-// What the torch side of the CPU path (binding.cpp) and its vector side (vec/*.h) agree on: arguments on raw pointers, and
-// one table of functions per instruction set. Each function works through a range of independent items, so that the
+// What the torch side of the CPU path (binding.cpp) and its vector side (vec/*.h) agree on: arguments on raw pointers,
+// and one table of functions per instruction set. Each function works through a range of independent items, so that the
 // caller may hand ranges to as many threads as it likes; no result depends on how the ranges are cut.
 //
 // Names: N images, C channels, S pixels. T is x's type; acc_t<T> the accumulation type.

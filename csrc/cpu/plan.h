@@ -1,5 +1,5 @@
-// How the pixels of an image are cut on the CPU: tiles that stay in cache between two readings, and splits, each a run of
-// whole tiles that one thread works through. Everything here follows from the shape alone, never from the number of
+// How the pixels of an image are cut on the CPU: tiles that stay in cache between two readings, and splits, each a run
+// of whole tiles that one thread works through. Everything here follows from the shape alone, never from the number of
 // threads: that keeps results bitwise the same on any machine with the same instruction set.
 #pragma once
 

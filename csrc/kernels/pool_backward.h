@@ -102,23 +102,22 @@ pool_backward(const PoolBackwardArgs args) {
         }
       }
     }
+    // Row by row, each stored when it is done: its registers are free for the next.
     GC_UNROLL
-    for (int c = 0; c < kChannels; ++c) {
-      const A g = grad_context[c];
-      const A w = kMask ? mask_weight[c] : A(0);
-      A tile_sum = 0;
+    for (int r = 0; r < kRows; ++r) {
       GC_UNROLL
-      for (int p = 0; p < kPixels; ++p) {
-        A grad = attention[p] * g;
+      for (int e = 0; e < TileT::kRowElements; ++e) {
+        const int c = TileT::Map::kChannelsFast ? e : r;
+        const int p = TileT::Map::kChannelsFast ? r : e;
+        A grad = attention[p] * grad_context[c];
         if constexpr (kMask) {
-          tile_sum += grad_logit[p] * tile(c, p);
-          grad += grad_logit[p] * w;
+          weight_sums[c] += grad_logit[p] * tile(c, p);
+          grad += grad_logit[p] * mask_weight[c];
         }
         tile.set(c, p, grad);  // x is done with: its registers take the gradient
       }
-      weight_sums[c] += tile_sum;
+      tile.store_row(static_cast<T*>(args.grad_x) + map.image0(), map, pixel0, r);
     }
-    tile.store(static_cast<T*>(args.grad_x) + map.image0(), map, pixel0);
   }
 
   if constexpr (kMask) {

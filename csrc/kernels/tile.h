@@ -79,6 +79,7 @@ class Tile {
   using Map = TileMap<kLayout, kRows, kElements<T>>;
   static constexpr int kChannels = Map::kChannels;
   static constexpr int kPixels = Map::kPixels;
+  static constexpr int kRowElements = kElements<T>;
 
   GC_DEVICE Acc<T> operator()(int channel, int pixel) const {
     return Map::kChannelsFast ? rows_[pixel].get(channel) : rows_[channel].get(pixel);
@@ -109,11 +110,12 @@ class Tile {
     }
   }
   // What lies outside the image is not written.
+  GC_DEVICE void store_row(T* image, const Map& map, int pixel0, int r) const {
+    each_piece(map, pixel0, r, [&](int e, int offset) { rows_[r].template store<kWidth>(e, image + offset); });
+  }
   GC_DEVICE void store(T* image, const Map& map, int pixel0) const {
     GC_UNROLL
-    for (int r = 0; r < kRows; ++r) {
-      each_piece(map, pixel0, r, [&](int e, int offset) { rows_[r].template store<kWidth>(e, image + offset); });
-    }
+    for (int r = 0; r < kRows; ++r) store_row(image, map, pixel0, r);
   }
 
  private:

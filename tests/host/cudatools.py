@@ -90,12 +90,21 @@ class Resources:
     stack_bytes: int
 
 
-def demangle(names: list[str]) -> list[str]:
-    """C++ names without their parameter lists and return types."""
+def _filt(names: list[str], *options: str) -> list[str]:
     said = subprocess.run(
-        ["c++filt", "-p"], input="\n".join(names), capture_output=True, text=True, check=True
+        ["c++filt", *options], input="\n".join(names), capture_output=True, text=True, check=True
     )
     return [re.sub(r"^void ", "", name) for name in said.stdout.splitlines()]
+
+
+def demangle(names: list[str]) -> list[str]:
+    """C++ names without their parameter lists and return types."""
+    return _filt(names, "-p")
+
+
+def declarations(log: str) -> list[str]:
+    """The kernels in the output of ptxas --verbose, with their parameter lists."""
+    return sorted(set(_filt(re.findall(r"Compiling entry function '(\w+)'", log))))
 
 
 def resources(log: str) -> list[Resources]:

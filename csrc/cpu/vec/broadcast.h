@@ -1,6 +1,6 @@
 // out = x * scale + term with a scale and a term per image and channel, and the backward pass of out = x * scale:
-// grad_x = grad * scale, grad_scale = sum_s grad * x, grad_term = sum_s grad. Both stream: every element is read once and
-// written once.
+// grad_x = grad * scale, grad_scale = sum_s grad * x, grad_term = sum_s grad. Both stream: every element is read once
+// and written once.
 #pragma once
 
 #include "cpu/vec/tile.h"
@@ -112,45 +112,45 @@ inline void mul_backward_planes(const BroadcastMulBackwardArgs<T>& args, int64_t
   });
 }
 
-// channels_last: rows are pixels. Four of them together run along a panel of channels, whose sums stay in the first-level
-// cache: all three tensors are then streamed in long contiguous pieces.
+// channels_last: rows are pixels, and all of [begin, end) are taken for one block of channels before the next.
 template <typename T>
 inline void mul_backward_pixels(const BroadcastMulBackwardArgs<T>& args, int64_t image, int64_t begin, int64_t end,
                                 acc_t<T>* grad_scale, acc_t<T>* grad_term) {
   using L = Lanes<T>;
-  constexpr int kRows = 1;
-  constexpr int64_t kPanel = 512;
-  static_assert(kPanel % L::kWidth == 0, "runs must not cross the end of a panel");
-  acc_t<T> by_x[kPanel];
-  acc_t<T> plain[kPanel];
+  constexpr int kBlock = 4 / L::kVecs;  // runs: twice as many sums, and the scales, stay in registers
   const int64_t channels = args.shape.channels;
-  for (int64_t first = 0; first < channels; first += kPanel) {
-    const int64_t width = std::min(kPanel, channels - first);
-    for (int64_t c = 0; c < kPanel; ++c) by_x[c] = plain[c] = 0;
-    const acc_t<T>* scales = args.scale + image * channels + first;
-    const auto take_rows = [&](int64_t pixel, auto rows) {
-      const int64_t base = (image * args.shape.pixels + pixel) * channels + first;
-      for_each_run<L::kWidth>(0, width, [&](int64_t j, int count, auto partial) {
-        const L scale = L::template load_wide<partial.value>(scales + j, count);
-        L run_by_x = L::zero();
-        L run_plain = L::zero();
-        for (int r = 0; r < rows.value; ++r) {
-          const int64_t at = base + r * channels + j;
-          mul_backward_run<partial.value>(args.grad + at, args.x + at, scale, args.grad_x + at, count, run_by_x,
-                                          run_plain);
-        }
-        run_by_x.add_to(by_x + j, L::kWidth);
-        run_plain.add_to(plain + j, L::kWidth);
-      });
+  const int64_t base = (image * args.shape.pixels + begin) * channels;
+  const acc_t<T>* scales = args.scale + image * channels;
+  const auto take_block = [&](int64_t channel, int last, auto runs, auto partial) {
+    constexpr int kRuns = runs.value;
+    const auto for_runs = [&](const auto& body) {
+      for (int b = 0; b < kRuns - 1; ++b) body(b, L::kWidth, std::false_type{});
+      body(kRuns - 1, last, partial);
     };
-    int64_t pixel = begin;
-    for (; pixel + kRows <= end; pixel += kRows) take_rows(pixel, std::integral_constant<int, kRows>{});
-    for (; pixel < end; ++pixel) take_rows(pixel, std::integral_constant<int, 1>{});
-    for (int64_t c = 0; c < width; ++c) {
-      grad_scale[first + c] += by_x[c];
-      grad_term[first + c] += plain[c];
+    L scale[kRuns], by_x[kRuns], plain[kRuns];
+    for_runs([&](int b, int count, auto part) {
+      scale[b] = L::template load_wide<part.value>(scales + channel + b * L::kWidth, count);
+      by_x[b] = L::zero();
+      plain[b] = L::zero();
+    });
+    for (int64_t j = base + channel, rows = end - begin; rows > 0; --rows, j += channels) {
+      for_runs([&](int b, int count, auto part) {
+        const int64_t at = j + b * L::kWidth;
+        mul_backward_run<part.value>(args.grad + at, args.x + at, scale[b], args.grad_x + at, count, by_x[b], plain[b]);
+      });
     }
+    for_runs([&](int b, int count, auto) {
+      by_x[b].add_to(grad_scale + channel + b * L::kWidth, count);
+      plain[b].add_to(grad_term + channel + b * L::kWidth, count);
+    });
+  };
+  int64_t channel = 0;
+  for (; channel + kBlock * L::kWidth <= channels; channel += kBlock * L::kWidth) {
+    take_block(channel, L::kWidth, std::integral_constant<int, kBlock>{}, std::false_type{});
   }
+  for_each_run<L::kWidth>(channel, channels, [&](int64_t c, int count, auto partial) {
+    take_block(c, count, std::integral_constant<int, 1>{}, partial);
+  });
 }
 
 template <typename T>
@@ -164,8 +164,8 @@ void broadcast_mul_backward(const BroadcastMulBackwardArgs<T>& args, int64_t uni
     acc_t<T>* grad_term = args.grad_term + unit * shape.channels;
     for (int64_t c = 0; c < shape.channels; ++c) grad_scale[c] = grad_term[c] = 0;
     const int64_t split_end = std::min(plan.split_begin(split + 1), shape.pixels);
-    // Nothing is read twice, so a step need not fit any cache; it ends where its sums would grow too long.
-    const int64_t step = shape.channels_last ? 4 * kChain : kMaxTilePixels;
+    // Nothing is read twice, so an NCHW step need not fit any cache; it ends where its sums would grow too long.
+    const int64_t step = shape.channels_last ? std::min(plan.tile, kChain) : kMaxTilePixels;
     for (int64_t pixel = plan.split_begin(split); pixel < split_end; pixel += step) {
       const int64_t end = std::min(pixel + step, split_end);
       if (shape.channels_last) {

@@ -10,8 +10,8 @@
 // The dl of an image sum to zero but for rounding. What remains, times the mean of x, would be the largest error of
 // grad_mask_weight, so that is summed over x - context instead: the same by definition, and free of it.
 //
-// An image whose logits are all -inf has z = 0 and becomes NaN by the division, as in PyTorch; +inf and NaN logits do so
-// by themselves. No pixel is skipped for a zero weight: 0 * inf stays NaN.
+// An image whose logits are all -inf has z = 0 and becomes NaN by the division, as in PyTorch; +inf and NaN logits do
+// so by themselves. No pixel is skipped for a zero weight: 0 * inf stays NaN.
 #pragma once
 
 #include <limits>

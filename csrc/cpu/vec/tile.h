@@ -3,9 +3,9 @@
 //   NCHW:          a row is a channel, its elements are pixels
 //   channels_last: a row is a pixel, its elements are channels
 //
-// row_dot sums along the rows, column_accumulate across them; over channels and over pixels are then the one or the other.
-// Results are handed to emit(index, vector of sums, count), in ascending index. Sums run in several chains, each short,
-// that are added at the end: that keeps the rounding error at or below that of a blocked matrix product.
+// row_dot sums along the rows, column_accumulate across them; over channels and over pixels are then the one or the
+// other. Results are handed to emit(index, vector of sums, count), in ascending index. Sums run in several chains, each
+// short, that are added at the end: that keeps the rounding error at or below that of a blocked matrix product.
 #pragma once
 
 #include "cpu/vec/lanes.h"
@@ -24,12 +24,13 @@ inline void dot_rows(const T* x, int64_t stride, int64_t width, const acc_t<T>* 
   for (int64_t begin = 0; begin < width; begin += kChain * L::kWidth) {
     L acc[kRows];
     for (int r = 0; r < kRows; ++r) acc[r] = L::zero();
-    for_each_run<L::kWidth>(begin, std::min(width, begin + kChain * L::kWidth), [&](int64_t j, int count, auto partial) {
-      const L weight = L::template load_wide<partial.value>(v + j, count);
-      for (int r = 0; r < kRows; ++r) {
-        acc[r].add_product(L::template load<partial.value>(x + r * stride + j, count), weight);
-      }
-    });
+    for_each_run<L::kWidth>(begin, std::min(width, begin + kChain * L::kWidth),
+                            [&](int64_t j, int count, auto partial) {
+                              const L weight = L::template load_wide<partial.value>(v + j, count);
+                              for (int r = 0; r < kRows; ++r) {
+                                acc[r].add_product(L::template load<partial.value>(x + r * stride + j, count), weight);
+                              }
+                            });
     for (int r = 0; r < kRows; ++r) {
       for (int i = 1; i < L::kVecs; ++i) acc[r].v[0] = acc[r].v[0] + acc[r].v[i];
       sums[r] = sums[r] + acc[r].v[0];
@@ -143,8 +144,8 @@ template <typename T>
 struct Tile {
   const T* x;
   int64_t channels;
-  int64_t pixels;       // in the tile
-  int64_t row_stride;   // S, or C if channels_last
+  int64_t pixels;      // in the tile
+  int64_t row_stride;  // S, or C if channels_last
   bool channels_last;
 
   static int64_t offset(const Shape& shape, int64_t image, int64_t pixel) {
