@@ -9,7 +9,7 @@ namespace gc {
 
 template <typename A>
 GC_DEVICE A minus_infinity() {
-  return -static_cast<A>(__builtin_huge_val());
+  return static_cast<A>(bit_cast<float>(0xff800000u));
 }
 
 // exp(logit - maximum). The difference is taken before the scaling by log2(e): it is exact where it matters, while a
