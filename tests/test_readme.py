@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 EXAMPLES = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 FILES = sorted(
-    set(re.findall(r"(?<![\w/.])(?:\./)?((?:csrc|tests|bench|gc_cuda|\.ci)/[\w./]*|compile\.sh)", README))
+    set(re.findall(r"(?<![\w/.])(?:\./)?((?:csrc|tests|bench|gc_cuda|\.ci)/[\w./-]*|compile\.sh)", README))
 )
 
 
