@@ -30,8 +30,9 @@ LAUNCH_FILES = tuple(path.stem for path in sorted((ROOT / "csrc" / "cuda").glob(
 COMPILE_TIMEOUT_S = 900
 ELEMENT_BYTES = {"float": 4, "__half": 2, "__nv_bfloat16": 2}  # float64 is for checks, not for speed
 # The tall tile of a 16-bit type holds 128 values of x a thread, in 64 of 128 registers. The few that do not
-# fit beside them should cost less than the alternative, tiles half as wide: 32-byte segments stream at half
-# the rate. In bytes stored plus bytes loaded, a thread and tile; sm_70 is compiled by an older ptxas.
+# fit beside them should cost less than the alternative, tiles half as wide: at C = 2048 those are segments
+# of 32 bytes, which stream at half the rate. In bytes stored plus bytes loaded, a thread and tile; sm_70 is
+# compiled by an older ptxas.
 TALL_SPILL = {"sm_70": 128}
 TALL_SPILL_ELSEWHERE = 8
 
