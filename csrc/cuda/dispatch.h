@@ -19,6 +19,11 @@ struct Constant {
   static constexpr auto value = kValue;
 };
 
+// Tiles of 16 rows a thread instead of 8: for NCHW with many channels, where they make longer segments of pixels. Only
+// for float32: what a thread computes from 16 vectors of the other types does not fit its registers.
+template <typename T, Layout kLayout>
+inline constexpr bool has_tall_tiles = kLayout == Layout::kNCHW && sizeof(T) == sizeof(float);
+
 // Calls body(Constant<width>) for a power of two up to kMax.
 template <int kMax, typename Body>
 cudaError_t dispatch_width(int width, const Body& body) {

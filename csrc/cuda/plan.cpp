@@ -58,16 +58,23 @@ Tiling whole_channel_tiling(const Problem& p, int elements) {
   struct Candidate {
     int rows, threads, segment;
   };
-  const Candidate candidates[] = {{8, 256, kGoodSegment},  {16, 256, kGoodSegment}, {8, 256, kFairSegment},
-                                  {16, 256, kFairSegment}, {16, 512, kFairSegment}, {16, 512, 0}};
+  const Candidate candidates[] = {{8, 256, kGoodSegment},
+                                  {16, 256, kGoodSegment},
+                                  {8, 512, kGoodSegment},
+                                  {8, 256, kFairSegment},
+                                  {16, 256, kFairSegment},
+                                  {8, 512, kFairSegment},
+                                  {16, 512, kFairSegment},
+                                  {16, 512, 0},
+                                  {8, 512, 0}};
   const int64_t fast_useful = divide_up(p.pixels, elements);
   Tiling tiling{};
   for (const Candidate& candidate : candidates) {
-    const int rows = p.type == ElementType::kDouble ? 8 : candidate.rows;
-    const int slow = std::min(power_of_two_from(divide_up(p.channels, rows)), candidate.threads);
+    if (candidate.rows == 16 && p.type != ElementType::kFloat) continue;  // see has_tall_tiles in dispatch.h
+    const int slow = std::min(power_of_two_from(divide_up(p.channels, candidate.rows)), candidate.threads);
     const int fast = candidate.threads / slow;
-    tiling = {rows, shape_for(fast, slow, fast_useful, slow)};
-    const bool whole = static_cast<int64_t>(slow) * rows >= p.channels;
+    tiling = {candidate.rows, shape_for(fast, slow, fast_useful, slow)};
+    const bool whole = static_cast<int64_t>(slow) * candidate.rows >= p.channels;
     if (whole && (fast >= fast_useful || fast * kVectorBytes >= candidate.segment)) break;
   }
   return tiling;

@@ -11,8 +11,7 @@ cudaError_t launch_pool_backward(const Plan& plan, PoolBackwardArgs args, cudaSt
     constexpr int kWidth = decltype(width)::value;
     const auto with_mask = [&](auto mask) {
       constexpr bool kMask = decltype(mask)::value;
-      // Only NCHW with many channels wants the taller tile, and a double's would not fit the registers.
-      if constexpr (kLayout == Layout::kNCHW && sizeof(T) < 8) {
+      if constexpr (has_tall_tiles<T, kLayout>) {
         if (plan.rows == 16) return launch(pool_backward<T, kLayout, 16, kWidth, kMask>, plan, args, stream);
       }
       return launch(pool_backward<T, kLayout, 8, kWidth, kMask>, plan, args, stream);

@@ -11,8 +11,7 @@ cudaError_t launch_pool_forward(const Plan& plan, PoolForwardArgs args, cudaStre
     constexpr int kWidth = decltype(width)::value;
     switch (plan.kind) {
       case KernelKind::kPoolMask:
-        // Only NCHW with many channels wants the taller tile, and a double's would not fit the registers.
-        if constexpr (kLayout == Layout::kNCHW && sizeof(T) < 8) {
+        if constexpr (has_tall_tiles<T, kLayout>) {
           if (plan.rows == 16)
             return launch(pool_forward<T, kLayout, 16, kWidth, Weighting::kMask>, plan, args, stream);
         }
