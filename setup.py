@@ -81,7 +81,9 @@ def extension():
         # Without it at::parallel_for, a template in torch's headers, compiles to a plain loop.
         cxx.append("-fopenmp")
         link.append("-fopenmp")
-    sources = ["csrc/ops.cpp", "csrc/cuda/plan.cpp", *map(str, sorted(Path("csrc/cpu").glob("*.cpp")))]
+    sources = ["csrc/ops.cpp"]
+    for folder, names in (("cuda", "*plan.cpp"), ("cpu", "*.cpp")):
+        sources += map(str, sorted(Path("csrc", folder).glob(names)))
     kind, flags = CppExtension, {"cxx": cxx}
     if decision.toolkit is not None:
         macros.update(GC_CUDA_VERSION=decision.toolkit.version, GC_ARCH_LIST=decision.arch_list)

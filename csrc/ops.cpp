@@ -8,7 +8,7 @@
 #include <string>
 
 #include "build_config.h"
-#include "cuda/plan.h"
+#include "cuda/transform_plan.h"
 
 TORCH_LIBRARY(gc_cuda, m) {
   // context = sum_s softmax(logits)[s] * x[:, s]
@@ -59,6 +59,24 @@ gc::Plan plan(const std::string& kernel, int64_t images, int64_t channels, int64
                        {multiprocessors, shared_bytes}, dots_given);
 }
 
+gc::TransformPlan transform_plan(const std::string& pass, int64_t images, int64_t channels,
+                                 const std::vector<int64_t>& hidden, const std::string& dtype, bool pairs,
+                                 int multiprocessors, int shared_bytes) {
+  if (hidden.empty() || hidden.size() > 2) {
+    throw std::invalid_argument("hidden must have one or two numbers, got " + std::to_string(hidden.size()));
+  }
+  const gc::TransformProblem problem{images,
+                                     channels,
+                                     static_cast<int>(hidden.size()),
+                                     {hidden[0], hidden.back()},
+                                     named<gc::ElementType>(dtype, 4, "dtype"),
+                                     pairs};
+  const gc::DeviceLimits device{multiprocessors, shared_bytes};
+  if (pass == "forward") return gc::make_transform_forward_plan(problem, device);
+  if (pass == "backward") return gc::make_transform_backward_plan(problem, device, gc::TransformDepth::kContext);
+  throw std::invalid_argument("pass must be one of forward, backward, got " + pass);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
@@ -86,4 +104,21 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         py::arg("channels"), py::arg("pixels"), py::arg("layout") = "NCHW", py::arg("dtype") = "float32",
         py::arg("alignment") = 16, py::arg("multiprocessors") = 132, py::arg("shared_bytes") = 232448,
         py::arg("dots_given") = false);
+
+  py::class_<gc::TransformPlan>(m, "TransformPlan", "How a kernel of the transform would be launched; print it.")
+      .def_readonly("width", &gc::TransformPlan::width)
+      .def_readonly("images_at_once", &gc::TransformPlan::images_at_once)
+      .def_readonly("slab_steps", &gc::TransformPlan::slab_steps)
+      .def_readonly("shared_bytes", &gc::TransformPlan::shared_bytes)
+      .def_readonly("workspace", &gc::TransformPlan::workspace)
+      .def_property_readonly("blocks",
+                             [](const gc::TransformPlan& self) {
+                               return std::vector<int>(self.grid.blocks, self.grid.blocks + self.grid.phases);
+                             })
+      .def("__str__", &gc::TransformPlan::to_string)
+      .def("__repr__", &gc::TransformPlan::to_string);
+  m.def("transform_plan", &transform_plan,
+        "The launch plan of the transform, pass forward or backward; hidden has the hidden units of each branch.",
+        py::arg("pass_"), py::arg("images"), py::arg("channels"), py::arg("hidden"), py::arg("dtype") = "float32",
+        py::arg("pairs") = true, py::arg("multiprocessors") = 132, py::arg("shared_bytes") = 232448);
 }

@@ -11,7 +11,8 @@ import pytest
 
 import gc_cuda  # noqa: F401  (loads torch, whose libraries the extension needs)
 
-plan = importlib.import_module("gc_cuda._C").plan
+extension = importlib.import_module("gc_cuda._C")
+plan, transform_plan = extension.plan, extension.transform_plan
 
 KERNELS = (
     "pool_mask",
@@ -19,12 +20,13 @@ KERNELS = (
     "pool_uniform",
     "pool_backward_mask",
     "pool_backward_logits",
+    "pool_backward_block",
     "pixel_dot",
     "broadcast",
     "broadcast_mul_backward",
 )
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
-WHOLE_CHANNELS = {"pool_mask", "pool_backward_mask", "pool_backward_logits"}
+WHOLE_CHANNELS = {"pool_mask", "pool_backward_mask", "pool_backward_logits", "pool_backward_block"}
 V100 = {"multiprocessors": 80, "shared_bytes": 98304}
 H200 = {"multiprocessors": 132, "shared_bytes": 232448}
 
@@ -92,7 +94,7 @@ def test_the_width_of_loads_follows_alignment_and_extent():
     assert plan("broadcast", 1, 8, 64, dtype="float64").width == 2
 
 
-@pytest.mark.parametrize("kernel", ["pool_mask", "pool_backward_mask"])
+@pytest.mark.parametrize("kernel", ["pool_mask", "pool_backward_mask", "pool_backward_block"])
 def test_nchw_tiles_of_a_resnet_take_fair_segments_of_memory(kernel):
     for channels, pixels in ((512, 16800), (1024, 4200), (2048, 1050)):
         for dtype in ("float32", "float16", "bfloat16"):
@@ -143,3 +145,60 @@ def test_a_plan_prints_as_one_line_that_says_it_all():
     assert line.startswith("pool_mask float32 NCHW 2x512x16800: ") and "\n" not in line
     for word in ("rows", "loads of 16 bytes", "threads", "splits", "grid", "shared", "workspace", "tickets"):
         assert word in line
+
+
+TRANSFORMS = {
+    "one of everything": (1, 1, [1]),
+    "c4 at ratio 1/16": (2, 1024, [64]),
+    "c5 at ratio 1/4, both branches": (2, 2048, [512, 512]),
+    "7x7 maps of a large batch": (256, 2048, [128]),
+    "odd everything": (3, 199, [33, 7]),
+    "as many hidden units as a V100's block has memory for": (5, 64, [24000]),
+}
+
+
+@pytest.mark.parametrize("device", [V100, H200], ids=["V100", "H200"])
+@pytest.mark.parametrize("problem", TRANSFORMS.values(), ids=TRANSFORMS)
+def test_the_transform_stays_within_the_limits_of_a_launch(problem, device):
+    images, channels, hidden = problem
+    for dtype, bytes_ in BYTES.items():
+        if dtype == "float64" and hidden[0] * 8 > device["shared_bytes"]:
+            continue  # refused, see below
+        p = transform_plan("forward", images, channels, hidden, dtype, **device)
+        assert len(p.blocks) == 2 and p.shared_bytes <= device["shared_bytes"], p
+        assert 1 <= p.images_at_once <= images and p.workspace == images * sum(hidden), p
+        assert channels % p.width == 0 and all(units % p.width == 0 for units in hidden), p
+
+        p = transform_plan("backward", images, channels, hidden, dtype, **device)
+        assert len(p.blocks) == 4 and p.shared_bytes <= 48 * 1024, p
+        # The two small gradients, and what is left of sums over slabs of rows: less than a quarter of x at 7x7.
+        partial = p.workspace - 2 * images * sum(hidden)
+        assert 0 < partial <= max(images * channels * 49 / 4, images * 128 * len(hidden)), p
+    for pass_ in ("forward", "backward"):
+        p = transform_plan(pass_, images, channels, hidden, **device)
+        assert all(1 <= blocks <= device["multiprocessors"] for blocks in p.blocks), p
+
+
+def test_a_large_transform_takes_every_multiprocessor():
+    assert transform_plan("forward", 2, 2048, [512]).blocks == [64, 132]
+    assert min(transform_plan("backward", 2, 2048, [512]).blocks[::2]) == 132
+
+
+def test_single_weights_are_loaded_where_pairs_do_not_fit():
+    assert transform_plan("forward", 2, 1024, [64]).width == 2
+    assert transform_plan("forward", 2, 1024, [64], pairs=False).width == 1
+    assert transform_plan("forward", 2, 1024, [63]).width == 1
+
+
+@pytest.mark.parametrize(
+    ("problem", "message"),
+    [
+        ((1, 64, [60000]), r"hidden units must be at most \d+ on this device, got 60000"),
+        ((2**20, 4096, [1]), "images x channels, .* must each be at most"),
+        ((0, 4, [1]), "needs images, channels, one or two branches and hidden units"),
+        ((1, 4, []), "hidden must have one or two numbers, got 0"),
+    ],
+)
+def test_a_transform_that_no_launch_can_serve_is_refused(problem, message):
+    with pytest.raises(ValueError, match=message):
+        transform_plan("forward", *problem)

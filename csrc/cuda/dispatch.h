@@ -33,41 +33,51 @@ cudaError_t dispatch_width(int width, const Body& body) {
   return body(Constant<kMax>{});
 }
 
+// Calls body(Type<T>).
+template <typename Body>
+cudaError_t dispatch_type(ElementType type, const Body& body) {
+  switch (type) {
+    case ElementType::kFloat:
+      return body(Type<float>{});
+    case ElementType::kHalf:
+      return body(Type<__half>{});
+    case ElementType::kBFloat16:
+      return body(Type<__nv_bfloat16>{});
+    case ElementType::kDouble:
+      return body(Type<double>{});
+  }
+  return cudaErrorInvalidValue;
+}
+
 // Calls body(Type<T>, Constant<layout>, Constant<width>) as the plan says.
 template <typename Body>
 cudaError_t dispatch(const Plan& plan, const Body& body) {
   const auto with_layout = [&](auto layout) {
-    const auto with_type = [&](auto type) {
+    return dispatch_type(plan.type, [&](auto type) {
       return dispatch_width<kElements<typename decltype(type)::type>>(
           plan.width, [&](auto width) { return body(type, layout, width); });
-    };
-    switch (plan.type) {
-      case ElementType::kFloat:
-        return with_type(Type<float>{});
-      case ElementType::kHalf:
-        return with_type(Type<__half>{});
-      case ElementType::kBFloat16:
-        return with_type(Type<__nv_bfloat16>{});
-      case ElementType::kDouble:
-        return with_type(Type<double>{});
-    }
-    return cudaErrorInvalidValue;
+    });
   };
   return plan.layout == Layout::kNCHW ? with_layout(Constant<Layout::kNCHW>{}) : with_layout(Constant<Layout::kNHWC>{});
 }
 
 template <typename Args>
-cudaError_t launch(void (*kernel)(Args), const Plan& plan, Args args, cudaStream_t stream) {
+cudaError_t launch(void (*kernel)(Args), dim3 grid, int threads, int shared_bytes, const Args& args,
+                   cudaStream_t stream) {
   constexpr int kSharedWithoutAsking = 48 * 1024;
-  if (plan.shared_bytes > kSharedWithoutAsking) {
-    const cudaError_t status =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes);
+  if (shared_bytes > kSharedWithoutAsking) {
+    const cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
     if (status != cudaSuccess) return status;
   }
+  kernel<<<grid, threads, shared_bytes, stream>>>(args);
+  return cudaGetLastError();
+}
+
+template <typename Args>
+cudaError_t launch(void (*kernel)(Args), const Plan& plan, Args args, cudaStream_t stream) {
   args.walk = plan.walk;
   const dim3 grid(static_cast<unsigned>(plan.grid_x()), static_cast<unsigned>(plan.grid_y()));
-  kernel<<<grid, plan.threads(), plan.shared_bytes, stream>>>(args);
-  return cudaGetLastError();
+  return launch(kernel, grid, plan.threads(), plan.shared_bytes, args, stream);
 }
 
 }  // namespace gc

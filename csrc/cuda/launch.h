@@ -4,6 +4,7 @@
 #include <cuda_runtime_api.h>
 
 #include "cuda/plan.h"
+#include "cuda/transform_plan.h"
 #include "kernels/args.h"
 
 namespace gc {
@@ -14,5 +15,9 @@ cudaError_t launch_pool_backward(const Plan& plan, PoolBackwardArgs args, cudaSt
 cudaError_t launch_pixel_dot(const Plan& plan, PixelDotArgs args, cudaStream_t stream);
 cudaError_t launch_broadcast(const Plan& plan, BroadcastArgs args, cudaStream_t stream);
 cudaError_t launch_broadcast_mul_backward(const Plan& plan, BroadcastMulBackwardArgs args, cudaStream_t stream);
+
+// These take the phases and sizes from the plan.
+cudaError_t launch_transform_forward(const TransformPlan& plan, TransformForwardArgs args, cudaStream_t stream);
+cudaError_t launch_transform_backward(const TransformPlan& plan, TransformBackwardArgs args, cudaStream_t stream);
 
 }  // namespace gc

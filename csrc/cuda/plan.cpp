@@ -31,7 +31,7 @@ int power_of_two_from(int64_t n) {
 
 bool needs_all_channels(KernelKind kind, bool dots_given) {
   return !dots_given && (kind == KernelKind::kPoolMask || kind == KernelKind::kPoolBackwardMask ||
-                         kind == KernelKind::kPoolBackwardLogits);
+                         kind == KernelKind::kPoolBackwardLogits || kind == KernelKind::kPoolBackwardBlock);
 }
 
 struct Tiling {
@@ -114,10 +114,10 @@ int shared_bytes_of(KernelKind kind, const Plan& plan, int elements, bool dots_g
       if (plan.walk.splits > 1) take(1, sizeof(int));
       break;
     case KernelKind::kPoolBackwardMask:
-    case KernelKind::kPoolBackwardLogits: {
-      const bool mask = kind == KernelKind::kPoolBackwardMask;
-      take(staged, accumulation);
-      if (mask) take(staged, accumulation);
+    case KernelKind::kPoolBackwardLogits:
+    case KernelKind::kPoolBackwardBlock: {
+      const bool mask = kind != KernelKind::kPoolBackwardLogits;
+      take((kind == KernelKind::kPoolBackwardBlock ? 3 : mask ? 2 : 1) * staged, accumulation);
       take(over_channels_scratch(layout, shape, 1), accumulation);
       if (!dots_given) take(dots, accumulation);
       if (mask)
@@ -144,9 +144,9 @@ void require(bool holds, const std::string& message) {
 }  // namespace
 
 const char* name_of(KernelKind kind) {
-  static const char* const names[] = {"pool_mask",          "pool_logits",           "pool_uniform",
-                                      "pool_backward_mask", "pool_backward_logits",  "pixel_dot",
-                                      "broadcast",          "broadcast_mul_backward"};
+  static const char* const names[] = {
+      "pool_mask",           "pool_logits", "pool_uniform", "pool_backward_mask",    "pool_backward_logits",
+      "pool_backward_block", "pixel_dot",   "broadcast",    "broadcast_mul_backward"};
   return names[static_cast<int>(kind)];
 }
 
@@ -221,6 +221,9 @@ Plan make_plan(KernelKind kind, const Problem& p, const DeviceLimits& device, bo
   plan.walk.pixels = static_cast<int>(p.pixels);
   plan.walk.splits = static_cast<int>(splits);
   plan.walk.tiles_per_split = static_cast<int>(tiles_per_split);
+  // A pass over x has gone before.
+  plan.walk.backwards = kind == KernelKind::kBroadcast || kind == KernelKind::kPoolBackwardMask ||
+                        kind == KernelKind::kPoolBackwardLogits || kind == KernelKind::kPoolBackwardBlock;
 
   plan.shared_bytes = shared_bytes_of(kind, plan, elements, dots_given);
   if (whole && plan.shared_bytes > device.shared_bytes) plan.holds_channels = false;
@@ -239,6 +242,7 @@ Plan make_plan(KernelKind kind, const Problem& p, const DeviceLimits& device, bo
       if (splits > 1) plan.tickets = p.images * chunks;
       break;
     case KernelKind::kPoolBackwardMask:
+    case KernelKind::kPoolBackwardBlock:
       plan.workspace = p.images * (splits + 1) * p.channels;
       plan.tickets = (p.images + 1) * chunks;
       break;

@@ -20,11 +20,12 @@ enum class KernelKind : int {
   kPoolUniform,         // pool_forward, the sum or the mean
   kPoolBackwardMask,    // pool_backward with a weight gradient
   kPoolBackwardLogits,  // pool_backward with a gradient for given logits
+  kPoolBackwardBlock,   // pool_backward of a whole block
   kPixelDot,
   kBroadcast,
   kBroadcastMulBackward,
 };
-inline constexpr int kKernelKinds = 8;
+inline constexpr int kKernelKinds = 9;
 
 // The names used in to_string() and by Python: "pool_mask", "float32", "NCHW" ...
 const char* name_of(KernelKind kind);

@@ -9,18 +9,20 @@ cudaError_t launch_pool_backward(const Plan& plan, PoolBackwardArgs args, cudaSt
     using T = typename decltype(type)::type;
     constexpr Layout kLayout = decltype(layout)::value;
     constexpr int kWidth = decltype(width)::value;
-    const auto with_mask = [&](auto mask) {
-      constexpr bool kMask = decltype(mask)::value;
+    const auto with_gradient = [&](auto gradient) {
+      constexpr PoolGradient kGradient = decltype(gradient)::value;
       if constexpr (has_tall_tiles<T, kLayout>) {
-        if (plan.rows == 16) return launch(pool_backward<T, kLayout, 16, kWidth, kMask>, plan, args, stream);
+        if (plan.rows == 16) return launch(pool_backward<T, kLayout, 16, kWidth, kGradient>, plan, args, stream);
       }
-      return launch(pool_backward<T, kLayout, 8, kWidth, kMask>, plan, args, stream);
+      return launch(pool_backward<T, kLayout, 8, kWidth, kGradient>, plan, args, stream);
     };
     switch (plan.kind) {
-      case KernelKind::kPoolBackwardMask:
-        return with_mask(Constant<true>{});
       case KernelKind::kPoolBackwardLogits:
-        return with_mask(Constant<false>{});
+        return with_gradient(Constant<PoolGradient::kLogits>{});
+      case KernelKind::kPoolBackwardMask:
+        return with_gradient(Constant<PoolGradient::kMask>{});
+      case KernelKind::kPoolBackwardBlock:
+        return with_gradient(Constant<PoolGradient::kBlock>{});
       default:
         return cudaErrorInvalidValue;
     }

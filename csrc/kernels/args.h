@@ -26,24 +26,33 @@ struct PoolForwardArgs {
   Companion given_logits;  // [N, S]           kLogits
   double factor;           //                  kUniform
   void* logits;            // A [N, S]     out, kMask
-  void* context;           // T [N, C]     out
-  void* state;             // A [N, C + 2] out, but kUniform
+  CompanionOut context;    // [N, C]       out, or null
+  void* state;             // A [N, C + 2] out, or null
   void* partial_context;   // A [N, splits, C]         workspace, splits > 1
   void* partial_stats;     // A [N, chunks, splits, 2] workspace, splits > 1, but kUniform
   unsigned* tickets;       // [N, chunks], 0 before and after; splits > 1
 };
 
+// What a pool_backward computes.
+enum class PoolGradient : int {
+  kLogits,  // of softmax pooling: grad_x and grad_logits
+  kMask,    // of attention pooling: grad_x and grad_weight
+  kBlock,   // of a whole context block: attention pooling's, and grad * scale in grad_x
+};
+
 struct PoolBackwardArgs {
   Walk walk;
   const void* x;             // T [N, C, S] or [N, S, C]
+  const void* grad;          // T like x            kBlock
+  Companion scale;           // [N, C] or absent    kBlock
   Companion grad_context;    // [N, C]
   Companion mask_weight;     // [C]      with a mask
   Companion logits;          // [N, S]
   const void* state;         // A [N, C + 2] of the forward pass
   const void* dots;          // A [N, S], or null: computed here
-  void* grad_x;              // T like x out
+  void* grad_x;              // T like x out, or null
   CompanionOut grad_logits;  // [N, S]   out, without a mask
-  CompanionOut grad_weight;  // [C]      out, with a mask
+  CompanionOut grad_weight;  // [C]      out, with a mask, or null
   void* partial_weight;      // A [N, splits, C] workspace, with a mask
   void* image_weight;        // A [N, C]         workspace, with a mask
   unsigned* tickets;         // [N, chunks] then [chunks], 0 before and after; with a mask
@@ -70,12 +79,71 @@ struct BroadcastMulBackwardArgs {
   Walk walk;
   const void* grad;         // T [N, C, S] or [N, S, C]
   const void* x;            // T like grad
-  Companion scale;          // [N, C]
-  void* grad_x;             // T like grad out
+  Companion scale;          // [N, C]      with grad_x
+  void* grad_x;             // T like grad out, or null
   CompanionOut grad_scale;  // [N, C]      out
-  CompanionOut grad_term;   // [N, C]      out
+  CompanionOut grad_term;   // [N, C]      out, or null
   void* partial_sums;       // A [2, N, splits, C] workspace, splits > 1
   unsigned* tickets;        // [N, chunks], 0 before and after; splits > 1
+};
+
+// The blocks of each phase of a launch, see phases.h.
+inline constexpr int kMaxPhases = 4;
+inline constexpr int kPhaseCounters = 1 + kMaxPhases;
+struct PhaseGrid {
+  int phases;
+  int blocks[kMaxPhases];
+};
+
+// One branch of the context block, channel_add or channel_mul, with P = hidden units.
+struct TransformBranch {
+  int hidden;
+  Companion w1;                          // [P, C]
+  Companion b1;                          // [P]
+  Companion norm_weight;                 // [P]
+  Companion norm_bias;                   // [P]
+  Companion w2;                          // [C, P]
+  Companion b2;                          // [C]
+  bool gate;                             // `out` goes through a sigmoid
+  void* products;                        // A [N, P] workspace: W1 . context + b1
+  void *normalized, *inverse_deviation;  // A [N, P], [N] out
+  void* out;                             // A [N, C] out
+};
+
+struct TransformForwardArgs {
+  PhaseGrid grid;
+  unsigned* counters;  // [kPhaseCounters], 0 before and after
+  int images, channels, branches;
+  int images_at_once;  // whose hidden units share a block's memory in the second phase
+  double eps;
+  const void* context;  // A, image n's from n * context_stride on
+  long long context_stride;
+  TransformBranch branch[2];
+};
+
+struct TransformGradients {
+  int hidden;
+  Companion w1, norm_weight, norm_bias, w2;                                           // as in TransformBranch
+  const void *normalized, *inverse_deviation;                                         // A [N, P], [N]
+  const void* grad_out;                                                               // A [N, C]
+  const void* gate;                                                                   // A [N, C], the sigmoid, or null
+  CompanionOut grad_w1, grad_b1, grad_norm_weight, grad_norm_bias, grad_w2, grad_b2;  // out, or null
+  void* partial_y;                                                                    // A [slabs of C, N, P] workspace
+  void* grad_y;                                                                       // A [N, P]             workspace
+  void* grad_hidden;                                                                  // A [N, P]             workspace
+  void* partial_context;                                                              // A [slabs of P, N, C] workspace
+};
+
+struct TransformBackwardArgs {
+  PhaseGrid grid;
+  unsigned* counters;  // [kPhaseCounters], 0 before and after
+  int images, channels, branches;
+  int slab_steps;       // a block takes slabs of slab_steps * kSlabStep rows of a weight matrix
+  const void* context;  // A, image n's from n * context_stride on
+  long long context_stride;
+  double factor;       // of grad_context
+  void* grad_context;  // A [N, C] out, or null
+  TransformGradients branch[2];
 };
 
 }  // namespace gc

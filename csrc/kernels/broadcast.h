@@ -3,6 +3,8 @@
 //   broadcast               out[n, c, s] = x[n, c, s] * scale[n, c] + term[n, c]        (either may be absent)
 //   broadcast_mul_backward  grad_x = grad * scale,  grad_scale[n, c] = sum_s grad * x,  grad_term[n, c] = sum_s grad
 //
+// The backward may leave out grad_x (and then scale), which a whole block's last pass writes, and grad_term.
+//
 // x, out, grad, grad_x [N, C, S] or [N, S, C]; scale, term [N, C].
 //
 // Decomposition: block (image * splits + split, chunk) walks the tiles of its pixel range for its chunk of channels.
@@ -64,7 +66,8 @@ broadcast_mul_backward(const BroadcastMulBackwardArgs args) {
   A sums[2 * kChannels];  // of grad * x, then of grad
   GC_UNROLL
   for (int c = 0; c < kChannels; ++c) {
-    scale[c] = map.channel(c) < map.channels ? read<T>(args.scale, map.channels0() + map.channel(c)) : A(0);
+    const bool scaled = args.grad_x != nullptr && map.channel(c) < map.channels;
+    scale[c] = scaled ? read<T>(args.scale, map.channels0() + map.channel(c)) : A(0);
     sums[c] = sums[kChannels + c] = 0;
   }
 
@@ -88,7 +91,7 @@ broadcast_mul_backward(const BroadcastMulBackwardArgs args) {
       sums[c] += product_sum;
       sums[kChannels + c] += grad_sum;
     }
-    grad.store(static_cast<T*>(args.grad_x) + map.image0(), map, pixel0);
+    if (args.grad_x != nullptr) grad.store(static_cast<T*>(args.grad_x) + map.image0(), map, pixel0);
   }
 
   port::SharedArena arena;
@@ -106,7 +109,7 @@ broadcast_mul_backward(const BroadcastMulBackwardArgs args) {
       if (channel >= map.channels) continue;
       if (args.walk.splits == 1) {
         write<T>(args.grad_scale, map.channels0() + channel, sums[c]);
-        write<T>(args.grad_term, map.channels0() + channel, sums[kChannels + c]);
+        if (args.grad_term.data != nullptr) write<T>(args.grad_term, map.channels0() + channel, sums[kChannels + c]);
       } else {
         partial_product[map.split * map.channels + channel] = sums[c];
         partial_grad[map.split * map.channels + channel] = sums[kChannels + c];
@@ -120,6 +123,7 @@ broadcast_mul_backward(const BroadcastMulBackwardArgs args) {
   const auto plainly = [](int) { return A(1); };
   add_rows(map, partial_product, args.walk.splits, plainly,
            [&](int c, A sum) { write<T>(args.grad_scale, map.channels0() + c, sum); });
+  if (args.grad_term.data == nullptr) return;
   add_rows(map, partial_grad, args.walk.splits, plainly,
            [&](int c, A sum) { write<T>(args.grad_term, map.channels0() + c, sum); });
 }

@@ -32,10 +32,12 @@ struct TileShape {
 };
 
 // The work of a launch: every image's pixels in `splits` ranges of whole tiles, every tile's channels in chunks.
-// Block (image * splits + split, chunk).
+// Block (image * splits + split, chunk); backwards, the first blocks to run take the last images, which a pass over x
+// just before has left in the second-level cache.
 struct Walk {
   int images, channels, pixels;
   int splits, tiles_per_split;
+  bool backwards;
   TileShape shape;
 };
 

@@ -1,8 +1,10 @@
 // Backward of softmax pooling, in one launch and one read of x. With gc = grad_context[n] and a = softmax(logits[n]):
 //
 //   grad_logits[s] = a[s] * (gc . x[:, s] - gc . context)
-//   grad_x[:, s]   = a[s] * gc + grad_logits[s] * mask_weight          (the second term with kMask)
-//   grad_mask_weight = sum over n, s of grad_logits[s] * x[:, s]       (kMask)
+//   grad_x[:, s]   = a[s] * gc + grad_logits[s] * mask_weight          (the second term with kMask and kBlock)
+//   grad_mask_weight = sum over n, s of grad_logits[s] * x[:, s]       (kMask, kBlock)
+//
+// With kBlock, the same for a whole context block, whose out = x * scale + ...: grad_x gains grad * scale.
 //
 // The softmax's inner product sum_s a[s] * (gc . x[:, s]) equals gc . context, which the forward pass has kept: so
 // every pixel is on its own. With kLogits, grad_logits is written instead of being folded into grad_x.
@@ -11,7 +13,7 @@
 // the registers cannot, `dots` brings gc . x[:, s] from pixel_dot. The weight gradient is summed over a block's pixels
 // in registers, over an image's splits by the image's last block, over images by the last image's.
 //
-// Moves: x once, grad_x once (N*C*S elements each), logits once (N*S accumulation type).
+// Moves: x once, grad_x once, with kBlock grad once (N*C*S elements each), logits once (N*S accumulation type).
 #pragma once
 
 #include "softmax.h"
@@ -22,14 +24,19 @@ namespace gc {
 
 // Taller tiles serve only launches whose blocks hold all channels: they never take `dots`, and spare its registers.
 inline constexpr int kDotsRows = 8;
+// Vectors of grad that a thread fetches together; beside a taller tile's it has registers for one.
+template <int kRows>
+inline constexpr int kGradRows = kRows > 8 ? 1 : 4;
 
-template <typename T, Layout kLayout, int kRows, int kWidth, bool kMask>
+template <typename T, Layout kLayout, int kRows, int kWidth, PoolGradient kGradient>
 GC_KERNEL(kMaxThreads, 1)
 pool_backward(const PoolBackwardArgs args) {
   using A = Acc<T>;
   using TileT = Tile<T, kLayout, kRows, kWidth>;
   constexpr int kChannels = TileT::kChannels;
   constexpr int kPixels = TileT::kPixels;
+  constexpr bool kMask = kGradient != PoolGradient::kLogits;
+  constexpr bool kBlock = kGradient == PoolGradient::kBlock;
 
   const typename TileT::Map map(args.walk);
   const A* const state = static_cast<const A*>(args.state) + map.state0();
@@ -37,16 +44,20 @@ pool_backward(const PoolBackwardArgs args) {
   const A inverse_z = A(1) / state[1];
 
   port::SharedArena arena;
-  A* grad_context = arena.take<A>(map.tile_channels());
-  A* mask_weight = arena.take<A>(kMask ? map.tile_channels() : 0);
+  // Of each channel, side by side: grad_context, the mask weight, the scale.
+  constexpr int kStaged = kBlock ? 3 : kMask ? 2 : 1;
+  A* staged = arena.take<A>(kStaged * map.tile_channels());
   A* const context_dot_scratch = arena.take<A>(over_channels_scratch(kLayout, map.shape, 1));
   const int dot_count = over_channels_scratch(kLayout, map.shape, kPixels);
   A* const dot_scratch = arena.take<A>(args.dots == nullptr ? 2 * dot_count : 0);
-  stage_channels(map, grad_context, [&](int channel) { return read<T>(args.grad_context, map.channels0() + channel); });
-  if constexpr (kMask)
-    stage_channels(map, mask_weight, [&](int channel) { return read<T>(args.mask_weight, channel); });
-  grad_context += map.channel_thread() * kChannels;
-  mask_weight += kMask ? map.channel_thread() * kChannels : 0;
+  stage_channels<kStaged>(map, staged, [&](int c) { return read<T>(args.grad_context, map.channels0() + c); });
+  if constexpr (kMask) stage_channels<kStaged>(map, staged + 1, [&](int c) { return read<T>(args.mask_weight, c); });
+  if constexpr (kBlock) {
+    const bool scaled = args.scale.data != nullptr;
+    stage_channels<kStaged>(map, staged + 2,
+                            [&](int c) { return scaled ? read<T>(args.scale, map.channels0() + c) : A(1); });
+  }
+  staged += map.channel_thread() * kChannels * kStaged;
 
   A context_dot[1] = {0};  // over all channels of the image, whatever the block's chunk
   for (int c = map.channel_thread(); c < map.channels; c += channel_threads(kLayout, map.shape)) {
@@ -71,7 +82,7 @@ pool_backward(const PoolBackwardArgs args) {
       for (int p = 0; p < kPixels; ++p) grad_logit[p] = 0;
       GC_UNROLL
       for (int c = 0; c < kChannels; ++c) {
-        const A g = grad_context[c];
+        const A g = staged[c * kStaged];
         GC_UNROLL
         for (int p = 0; p < kPixels; ++p) grad_logit[p] += g * tile(c, p);
       }
@@ -103,37 +114,51 @@ pool_backward(const PoolBackwardArgs args) {
       }
     }
     // Row by row, each stored when it is done: its registers are free for the next.
+    constexpr int kStep = kGradRows<kRows>;
     GC_UNROLL
-    for (int r = 0; r < kRows; ++r) {
-      GC_UNROLL
-      for (int e = 0; e < TileT::kRowElements; ++e) {
-        const int c = TileT::Map::kChannelsFast ? e : r;
-        const int p = TileT::Map::kChannelsFast ? r : e;
-        A grad = attention[p] * grad_context[c];
-        if constexpr (kMask) {
-          weight_sums[c] += grad_logit[p] * tile(c, p);
-          grad += grad_logit[p] * mask_weight[c];
+    for (int r0 = 0; r0 < kRows; r0 += kStep) {
+      PackedVector<T> grad_rows[kStep] = {};
+      if constexpr (kBlock) {
+        if (args.grad_x != nullptr) {
+          const T* const grad = static_cast<const T*>(args.grad) + map.image0();
+          GC_UNROLL
+          for (int i = 0; i < kStep; ++i) TileT::load_row(grad_rows[i], grad, map, pixel0, r0 + i);
         }
-        tile.set(c, p, grad);  // x is done with: its registers take the gradient
       }
-      tile.store_row(static_cast<T*>(args.grad_x) + map.image0(), map, pixel0, r);
+      GC_UNROLL
+      for (int r = r0; r < r0 + kStep; ++r) {
+        GC_UNROLL
+        for (int e = 0; e < TileT::kRowElements; ++e) {
+          const int c = TileT::Map::kChannelsFast ? e : r;
+          const int p = TileT::Map::kChannelsFast ? r : e;
+          A grad = attention[p] * staged[c * kStaged];
+          if constexpr (kMask) {
+            weight_sums[c] += grad_logit[p] * tile(c, p);
+            grad += grad_logit[p] * staged[c * kStaged + 1];
+          }
+          if constexpr (kBlock) grad += staged[c * kStaged + 2] * grad_rows[r - r0].get(e);
+          tile.set(c, p, grad);  // x is done with: its registers take the gradient
+        }
+        if (args.grad_x != nullptr) tile.store_row(static_cast<T*>(args.grad_x) + map.image0(), map, pixel0, r);
+      }
     }
   }
 
   if constexpr (kMask) {
     A* const sum_scratch = arena.take<A>(over_pixels_scratch(kLayout, map.shape, kChannels));
+    int* const last_split = arena.take<int>(1);
+    int* const last_image = arena.take<int>(1);
+    if (args.grad_weight.data == nullptr) return;
     OverPixels<kLayout, kChannels>::publish(map, weight_sums, sum_scratch);
     port::sync_block<kSyncWeightSum>();
     OverPixels<kLayout, kChannels>::collect(map, weight_sums, sum_scratch);
     if (map.pixel_thread() == 0) {
-      A* const out = static_cast<A*>(args.partial_weight) + static_cast<long long>(port::block_x()) * map.channels;
+      A* const out = static_cast<A*>(args.partial_weight) + static_cast<long long>(map.block) * map.channels;
       GC_UNROLL
       for (int c = 0; c < kChannels; ++c) {
         if (map.channel(c) < map.channels) out[map.channel(c)] = weight_sums[c];
       }
     }
-    int* const last_split = arena.take<int>(1);
-    int* const last_image = arena.take<int>(1);
     unsigned* const image_ticket = args.tickets + map.image_chunk();
     if (!arrive_last(image_ticket, args.walk.splits, last_split)) return;
     A* const image_weight = static_cast<A*>(args.image_weight);

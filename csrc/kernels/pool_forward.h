@@ -4,9 +4,10 @@
 //
 //   kMask     logits[n, s] = mask_weight . x[n, :, s] + mask_bias, computed from the same registers and written
 //   kLogits   logits are given
-//   kUniform  a = factor for every pixel: the mean or the sum (no softmax, no state)
+//   kUniform  a = factor for every pixel: the mean or the sum (no softmax)
 //
-// x [N, C, S] (NCHW) or [N, S, C] (NHWC) -> context [N, C], state [N, C + 2] = (m, z, context unrounded).
+// x [N, C, S] (NCHW) or [N, S, C] (NHWC) -> context [N, C], state [N, C + 2] = (m, z, context unrounded); with kUniform
+// (0, S, context unrounded). Either may be left out.
 //
 // Decomposition: block (image * splits + split, chunk) walks the tiles of its pixel range for its chunk of channels
 // (with kMask the one chunk holds all channels). Every thread keeps kRows vectors of x and a running (m, z, sums over
@@ -27,17 +28,16 @@ namespace gc {
 template <Weighting kWeighting, typename T, typename Map>
 GC_DEVICE void write_context(const PoolForwardArgs& args, const Map& map, int channel, Acc<T> sum, Acc<T> z) {
   const Acc<T> context = kWeighting == Weighting::kUniform ? sum * static_cast<Acc<T>>(args.factor) : sum / z;
-  static_cast<T*>(args.context)[map.channels0() + channel] = from_acc<T>(context);
-  if constexpr (kWeighting != Weighting::kUniform)
-    static_cast<Acc<T>*>(args.state)[map.state0() + 2 + channel] = context;
+  if (args.context.data != nullptr) write<T>(args.context, map.channels0() + channel, context);
+  if (args.state != nullptr) static_cast<Acc<T>*>(args.state)[map.state0() + 2 + channel] = context;
 }
 
 template <Weighting kWeighting, typename T, typename Map>
 GC_DEVICE void write_stats(const PoolForwardArgs& args, const Map& map, Acc<T> m, Acc<T> z) {
-  if (kWeighting == Weighting::kUniform || port::block_y() != 0 || port::thread_index() != 0) return;
+  if (args.state == nullptr || port::block_y() != 0 || port::thread_index() != 0) return;
   Acc<T>* const state = static_cast<Acc<T>*>(args.state) + map.state0();
-  state[0] = m;
-  state[1] = z;
+  state[0] = kWeighting == Weighting::kUniform ? Acc<T>(0) : m;
+  state[1] = kWeighting == Weighting::kUniform ? static_cast<Acc<T>>(map.pixels) : z;
 }
 
 // Merges the splits of the block's image and chunk: each thread some channels, each channel in split order.
@@ -186,7 +186,7 @@ pool_forward(const PoolForwardArgs args) {
     return;
   }
   if (map.pixel_thread() == 0) {
-    A* const out = static_cast<A*>(args.partial_context) + static_cast<long long>(port::block_x()) * map.channels;
+    A* const out = static_cast<A*>(args.partial_context) + static_cast<long long>(map.block) * map.channels;
     GC_UNROLL
     for (int c = 0; c < kChannels; ++c) {
       if (map.channel(c) < map.channels) out[map.channel(c)] = sums[c];

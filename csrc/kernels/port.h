@@ -56,6 +56,11 @@ GC_DEVICE T shuffle_xor(T value, int lane_mask) {
 // Takes the next ticket: returns the counter's old value. Relaxed: it does not order other accesses.
 GC_DEVICE unsigned take_ticket(unsigned* counter) { return atomicAdd(counter, 1u); }
 
+// Waits until the counter is at least `value`. Relaxed, as take_ticket. Only for what blocks that run already will do.
+GC_DEVICE void wait_for(const unsigned* counter, unsigned value) {
+  while (*static_cast<const volatile unsigned*>(counter) < value) __nanosleep(32);
+}
+
 // Dynamic shared memory, handed out array by array in the same order by every thread of the block. A plan computes the
 // total with shared_bytes(). On the host each array is an allocation of its own, so an overrun cannot stay unseen.
 class SharedArena {
@@ -98,6 +103,8 @@ GC_DEVICE void forget(unsigned& word) { asm volatile("" : "+r"(word)); }
 
 GC_DEVICE float exp2(float x) { return exp2f(x); }
 GC_DEVICE double exp2(double x) { return ::exp2(x); }
+GC_DEVICE float sqrt(float x) { return sqrtf(x); }
+GC_DEVICE double sqrt(double x) { return ::sqrt(x); }
 
 }  // namespace gc::port
 #endif

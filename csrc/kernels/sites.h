@@ -5,20 +5,31 @@
 namespace gc {
 
 enum Site : int {
-  kSyncStaged,        // pool_forward: the mask weights are in shared memory
-  kSyncDot,           // pool_forward: every warp's part of the logits is in scratch
-  kSyncPixelMax,      // pool_forward: every warp's largest logit is in scratch
-  kSyncPixelSum,      // pool_forward: every warp's part of the sums over pixels is in scratch
-  kSyncSplitWeights,  // pool_forward: the weight of every split is in shared memory
-  kSyncGradStaged,    // pool_backward: grad_context, mask weights and the parts of gc . context are in shared memory
-  kSyncGradDot,       // pool_backward: every warp's part of gc . x is in scratch
-  kSyncWeightSum,     // pool_backward: every warp's part of the weight gradient is in scratch
-  kSyncPixelDot,      // pixel_dot: every warp's part of the dot products is in scratch
-  kSyncGradSum,       // broadcast_mul_backward: every warp's part of the sums over pixels is in scratch
-  kSyncBeforeTicket,  // arrive_last: the whole block has written its partial results
-  kSyncAfterTicket,   // arrive_last: the whole block knows whether it is the last
-  kFenceRelease,      // arrive_last: partial results are visible before the ticket
-  kFenceAcquire,      // arrive_last: the others' partial results are read after the ticket
+  kSyncStaged,         // pool_forward: the mask weights are in shared memory
+  kSyncDot,            // pool_forward: every warp's part of the logits is in scratch
+  kSyncPixelMax,       // pool_forward: every warp's largest logit is in scratch
+  kSyncPixelSum,       // pool_forward: every warp's part of the sums over pixels is in scratch
+  kSyncSplitWeights,   // pool_forward: the weight of every split is in shared memory
+  kSyncGradStaged,     // pool_backward: grad_context, mask weights and the parts of gc . context are in shared memory
+  kSyncGradDot,        // pool_backward: every warp's part of gc . x is in scratch
+  kSyncWeightSum,      // pool_backward: every warp's part of the weight gradient is in scratch
+  kSyncPixelDot,       // pixel_dot: every warp's part of the dot products is in scratch
+  kSyncGradSum,        // broadcast_mul_backward: every warp's part of the sums over pixels is in scratch
+  kSyncBeforeTicket,   // arrive_last: the whole block has written its partial results
+  kSyncAfterTicket,    // arrive_last: the whole block knows whether it is the last
+  kFenceRelease,       // arrive_last: partial results are visible before the ticket
+  kFenceAcquire,       // arrive_last: the others' partial results are read after the ticket
+  kSyncPhaseTicket,    // Phase: the block knows its ticket
+  kSyncPhaseBegins,    // Phase: the block knows that the phase before is done
+  kSyncPhaseEnds,      // Phase: the whole block has written what the next phase reads
+  kFencePhaseRelease,  // Phase: a block's results are visible before it counts as finished
+  kFencePhaseAcquire,  // Phase: the results of the phase before are read after its end
+  kFencePhaseReset,    // Phase: the counters are used no more when they are put back to 0
+  kSyncHiddenReady,    // transform_forward: the hidden units of these images are in shared memory
+  kSyncHiddenDone,     // transform_forward: nobody reads them any more
+  kSyncSlabStaged,     // transform_backward: the gradients of these images and rows are in shared memory
+  kSyncSlabSums,       // transform_backward: every warp's part of the sums over rows is in shared memory
+  kSyncNormSums,       // transform_backward: every warp's part of the norm's sums is in shared memory
   kSiteCount
 };
 

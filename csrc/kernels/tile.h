@@ -21,6 +21,7 @@ struct TileMap {
   int channels, pixels;      // of the image
   int channel0;              // first channel of the block
   int fast, slow;            // this thread
+  int block;                 // this block among those of its chunk: image * splits + split
   int image, split;          // this block
   int first_tile, end_tile;  // its range
 
@@ -31,8 +32,9 @@ struct TileMap {
         channel0(port::block_y() * tile_channels()),
         fast(port::thread_index() & (walk.shape.fast_threads - 1)),
         slow(port::thread_index() / walk.shape.fast_threads),
-        image(port::block_x() / walk.splits),
-        split(port::block_x() % walk.splits),
+        block(walk.backwards ? port::grid_x() - 1 - port::block_x() : port::block_x()),
+        image(block / walk.splits),
+        split(block % walk.splits),
         first_tile(split * walk.tiles_per_split) {
     const int tiles = (pixels + tile_pixels() - 1) / tile_pixels();
     end_tile = first_tile + walk.tiles_per_split < tiles ? first_tile + walk.tiles_per_split : tiles;
@@ -103,11 +105,12 @@ class Tile {
   // What lies outside the image reads as 0.
   GC_DEVICE void load(const T* image, const Map& map, int pixel0) {
     GC_UNROLL
-    for (int r = 0; r < kRows; ++r) {
-      GC_UNROLL
-      for (int k = 0; k < kVectorBytes / 4; ++k) rows_[r].word[k] = 0;
-      each_piece(map, pixel0, r, [&](int e, int offset) { rows_[r].template load<kWidth>(e, image + offset); });
-    }
+    for (int r = 0; r < kRows; ++r) load_row(rows_[r], image, map, pixel0, r);
+  }
+  GC_DEVICE static void load_row(PackedVector<T>& row, const T* image, const Map& map, int pixel0, int r) {
+    GC_UNROLL
+    for (int k = 0; k < kVectorBytes / 4; ++k) row.word[k] = 0;
+    each_piece(map, pixel0, r, [&](int e, int offset) { row.template load<kWidth>(e, image + offset); });
   }
   // What lies outside the image is not written.
   GC_DEVICE void store_row(T* image, const Map& map, int pixel0, int r) const {
@@ -230,12 +233,13 @@ template <Layout kLayout, int kCount, typename Op = Sum>
 using OverPixels = AxisReduce<!channels_are_fast(kLayout), kCount, Op>;
 
 // A vector over the block's channels in shared memory, in the order in which threads use it: thread t's channel i at
-// t * kChannels + i, so that a thread reads its own with vector loads. Needs a barrier before it is read.
-template <typename Map, typename A, typename Source>
+// (t * kChannels + i) * kStride, so that a thread reads its own with vector loads; several vectors may lie interleaved.
+// Needs a barrier before it is read.
+template <int kStride = 1, typename Map, typename A, typename Source>
 GC_DEVICE void stage_channels(const Map& map, A* shared, const Source& source) {
   for (int slot = port::thread_index(); slot < map.tile_channels(); slot += port::block_threads()) {
     const int channel = map.channel(slot / Map::kChannels, slot % Map::kChannels);
-    shared[slot] = channel < map.channels ? source(channel) : A(0);
+    shared[slot * kStride] = channel < map.channels ? source(channel) : A(0);
   }
 }
 

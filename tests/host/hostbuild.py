@@ -166,7 +166,11 @@ def _unchanged(record: Path) -> bool:
 
 def _rewrite_launches() -> None:
     """Copies csrc/cuda to build/host/launch, with kernel<<<...>>>(args) as runtime/launch_file.h wants it."""
-    for source in [*(ROOT / "csrc" / "cuda").glob("*.cu"), *(ROOT / "csrc" / "cuda").glob("*.h")]:
+    cuda = ROOT / "csrc" / "cuda"
+    for old in (LAUNCH / "cuda").glob("*"):
+        if not (cuda / old.name).exists():
+            old.unlink()
+    for source in [*cuda.glob("*.cu"), *cuda.glob("*.h")]:
         text = source.read_text()
         rewritten = re.sub(r"(\w+)<<<([^;]*?)>>>\(", r"::gc::host::launch_kernel(\1, \2)(", text)
         target = LAUNCH / "cuda" / source.name
@@ -209,7 +213,7 @@ def _sources(driver: str, build: Build) -> list[tuple[Path, bool]]:
     sources += [(path, True) for path in sorted((LAUNCH / "cuda").glob("*.cu"))]
     return [
         *sources,
-        (ROOT / "csrc" / "cuda" / "plan.cpp", False),
+        *((path, False) for path in sorted((ROOT / "csrc" / "cuda").glob("*plan.cpp"))),
         (HOST / "drivers" / f"{driver}.cpp", False),
     ]
 

@@ -3,7 +3,8 @@
 nvcc compiles the launch files of csrc/cuda, which contain every instantiation, for sm_80, 86 and 89, and
 the hot instantiations for the other architectures of CUDA 13 (`./compile.sh cuda` compiles the rest for them,
 which takes minutes). NVRTC 12.6 compiles every instantiation for sm_70. Hot kernels are those that move whole
-16-byte vectors of float32, float16 or bfloat16: they must have 16-byte loads and must not spill registers.
+16-byte vectors of float32, float16 or bfloat16 feature maps, and the transform on such types: they must not
+spill registers, and those on feature maps must have 16-byte loads.
 """
 
 from __future__ import annotations
@@ -31,7 +32,17 @@ ELEMENT_BYTES = {"float": 4, "__half": 2, "__nv_bfloat16": 2}  # float64 is for 
 
 
 def is_hot(kernel: str) -> bool:
-    """Does an instantiation <type, layout, rows, width, ...> move 16 bytes at a time?"""
+    """Is it among the instantiations whose speed counts?"""
+    transform = re.search(r"transform_\w+<(\w+)(?:, (\d+))?>", kernel)
+    if transform is not None:
+        return transform[1] in ELEMENT_BYTES and transform[2] != "1"
+    return moves_vectors(kernel)
+
+
+def moves_vectors(kernel: str) -> bool:
+    """Does an instantiation <type, layout, rows, width, ...> move 16 bytes of a feature map at a time?"""
+    if "transform_" in kernel:
+        return False
     match = re.search(r"<(\w+), \(gc::Layout\)\d, \d+, (\d+)", kernel)
     assert match is not None, f"not <type, layout, rows, width, ...>: {kernel}"
     return ELEMENT_BYTES.get(match[1], 0) * int(match[2]) == 16
@@ -134,7 +145,7 @@ def test_hot_kernels_do_not_spill(resources: list[Resources]) -> None:
     assert not spills, "\n" + cudatools.table(spills)
 
 
-@pytest.mark.parametrize("launch_file", LAUNCH_FILES)
+@pytest.mark.parametrize("launch_file", [name for name in LAUNCH_FILES if "transform" not in name])
 def test_hot_kernels_load_16_bytes(every_kernel: dict[str, Path], launch_file: str) -> None:
     cubins = list(every_kernel[launch_file].glob(f"*{DISASSEMBLED}*.cubin"))
     assert len(cubins) == 1
@@ -142,7 +153,7 @@ def test_hot_kernels_load_16_bytes(every_kernel: dict[str, Path], launch_file: s
         code = cudatools.disassemble(cubins[0])
     except cudatools.Unavailable as error:
         pytest.skip(str(error))
-    hot = {kernel: text for kernel, text in code.items() if is_hot(kernel)}
+    hot = {kernel: text for kernel, text in code.items() if moves_vectors(kernel)}
     assert hot
     narrow = [kernel for kernel, text in hot.items() if "LDG.E.128" not in text]
     assert not narrow, f"no LDG.E.128 in {narrow}"
@@ -187,7 +198,9 @@ def test_volta(every_kernel: dict[str, Path], pytestconfig: pytest.Config) -> No
         found += entries
         code = cudatools.ptx_entries(ptx)
         narrow = [
-            one for one in kernels[name] if is_hot(one) and not re.search(r"ld\.global\S*\.v4", code[one])
+            one
+            for one in kernels[name]
+            if moves_vectors(one) and not re.search(r"ld\.global\S*\.v4", code[one])
         ]
         assert not narrow, f"no 16-byte loads in {narrow}"
     hot = [one for one in found if is_hot(one.kernel)]

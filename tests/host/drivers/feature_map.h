@@ -118,11 +118,12 @@ class FeatureMap {
 template <typename T>
 class SmallVector {
  public:
-  SmallVector(const std::string& name, std::size_t count, bool wide, Use use) : wide_(wide), count_(count) {
+  SmallVector(const std::string& name, std::size_t count, bool wide, Use use, int misaligned = 0)
+      : wide_(wide), count_(count) {
     if (wide) {
-      of_acc_ = std::make_unique<Buffer<Acc<T>>>(name, count, use);
+      of_acc_ = std::make_unique<Buffer<Acc<T>>>(name, count, use, misaligned);
     } else {
-      of_type_ = std::make_unique<Buffer<T>>(name, count, use);
+      of_type_ = std::make_unique<Buffer<T>>(name, count, use, misaligned);
     }
   }
 
@@ -140,6 +141,12 @@ class SmallVector {
   // Error of storing a value in it.
   double store_error(double value) const {
     return wide_ ? drivers::store_error<Acc<T>>(value) : drivers::store_error<T>(value);
+  }
+
+  // Calls body(buffer) with what holds the elements.
+  template <typename Body>
+  void with_buffer(const Body& body) const {
+    wide_ ? body(*of_acc_) : body(*of_type_);
   }
 
   Companion companion() const { return {data(), wide_}; }
@@ -200,6 +207,10 @@ class SameBits {
       if (name == buffer.name()) return host::require(first == bytes, name + " depends on the schedule");
     }
     seen_.emplace_back(buffer.name(), std::move(bytes));
+  }
+  template <typename T>
+  void check(const SmallVector<T>& vector) {
+    vector.with_buffer([&](const auto& buffer) { check(buffer); });
   }
 
  private:

@@ -6,16 +6,40 @@
 namespace gc::drivers {
 namespace {
 
+// Which gradients are wanted, and what a block has beside its attention.
+struct Variant {
+  const char* name;
+  PoolGradient gradient;
+  bool scaled = false;  // kBlock: with channel_mul
+  bool grad_x = true;
+  bool grad_weight = true;
+
+  bool mask() const { return gradient != PoolGradient::kLogits; }
+  bool block() const { return gradient == PoolGradient::kBlock; }
+};
+
+constexpr Variant kVariants[] = {
+    {"mask", PoolGradient::kMask},
+    {"logits", PoolGradient::kLogits},
+    {"block_add", PoolGradient::kBlock},
+    {"block_mul", PoolGradient::kBlock, true},
+    {"block_mul_x", PoolGradient::kBlock, true, true, false},
+    {"block_add_weight", PoolGradient::kBlock, false, false, true},
+};
+
 template <typename T>
 struct Backward {
   using A = Acc<T>;
 
-  bool mask;
+  Variant variant;
+  bool mask = variant.mask();
   ShapeCase on;
   Layout layout;
   bool wide;  // the small vectors
 
   FeatureMap<T> x{"x", on.shape, layout, Use::kInput, on.misaligned};
+  FeatureMap<T> grad{"grad", on.shape, layout, Use::kInput, on.misaligned};
+  SmallVector<T> scale{"scale", channels_in_all(), wide, Use::kInput};
   SmallVector<T> grad_context{"grad_context", channels_in_all(), wide, Use::kInput};
   SmallVector<T> mask_weight{"mask_weight", static_cast<std::size_t>(on.shape.channels), wide, Use::kInput};
   SmallVector<T> logits{"logits", pixels_in_all(), mask || wide, Use::kInput};
@@ -25,10 +49,12 @@ struct Backward {
   SmallVector<T> grad_logits{"grad_logits", pixels_in_all(), wide, Use::kOutput};
   SmallVector<T> grad_weight{"grad_weight", static_cast<std::size_t>(on.shape.channels), !wide, Use::kOutput};
 
-  Backward(bool mask_, const ShapeCase& on_, Layout layout_, bool wide_)
-      : mask(mask_), on(on_), layout(layout_), wide(wide_) {
+  Backward(const Variant& variant_, const ShapeCase& on_, Layout layout_, bool wide_)
+      : variant(variant_), on(on_), layout(layout_), wide(wide_) {
     Numbers numbers(5);
     x.fill(numbers, 2);
+    grad.fill(numbers, 1);
+    scale.fill(numbers, 1);
     grad_context.fill(numbers, 1);
     mask_weight.fill(numbers, 1);
     logits.fill(numbers, 2);
@@ -57,7 +83,9 @@ struct Backward {
   }
 
   void run(const host::Schedule& schedule, SameBits& bits) {
-    const KernelKind kind = mask ? KernelKind::kPoolBackwardMask : KernelKind::kPoolBackwardLogits;
+    const KernelKind kind = variant.block() ? KernelKind::kPoolBackwardBlock
+                            : mask          ? KernelKind::kPoolBackwardMask
+                                            : KernelKind::kPoolBackwardLogits;
     const auto plan_of = [&](KernelKind wanted, bool dots_given) {
       return plan_for<T>(wanted, on.shape, layout, on.multiprocessors, dots_given, on.misaligned);
     };
@@ -80,10 +108,12 @@ struct Backward {
     args.grad_context = grad_context.companion();
     args.logits = logits.companion();
     args.state = state.data();
-    args.grad_x = grad_x.buffer().data();
+    if (variant.block()) args.grad = grad.buffer().data();
+    if (variant.scaled) args.scale = scale.companion();
+    if (variant.grad_x) args.grad_x = grad_x.buffer().data();
     if (mask) {
       args.mask_weight = mask_weight.companion();
-      args.grad_weight = grad_weight.out();
+      if (variant.grad_weight) args.grad_weight = grad_weight.out();
       args.partial_weight = partial_weight.data();
       args.image_weight = image_weight.data();
       args.tickets = tickets.data();
@@ -93,9 +123,10 @@ struct Backward {
     run_launch(plan, schedule, [&] { return launch_pool_backward(plan, args, nullptr); });
     tickets.check();
     require_passes(x.buffer(), two_passes ? 2 : 1, 0);
-    require_passes(grad_x.buffer(), 0, 1);
-    bits.check(grad_x.buffer());
-    if (mask) bits.check(image_weight);
+    require_passes(grad.buffer(), variant.block() && variant.grad_x ? 1 : 0, 0);
+    require_passes(grad_x.buffer(), 0, variant.grad_x ? 1 : 0);
+    if (variant.grad_x) bits.check(grad_x.buffer());
+    if (mask && variant.grad_weight) bits.check(image_weight);
   }
 
   void run_pixel_dot(const Plan& plan, Buffer<A>& dots, const host::Schedule& schedule) {
@@ -137,16 +168,18 @@ struct Backward {
         for (int c = 0; c < channels; ++c) {
           const double w = mask ? mask_weight[c] : 0;
           const double direct = attention * grad_context[c0 + c], through = grad_logit * w;
+          const double past = variant.block() ? grad(n, c, s) * (variant.scaled ? scale[c0 + c] : 1) : 0;
           const double error = std::abs(grad_context[c0 + c]) * attention_error + std::abs(w) * logit_error +
-                               4 * roundoff * (std::abs(direct) + std::abs(through));
-          host::require_close("grad_x", grad_x(n, c, s), direct + through, store_error<T>(direct + through) + error);
+                               4 * roundoff * (std::abs(direct) + std::abs(through) + std::abs(past));
+          const double want = direct + through + past;
+          if (variant.grad_x) host::require_close("grad_x", grad_x(n, c, s), want, store_error<T>(want) + error);
           const double part = grad_logit * x(n, c, s);
           weight_sum[c] += part;
           weight_error[c] += std::abs(x(n, c, s)) * logit_error + sum_error<T>(images * pixels) * std::abs(part);
         }
       }
     }
-    for (int c = 0; mask && c < channels; ++c) {
+    for (int c = 0; mask && variant.grad_weight && c < channels; ++c) {
       host::require_close("grad_weight", grad_weight[c], weight_sum[c],
                           grad_weight.store_error(weight_sum[c]) + weight_error[c]);
     }
@@ -160,14 +193,15 @@ std::vector<host::Case> cases() {
     for (const Layout layout : kLayouts) {
       each_type(on.all_types, [&](auto element) {
         using T = decltype(element);
-        for (const bool mask : {true, false}) {
+        wide = !wide;
+        for (const Variant& variant : kVariants) {
           wide = !wide;
-          const std::string name = std::string(mask ? "mask" : "logits") + "-" + Element<T>::name + "-" +
-                                   gc::name_of(layout) + "-" + on.shape.to_string() +
+          const std::string name = std::string(variant.name) + "-" + Element<T>::name + "-" + gc::name_of(layout) +
+                                   "-" + on.shape.to_string() +
                                    (on.misaligned ? "+" + std::to_string(on.misaligned) : "");
           auto bits = std::make_shared<SameBits>();
           list.push_back({name, on.reason, [=, wide = wide](const host::Schedule& schedule) {
-                            Backward<T> backward(mask, on, layout, wide);
+                            Backward<T> backward(variant, on, layout, wide);
                             backward.run(schedule, *bits);
                             backward.check();
                           }});

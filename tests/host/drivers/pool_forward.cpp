@@ -25,7 +25,7 @@ struct Pooling {
   Weighting weighting;
   ShapeCase on;
   Layout layout;
-  bool wide;  // the small vectors
+  bool wide;  // the small vectors, and the context
   Special special;
 
   FeatureMap<T> x{"x", on.shape, layout, Use::kInput, on.misaligned};
@@ -33,9 +33,12 @@ struct Pooling {
   SmallVector<T> mask_bias{"mask_bias", 1, wide, Use::kInput};
   SmallVector<T> given_logits{"given_logits", pixels_in_all(), wide, Use::kInput};
   double factor = 1.0 / on.shape.pixels;
+  // A caller may want only one of them.
+  bool with_context = !(wide && weighting == Weighting::kMask);
+  bool with_state = !(wide && weighting == Weighting::kUniform);
 
   Buffer<A> logits{"logits", pixels_in_all(), Use::kOutput};
-  Buffer<T> context{"context", channels_in_all(), Use::kOutput};
+  SmallVector<T> context{"context", channels_in_all(), wide, Use::kOutput};
   Buffer<A> state{"state", channels_in_all() + 2 * on.shape.images, Use::kOutput};
 
   Pooling(Weighting weighting_, const ShapeCase& on_, Layout layout_, bool wide_, Special special_)
@@ -93,8 +96,8 @@ struct Pooling {
     host::require(static_cast<std::size_t>(plan.workspace) == partial_context.size() + partial_stats.size(),
                   "workspace of " + plan.to_string());
     Tickets tickets(plan);
-    args.context = context.data();
-    if (softmax) args.state = state.data();
+    if (with_context) args.context = context.out();
+    if (with_state) args.state = state.data();
     args.partial_context = partial_context.data();
     args.partial_stats = partial_stats.data();
     args.tickets = tickets.data();
@@ -123,6 +126,9 @@ struct Pooling {
       if (weighting != Weighting::kUniform) {
         for (int s = 0; s < pixels; ++s) logit_error = std::max(logit_error, expect_logit(n, s, logit[s]));
         attention_error = expect_attention(n, logit, logit_error, attention);
+      } else if (with_state) {
+        const std::size_t n0 = static_cast<std::size_t>(n) * (channels + 2);
+        host::require(state[n0] == 0 && state[n0 + 1] == static_cast<A>(pixels), "the state of a mean is (0, S, ...)");
       }
       for (int c = 0; c < channels; ++c) {
         double sum = 0, size = 0;
@@ -132,8 +138,8 @@ struct Pooling {
         }
         const double error = (attention_error + sum_error<T>(pixels)) * size;
         const std::size_t nc = static_cast<std::size_t>(n) * channels + c;
-        host::require_close("context", to_acc(context[nc]), sum, error + store_error<T>(sum));
-        if (weighting != Weighting::kUniform) {
+        if (with_context) host::require_close("context", context[nc], sum, error + context.store_error(sum));
+        if (with_state) {
           host::require_close("context in state", state[nc + 2 * (n + 1)], sum, error + store_error<A>(sum));
         }
       }
@@ -190,8 +196,8 @@ host::Case case_of(const std::string& name, const char* reason, Weighting weight
             Pooling<T> pooling(weighting, on, layout, wide, special);
             pooling.run(schedule);
             pooling.check();
-            bits->check(pooling.context);
-            if (weighting != Weighting::kUniform) bits->check(pooling.state);
+            if (pooling.with_context) bits->check(pooling.context);
+            if (pooling.with_state) bits->check(pooling.state);
           }};
 }
 

@@ -52,6 +52,8 @@ GC_DEVICE T shuffle_xor(T value, int lane_mask) {
 
 GC_DEVICE unsigned take_ticket(unsigned* counter) { return host::take_ticket(counter); }
 
+GC_DEVICE void wait_for(const unsigned* counter, unsigned value) { host::wait_for(counter, value); }
+
 class SharedArena {
  public:
   SharedArena() { host::open_arena(); }
@@ -98,5 +100,7 @@ GC_DEVICE void forget(unsigned& word) { asm volatile("" : "+r"(word)); }
 
 GC_DEVICE float exp2(float x) { return ::exp2f(x); }
 GC_DEVICE double exp2(double x) { return ::exp2(x); }
+GC_DEVICE float sqrt(float x) { return ::sqrtf(x); }
+GC_DEVICE double sqrt(double x) { return ::sqrt(x); }
 
 }  // namespace gc::port

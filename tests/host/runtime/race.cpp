@@ -25,7 +25,7 @@ struct BlockState {
 
 struct Counter {
   Known released;
-  Stamp last;  // ticket
+  Stamp last;  // ticket or wait
 };
 
 ShadowedMemory memory;
@@ -126,7 +126,7 @@ void check_write(Cell& cell, const char* address, const Me& me, const Stamp& min
 void check_counter(const char* address, const Me& me, const Stamp& mine, bool write) {
   Counter& counter = counters[address];
   const Stamp& last = counter.last;
-  if (!me.after(last)) report_race(address, write ? "write" : "read", mine, "ticket", last);
+  if (!me.after(last)) report_race(address, write ? "write" : "read", mine, "ticket or wait", last);
   if (write) counter.released = nullptr;
 }
 
@@ -203,24 +203,36 @@ void fence(int block, int thread) {
   me.state.fenced = true;
 }
 
-void ticket(int block, int thread, const unsigned* address) {
-  Me me(block, thread);
+namespace {
+
+// An atomic access to a counter. What it has published is then pending: a fence makes it acquired.
+Counter& touch_counter(const Me& me, const unsigned* address, const char* how) {
   const Stamp mine = me.stamp(nullptr);
   if (!memory.contains(address) || memory.cell(address).region == 0) {
-    fail("out of bounds: " + describe_stamp(mine) + " takes a ticket at " + memory.describe(address));
+    fail("out of bounds: the " + std::string(how) + " by " + describe_stamp(mine) + " at " + memory.describe(address));
   }
   const char* const byte = reinterpret_cast<const char*>(address);
   for (std::size_t at = 0; at < sizeof(unsigned); at += kGranule) {
     Cell& cell = memory.cell(byte + at);
-    if (!me.after(cell.write)) report_race(byte + at, "ticket", mine, "write", cell.write);
-    if (!me.after(cell.read)) report_race(byte + at, "ticket", mine, "read", cell.read);
+    if (!me.after(cell.write)) report_race(byte + at, how, mine, "write", cell.write);
+    if (!me.after(cell.read)) report_race(byte + at, how, mine, "read", cell.read);
     cell.counter = true;
     counters[byte + at].last = mine;
   }
   Counter& counter = counters[byte];
   me.state.pending = join(me.state.pending, counter.released);
+  return counter;
+}
+
+}  // namespace
+
+void ticket(int block, int thread, const unsigned* address) {
+  const Me me(block, thread);
+  Counter& counter = touch_counter(me, address, "ticket");
   counter.released = join(counter.released, me.state.releasable);
 }
+
+void observe(int block, int thread, const unsigned* address) { touch_counter(Me(block, thread), address, "wait"); }
 
 void access(const void* address, std::size_t bytes, bool write, const void* pc) {
   if (!active || current_place == nullptr || !memory.contains(address) || bytes == 0) return;

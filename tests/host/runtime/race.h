@@ -30,6 +30,7 @@ void end_launch();
 void barrier(int block);  // all threads of the block have come to it
 void fence(int block, int thread);
 void ticket(int block, int thread, const unsigned* counter);
+void observe(int block, int thread, const unsigned* counter);  // has waited for it
 
 // An access of the running thread; `pc` says where the kernel made it. Ignored outside of kernels and for other memory.
 void access(const void* address, std::size_t bytes, bool write, const void* pc);

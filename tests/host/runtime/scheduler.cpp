@@ -19,7 +19,7 @@ int current_threads = 0;
 
 namespace {
 
-enum class State { kReady, kAtBarrier, kAtShuffle, kDone };
+enum class State { kReady, kAtBarrier, kAtShuffle, kAtCounter, kDone };
 
 struct Block;
 
@@ -27,7 +27,8 @@ struct Thread {
   Place place{};
   Block* block = nullptr;
   State state = State::kReady;
-  int site = -1;  // of the barrier it waits at
+  int site = -1;                      // of the barrier it waits at
+  const unsigned* counter = nullptr;  // that it waits for
   bool has_arena = false;
   Fiber fiber;
 };
@@ -126,6 +127,9 @@ std::string describe_threads(const Block& block) {
         break;
       case State::kAtShuffle:
         where = "wait in a shuffle";
+        break;
+      case State::kAtCounter:
+        where = "wait for a counter, now " + std::to_string(*thread->counter);
         break;
       case State::kDone:
         where = "have left the kernel";
@@ -353,8 +357,22 @@ unsigned take_ticket(unsigned* counter) {
   yield();
   if constexpr (kRaceBuild) race::ticket(running->place.block, running->place.thread, counter);
   const unsigned old = (*counter)++;
+  for (Block& block : current->blocks) {
+    for (const auto& thread : block.threads) {
+      if (thread->state == State::kAtCounter && thread->counter == counter) make_ready(*thread);
+    }
+  }
   yield();
   return old;
+}
+
+void wait_for(const unsigned* counter, unsigned value) {
+  yield();
+  while (*counter < value) {
+    running->counter = counter;
+    wait(State::kAtCounter);
+  }
+  if constexpr (kRaceBuild) race::observe(running->place.block, running->place.thread, counter);
 }
 
 void open_arena() {

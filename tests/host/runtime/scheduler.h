@@ -1,5 +1,6 @@
 // Runs one launch of a kernel: every thread a fiber, several blocks in flight, and a report instead of a wrong answer
-// where a GPU would hang or fault. A fiber runs until it comes to a barrier, a shuffle or an atomic.
+// where a GPU would hang or fault. A fiber runs until it comes to a barrier, a shuffle, an
+// atomic or a wait.
 #pragma once
 
 #include <cstddef>
@@ -65,6 +66,7 @@ void barrier(int site);
 void fence(int site);
 std::uint64_t shuffle(std::uint64_t bits, int lane_mask);
 unsigned take_ticket(unsigned* counter);
+void wait_for(const unsigned* counter, unsigned value);
 void open_arena();
 void* take_shared(int ordinal, int count, int element_bytes);
 

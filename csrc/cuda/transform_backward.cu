@@ -1,0 +1,16 @@
+#include "cuda/dispatch.h"
+#include "cuda/launch.h"
+#include "kernels/transform_backward.h"
+
+namespace gc {
+
+cudaError_t launch_transform_backward(const TransformPlan& plan, TransformBackwardArgs args, cudaStream_t stream) {
+  args.grid = plan.grid;
+  args.slab_steps = plan.slab_steps;
+  return dispatch_type(plan.type, [&](auto type) {
+    using T = typename decltype(type)::type;
+    return launch(transform_backward<T>, plan.blocks(), kTransformThreads, plan.shared_bytes, args, stream);
+  });
+}
+
+}  // namespace gc

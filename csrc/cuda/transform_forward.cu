@@ -1,0 +1,19 @@
+#include "cuda/dispatch.h"
+#include "cuda/launch.h"
+#include "kernels/transform_forward.h"
+
+namespace gc {
+
+cudaError_t launch_transform_forward(const TransformPlan& plan, TransformForwardArgs args, cudaStream_t stream) {
+  args.grid = plan.grid;
+  args.images_at_once = plan.images_at_once;
+  return dispatch_type(plan.type, [&](auto type) {
+    using T = typename decltype(type)::type;
+    return dispatch_width<2>(plan.width, [&](auto width) {
+      return launch(transform_forward<T, decltype(width)::value>, plan.blocks(), kTransformThreads, plan.shared_bytes,
+                    args, stream);
+    });
+  });
+}
+
+}  // namespace gc

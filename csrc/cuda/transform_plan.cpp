@@ -1,0 +1,127 @@
+#include "cuda/transform_plan.h"
+
+#include <algorithm>
+#include <sstream>
+#include <stdexcept>
+
+#include "kernels/transform_geometry.h"
+
+namespace gc {
+namespace {
+
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int shared_array(int64_t count, int bytes) { return static_cast<int>(divide_up(count * bytes, 16) * 16); }
+
+void require(bool holds, const std::string& message) {
+  if (!holds) throw std::invalid_argument(message);
+}
+
+int64_t hidden_max(const TransformProblem& p) {
+  return p.branches > 1 ? std::max(p.hidden[0], p.hidden[1]) : p.hidden[0];
+}
+int64_t hidden_sum(const TransformProblem& p) { return p.branches > 1 ? p.hidden[0] + p.hidden[1] : p.hidden[0]; }
+
+void check(const TransformProblem& p) {
+  require(p.images > 0 && p.channels > 0 && (p.branches == 1 || p.branches == 2) && p.hidden[0] > 0 &&
+              (p.branches == 1 || p.hidden[1] > 0),
+          "a launch needs images, channels, one or two branches and hidden units");
+  constexpr int64_t kMaxElements = 2147483647 - (1 << 20);
+  require(p.images * p.channels <= kMaxElements && hidden_max(p) * p.channels <= kMaxElements &&
+              p.images * hidden_max(p) <= kMaxElements,
+          "images x channels, hidden units x channels and images x hidden units must each be at most " +
+              std::to_string(kMaxElements) + ", got " + std::to_string(p.images) + " images, " +
+              std::to_string(p.channels) + " channels, " + std::to_string(hidden_max(p)) + " hidden units");
+}
+
+// Blocks for `work` equal pieces that a block takes `each` of at a time: at most one a multiprocessor.
+int blocks_for(int64_t work, int64_t each, const DeviceLimits& device) {
+  return static_cast<int>(std::clamp<int64_t>(divide_up(work, each), 1, device.multiprocessors));
+}
+
+}  // namespace
+
+int TransformPlan::blocks() const {
+  int total = 0;
+  for (int phase = 0; phase < grid.phases; ++phase) total += grid.blocks[phase];
+  return total;
+}
+
+std::string TransformPlan::to_string() const {
+  std::ostringstream out;
+  out << name_of(type) << ": phases of";
+  for (int phase = 0; phase < grid.phases; ++phase) out << ' ' << grid.blocks[phase];
+  out << " blocks";
+  if (slab_steps == 0) {
+    out << ", loads of " << width << " weights, " << images_at_once << " images at once";
+  } else {
+    out << ", slabs of " << slab_steps * kSlabStep << " rows";
+  }
+  out << ", " << shared_bytes << " bytes shared, " << workspace << " workspace elements";
+  return out.str();
+}
+
+int64_t products_elements(const TransformProblem& p) { return p.images * hidden_sum(p); }
+
+TransformPlan make_transform_forward_plan(const TransformProblem& p, const DeviceLimits& device) {
+  check(p);
+  TransformPlan plan{};
+  plan.type = p.type;
+  const bool even = p.channels % 2 == 0 && p.hidden[0] % 2 == 0 && (p.branches == 1 || p.hidden[1] % 2 == 0);
+  plan.width = p.pairs && even ? 2 : 1;
+
+  // As many images' hidden units in shared memory as one fetch of a weight serves, up to what a block may take.
+  const int ticket = shared_array(1, sizeof(int));
+  const int bytes = accumulation_bytes(p.type);
+  const int64_t fitting = (device.shared_bytes - ticket) / (hidden_max(p) * bytes);
+  require(fitting >= 1, "hidden units must be at most " + std::to_string((device.shared_bytes - ticket) / bytes) +
+                            " on this device, got " + std::to_string(hidden_max(p)));
+  plan.images_at_once = static_cast<int>(std::min({p.images, int64_t{kManyImages}, fitting}));
+  plan.shared_bytes = ticket + shared_array(plan.images_at_once * hidden_max(p), bytes);
+
+  plan.grid.phases = 2;
+  plan.grid.blocks[0] = blocks_for(hidden_sum(p), kTransformWarps, device);
+  plan.grid.blocks[1] = blocks_for(p.channels, kTransformWarps, device);
+  plan.workspace = products_elements(p);
+  return plan;
+}
+
+TransformPlan make_transform_backward_plan(const TransformProblem& p, const DeviceLimits& device,
+                                           TransformDepth depth) {
+  check(p);
+  TransformPlan plan{};
+  plan.type = p.type;
+  plan.width = 1;
+  const auto pieces = [&](int64_t rows, int64_t columns) {
+    return divide_up(rows, plan.slab_steps * kSlabStep) * divide_up(columns, kWarp);
+  };
+  // High slabs leave fewer partial results; lower ones where they would leave multiprocessors idle.
+  plan.slab_steps = kMaxSlabSteps;
+  while (plan.slab_steps > 1 &&
+         std::min(pieces(p.channels, hidden_sum(p)), pieces(hidden_sum(p), p.channels)) < device.multiprocessors) {
+    plan.slab_steps /= 2;
+  }
+  plan.grid.phases = static_cast<int>(depth);
+  plan.grid.blocks[0] = blocks_for(pieces(p.channels, hidden_sum(p)), 1, device);
+  plan.grid.blocks[1] = blocks_for(p.images * p.branches, 1, device);
+  plan.grid.blocks[2] = blocks_for(pieces(hidden_sum(p), p.channels), 1, device);
+  plan.grid.blocks[3] = blocks_for(p.images * p.channels, kTransformThreads, device);
+  const int bytes = accumulation_bytes(p.type);
+  plan.shared_bytes = shared_array(1, sizeof(int)) + shared_array(kSlabImages * plan.slab_steps * kSlabStep, bytes) +
+                      shared_array(kTransformWarps * kSlabImages * kWarp, bytes);
+  for (int branch = 0; branch < p.branches; ++branch) plan.workspace += backward_workspace(p, plan, branch).total();
+  return plan;
+}
+
+TransformWorkspace backward_workspace(const TransformProblem& p, const TransformPlan& plan, int branch) {
+  const int slab_rows = plan.slab_steps * kSlabStep;
+  const int64_t hidden = p.images * p.hidden[branch];
+  TransformWorkspace workspace{};
+  if (plan.grid.phases > 1) {
+    workspace.partial_y = divide_up(p.channels, slab_rows) * hidden;
+    workspace.grad_y = workspace.grad_hidden = hidden;
+  }
+  if (plan.grid.phases > 3) workspace.partial_context = divide_up(p.hidden[branch], slab_rows) * p.images * p.channels;
+  return workspace;
+}
+
+}  // namespace gc

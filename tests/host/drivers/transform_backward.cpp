@@ -1,0 +1,280 @@
+// transform_backward (csrc/kernels/transform_backward.h) against plain loops. What the forward pass leaves behind is
+// made up here.
+#include "transform_cases.h"
+
+namespace gc::drivers {
+namespace {
+
+constexpr double kFactor = 0.75;
+
+// What a caller wants.
+struct Wanted {
+  const char* name;
+  TransformDepth depth;
+  bool weights = true;  // the gradients of the matrices
+  bool vectors = true;  // those of biases and norm
+};
+
+constexpr Wanted kWanted[] = {
+    {"all", TransformDepth::kContext},
+    {"parameters", TransformDepth::kParameters},
+    {"last_layer", TransformDepth::kLastLayer},
+    {"context", TransformDepth::kContext, false, false},
+    {"matrices", TransformDepth::kContext, true, false},
+};
+
+// A value, and the error that a correct kernel may make in it.
+struct Bounded {
+  double value = 0, error = 0;
+};
+
+template <typename T>
+struct Branch {
+  using A = Acc<T>;
+
+  Wanted wanted;
+  int images, channels, hidden;
+  bool wide, gated;
+  std::string name = gated ? "mul_" : "add_";
+
+  std::size_t matrix = static_cast<std::size_t>(hidden) * channels;
+  std::size_t units = static_cast<std::size_t>(images) * hidden;
+  std::size_t outputs = static_cast<std::size_t>(images) * channels;
+  SmallVector<T> w1{name + "w1", matrix, wide, Use::kInput};
+  SmallVector<T> norm_weight{name + "norm_weight", static_cast<std::size_t>(hidden), wide, Use::kInput};
+  SmallVector<T> norm_bias{name + "norm_bias", static_cast<std::size_t>(hidden), !wide, Use::kInput};
+  SmallVector<T> w2{name + "w2", matrix, wide, Use::kInput};
+  Buffer<A> normalized{name + "normalized", units, Use::kInput};
+  Buffer<A> inverse_deviation{name + "inverse_deviation", static_cast<std::size_t>(images), Use::kInput};
+  Buffer<A> grad_out{name + "grad_out", outputs, Use::kInput};
+  Buffer<A> gate{name + "gate", outputs, Use::kInput};
+
+  SmallVector<T> grad_w1{name + "grad_w1", matrix, wide, Use::kOutput};
+  SmallVector<T> grad_b1{name + "grad_b1", static_cast<std::size_t>(hidden), !wide, Use::kOutput};
+  SmallVector<T> grad_norm_weight{name + "grad_norm_weight", static_cast<std::size_t>(hidden), wide, Use::kOutput};
+  SmallVector<T> grad_norm_bias{name + "grad_norm_bias", static_cast<std::size_t>(hidden), wide, Use::kOutput};
+  SmallVector<T> grad_w2{name + "grad_w2", matrix, wide, Use::kOutput};
+  SmallVector<T> grad_b2{name + "grad_b2", static_cast<std::size_t>(channels), !wide, Use::kOutput};
+  TransformWorkspace workspace;
+  Buffer<A> partial_y{name + "partial_y", static_cast<std::size_t>(workspace.partial_y), Use::kOutput};
+  Buffer<A> grad_y{name + "grad_y", static_cast<std::size_t>(workspace.grad_y), Use::kOutput};
+  Buffer<A> grad_hidden{name + "grad_hidden", static_cast<std::size_t>(workspace.grad_hidden), Use::kOutput};
+  Buffer<A> partial_context{name + "partial_context", static_cast<std::size_t>(workspace.partial_context),
+                            Use::kOutput};
+
+  Branch(const Wanted& wanted_, const TransformCase& on, int hidden_, bool wide_, bool gated_,
+         const TransformWorkspace& workspace_)
+      : wanted(wanted_),
+        images(on.images),
+        channels(on.channels),
+        hidden(hidden_),
+        wide(wide_),
+        gated(gated_),
+        workspace(workspace_) {
+    Numbers numbers(gated ? 9 : 10);
+    w1.fill(numbers, 1);
+    norm_weight.fill(numbers, 2);
+    norm_bias.fill(numbers, 1);
+    w2.fill(numbers, 1);
+    norm_bias.set(0, 0);
+    for (int n = 0; n < images; ++n) inverse_deviation[n] = static_cast<A>(1.5 + numbers(1));
+    for (std::size_t i = 0; i < outputs; ++i) {
+      grad_out[i] = static_cast<A>(numbers(1));
+      gate[i] = static_cast<A>(0.5 + numbers(0.5));
+    }
+    for (std::size_t i = 0; i < units; ++i) {
+      const int p = static_cast<int>(i % hidden);
+      double value = numbers(2);
+      // Rounding must not decide on which side of the ReLU a unit lies; unit 0 of image 0 is exactly on the edge.
+      while (std::abs(norm_weight[p] * value + norm_bias[p]) < 1e-3) value += 0.3;
+      normalized[i] = static_cast<A>(i == 0 ? 0 : value);
+    }
+  }
+
+  TransformGradients args() {
+    const auto out = [](bool want, SmallVector<T>& vector) { return want ? vector.out() : CompanionOut{}; };
+    return {hidden,
+            w1.companion(),
+            norm_weight.companion(),
+            norm_bias.companion(),
+            w2.companion(),
+            normalized.data(),
+            inverse_deviation.data(),
+            grad_out.data(),
+            gated ? gate.data() : nullptr,
+            out(wanted.weights, grad_w1),
+            out(wanted.vectors, grad_b1),
+            out(wanted.vectors, grad_norm_weight),
+            out(wanted.vectors, grad_norm_bias),
+            out(wanted.weights, grad_w2),
+            out(wanted.vectors, grad_b2),
+            partial_y.data(),
+            grad_y.data(),
+            grad_hidden.data(),
+            partial_context.data()};
+  }
+
+  double y(int n, int p) const {
+    return std::max(0.0, norm_weight[p] * normalized[static_cast<std::size_t>(n) * hidden + p] + norm_bias[p]);
+  }
+  double dt(int n, int c) const {
+    const std::size_t i = static_cast<std::size_t>(n) * channels + c;
+    return gated ? grad_out[i] * gate[i] * (1.0 - gate[i]) : grad_out[i];
+  }
+
+  // Checks the gradients, and adds this branch's share to grad_context [N, C] (with its error).
+  void check(const Buffer<A>& context, int stride, std::vector<Bounded>& grad_context) const {
+    const double roundoff = Element<A>::roundoff;
+    std::vector<Bounded> dy(units), dh(units);
+    for (int n = 0; n < images; ++n) backward_of_image(n, &dy[static_cast<std::size_t>(n) * hidden], &dh[n * hidden]);
+    const bool deep = wanted.depth != TransformDepth::kLastLayer;
+    for (int p = 0; p < hidden; ++p) {
+      const auto unit = [&](int n) { return static_cast<std::size_t>(n) * hidden + p; };
+      if (deep && wanted.vectors) {
+        check_sum(grad_b1, p, [&](int n) { return dh[unit(n)]; });
+        check_sum(grad_norm_bias, p, [&](int n) { return dy[unit(n)]; });
+        check_sum(grad_norm_weight, p, [&](int n) { return times(dy[unit(n)], normalized[unit(n)]); });
+      }
+      for (int c = 0; c < channels; ++c) {
+        if (deep && wanted.weights) {
+          check_sum(grad_w1, static_cast<std::size_t>(p) * channels + c,
+                    [&](int n) { return times(dh[unit(n)], context[static_cast<std::size_t>(n) * stride + c]); });
+        }
+        if (wanted.weights) {
+          check_sum(grad_w2, static_cast<std::size_t>(c) * hidden + p, [&](int n) {
+            return Bounded{dt(n, c) * y(n, p), 8 * roundoff * std::abs(dt(n, c)) * (y(n, p) + 2)};
+          });
+        }
+        for (int n = 0; n < images; ++n) {
+          const Bounded part = times(dh[unit(n)], w1[static_cast<std::size_t>(p) * channels + c]);
+          Bounded& sum = grad_context[static_cast<std::size_t>(n) * channels + c];
+          sum.value += kFactor * part.value;
+          sum.error += part.error + sum_error<T>(hidden) * std::abs(part.value);
+        }
+      }
+    }
+    for (int c = 0; c < channels && wanted.vectors; ++c) {
+      check_sum(grad_b2, c, [&](int n) { return Bounded{dt(n, c), 4 * roundoff * std::abs(dt(n, c))}; });
+    }
+  }
+
+ private:
+  static Bounded times(const Bounded& a, double b) { return {a.value * b, a.error * std::abs(b)}; }
+
+  // got[i] must be the sum over the images of term(n).
+  template <typename Term>
+  void check_sum(const SmallVector<T>& got, std::size_t i, const Term& term) const {
+    Bounded sum;
+    for (int n = 0; n < images; ++n) {
+      const Bounded one = term(n);
+      sum.value += one.value;
+      sum.error += one.error + sum_error<T>(images) * std::abs(one.value);
+    }
+    got.with_buffer([&](const auto& buffer) {
+      host::require_close(buffer.name(), got[i], sum.value, sum.error + got.store_error(sum.value));
+    });
+  }
+
+  void backward_of_image(int n, Bounded* dy, Bounded* dh) const {
+    const double roundoff = Element<A>::roundoff;
+    Bounded mean, product_mean;
+    for (int p = 0; p < hidden; ++p) {
+      dy[p] = {};
+      for (int c = 0; c < channels && y(n, p) > 0; ++c) {
+        const double part = w2[static_cast<std::size_t>(c) * hidden + p] * dt(n, c);
+        dy[p].value += part;
+        dy[p].error += (sum_error<T>(channels) + 4 * roundoff) * std::abs(part);
+      }
+      const Bounded dn = times(dy[p], norm_weight[p]);
+      const Bounded product = times(dn, normalized[static_cast<std::size_t>(n) * hidden + p]);
+      mean.value += dn.value / hidden;
+      mean.error += (dn.error + sum_error<T>(hidden) * std::abs(dn.value)) / hidden;
+      product_mean.value += product.value / hidden;
+      product_mean.error += (product.error + sum_error<T>(hidden) * std::abs(product.value)) / hidden;
+    }
+    for (int p = 0; p < hidden; ++p) {
+      const double x = normalized[static_cast<std::size_t>(n) * hidden + p];
+      const Bounded dn = times(dy[p], norm_weight[p]);
+      const Bounded product = times(product_mean, x);
+      const double size = std::abs(dn.value) + std::abs(mean.value) + std::abs(product.value);
+      dh[p] =
+          times({dn.value - mean.value - product.value, dn.error + mean.error + product.error + 8 * roundoff * size},
+                inverse_deviation[n]);
+    }
+  }
+};
+
+template <typename T>
+void run(const Wanted& wanted, const TransformCase& on, bool wide, SameBits& bits, const host::Schedule& schedule) {
+  using A = Acc<T>;
+  const TransformPlan plan =
+      make_transform_backward_plan(problem_of(on, Element<T>::type), device_of(on), wanted.depth);
+  const int stride = on.channels;
+  Buffer<A> context("context", static_cast<std::size_t>(on.images) * stride, Use::kInput);
+  Numbers numbers(11);
+  for (std::size_t i = 0; i < context.size(); ++i) context[i] = static_cast<A>(numbers(1) + 0.25);
+  Buffer<A> grad_context("grad_context", static_cast<std::size_t>(on.images) * on.channels, Use::kOutput);
+  std::vector<std::unique_ptr<Branch<T>>> branches;
+  PhaseCounters counters;
+  TransformBackwardArgs args{};
+  args.counters = counters.data();
+  args.images = on.images;
+  args.channels = on.channels;
+  args.branches = on.branches();
+  args.context = context.data();
+  args.context_stride = stride;
+  args.factor = kFactor;
+  const bool with_context = wanted.depth == TransformDepth::kContext;
+  if (with_context) args.grad_context = grad_context.data();
+  std::int64_t workspace = 0;
+  for (int b = 0; b < on.branches(); ++b) {
+    const TransformWorkspace own = backward_workspace(problem_of(on, Element<T>::type), plan, b);
+    workspace += own.total();
+    const bool gated = on.branches() > 1 ? b == 1 : wide;  // a branch alone is channel_add or channel_mul in turn
+    branches.push_back(std::make_unique<Branch<T>>(wanted, on, on.hidden[b], wide, gated, own));
+    args.branch[b] = branches[b]->args();
+  }
+  host::require(plan.workspace == workspace, "workspace of " + plan.to_string());
+  run_transform(plan, schedule, [&] { return launch_transform_backward(plan, args, nullptr); });
+
+  counters.check();
+  std::vector<Bounded> want(grad_context.size());
+  for (const auto& branch : branches) {
+    const bool deep = wanted.depth != TransformDepth::kLastLayer;
+    const auto passes = [](const SmallVector<T>& matrix, int read, int written) {
+      matrix.with_buffer([&](const auto& buffer) { require_passes(buffer, read, written); });
+    };
+    passes(branch->w1, with_context ? 1 : 0, 0);
+    passes(branch->w2, deep ? 1 : 0, 0);
+    passes(branch->grad_w1, 0, wanted.weights && deep ? 1 : 0);
+    passes(branch->grad_w2, 0, wanted.weights ? 1 : 0);
+    branch->check(context, stride, want);
+    if (wanted.weights) bits.check(branch->grad_w2);
+    if (wanted.weights && deep) bits.check(branch->grad_w1);
+  }
+  if (!with_context) return;
+  bits.check(grad_context);
+  for (std::size_t i = 0; i < want.size(); ++i) {
+    host::require_close("grad_context", grad_context[i], want[i].value, want[i].error);
+  }
+}
+
+std::vector<host::Case> cases() {
+  std::vector<host::Case> list;
+  bool wide_first = false;
+  for (const Wanted& wanted : kWanted) {
+    wide_first = !wide_first;
+    for (host::Case& one :
+         cases_of(wanted.name, wide_first,
+                  [=](auto element, const TransformCase& on, bool wide, SameBits& bits,
+                      const host::Schedule& schedule) { run<decltype(element)>(wanted, on, wide, bits, schedule); })) {
+      list.push_back(std::move(one));
+    }
+  }
+  return list;
+}
+
+}  // namespace
+}  // namespace gc::drivers
+
+int main(int argc, char** argv) { return gc::host::run_cases(argc, argv, gc::drivers::cases()); }

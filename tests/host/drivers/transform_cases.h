@@ -1,0 +1,92 @@
+// The problems that the transform's kernels are run on, each for a reason, and what both of its drivers need.
+#pragma once
+
+#include "feature_map.h"
+#include "kernels/transform_geometry.h"
+
+namespace gc::drivers {
+
+struct TransformCase {
+  int images, channels;
+  std::vector<int> hidden;  // of each branch
+  int multiprocessors;      // of the device that is planned for: how many blocks share the work
+  bool all_types;           // float64 and bfloat16 too
+  bool misaligned;          // weights one element off an even address
+  const char* reason;
+
+  int branches() const { return static_cast<int>(hidden.size()); }
+  std::string to_string() const {
+    std::string text = std::to_string(images) + "x" + std::to_string(channels);
+    for (const int units : hidden) text += "-" + std::to_string(units);
+    return text + (misaligned ? "+1" : "");
+  }
+};
+
+inline const std::vector<TransformCase>& transform_cases() {
+  static const std::vector<TransformCase> cases = {
+      {1, 1, {1}, 4, true, false, "the smallest: one channel, one hidden unit"},
+      {2, 33, {5}, 4, true, false, "odd sizes: single weights, tails in both matrices"},
+      {2, 64, {4}, 3, true, false, "a bottleneck of 1/16"},
+      {3, 64, {16, 8}, 4, true, false, "both branches, of different width"},
+      {2, 40, {6, 10}, 1, false, false, "one block a phase does all the work"},
+      {2, 64, {8}, 2, false, true, "matrices one element off: no pairs of weights"},
+      {1, 520, {130}, 8, false, false, "rows longer than a warp's step, more than one slab of either matrix"},
+      {9, 36, {12}, 4, false, false, "more images than a slab takes at a time"},
+      {37, 24, {6}, 4, false, false, "more images than one fetch of a weight serves"},
+      {5, 16, {3000}, 2, false, false, "more hidden units than shared memory holds for all images at once"},
+  };
+  return cases;
+}
+
+inline TransformProblem problem_of(const TransformCase& on, ElementType type) {
+  TransformProblem problem{on.images, on.channels, on.branches(), {on.hidden[0], 0}, type, !on.misaligned};
+  if (on.branches() > 1) problem.hidden[1] = on.hidden[1];
+  return problem;
+}
+
+inline DeviceLimits device_of(const TransformCase& on) { return {on.multiprocessors, host::kMaxSharedOptIn}; }
+
+class PhaseCounters {
+ public:
+  unsigned* data() { return buffer_.data(); }
+  void check() const {
+    for (std::size_t i = 0; i < buffer_.size(); ++i) host::require(buffer_[i] == 0, "counters are 0 after a launch");
+  }
+
+ private:
+  Buffer<unsigned> buffer_{"counters", std::vector<unsigned>(kPhaseCounters, 0), Use::kState};
+};
+
+// A launch of the transform, checked as run_launch does.
+inline void run_transform(const TransformPlan& plan, const host::Schedule& schedule,
+                          const std::function<cudaError_t()>& launch) {
+  host::LaunchFiles::schedule = schedule;
+  try {
+    host::require(launch() == cudaSuccess, "the launch returned an error");
+  } catch (const host::LaunchError& error) {
+    throw host::LaunchError(std::string(error.what()) + "\n  " + plan.to_string());
+  }
+  host::require(host::LaunchFiles::last.shared_bytes == plan.shared_bytes,
+                "a block took " + std::to_string(host::LaunchFiles::last.shared_bytes) +
+                    " bytes of shared memory, planned: " + plan.to_string());
+}
+
+// One case for every problem and element type; run(element, problem, wide, bits, schedule).
+template <typename Run>
+std::vector<host::Case> cases_of(const std::string& name, bool wide_first, const Run& run) {
+  std::vector<host::Case> list;
+  bool wide = wide_first;  // weights in the element's type and in the accumulation type take turns
+  for (const TransformCase& on : transform_cases()) {
+    each_type(on.all_types, [&](auto element) {
+      using T = decltype(element);
+      wide = !wide;
+      auto bits = std::make_shared<SameBits>();
+      list.push_back({name + "-" + Element<T>::name + (wide ? "-wide-" : "-") + on.to_string(), on.reason,
+                      [=, wide = wide](const host::Schedule& schedule) { run(element, on, wide, *bits, schedule); }});
+    });
+    wide = !wide;
+  }
+  return list;
+}
+
+}  // namespace gc::drivers

@@ -1,0 +1,158 @@
+// transform_forward (csrc/kernels/transform_forward.h) against plain loops.
+#include "transform_cases.h"
+
+namespace gc::drivers {
+namespace {
+
+constexpr double kEps = 1e-5;
+
+template <typename T>
+struct Branch {
+  using A = Acc<T>;
+
+  int images, channels, hidden;
+  bool wide, gate;
+  int misaligned;
+  std::string name = gate ? "mul_" : "add_";
+
+  SmallVector<T> w1{name + "w1", static_cast<std::size_t>(hidden) * channels, wide, Use::kInput, misaligned};
+  SmallVector<T> b1{name + "b1", static_cast<std::size_t>(hidden), !wide, Use::kInput};
+  SmallVector<T> norm_weight{name + "norm_weight", static_cast<std::size_t>(hidden), wide, Use::kInput};
+  SmallVector<T> norm_bias{name + "norm_bias", static_cast<std::size_t>(hidden), wide, Use::kInput};
+  SmallVector<T> w2{name + "w2", static_cast<std::size_t>(hidden) * channels, wide, Use::kInput, misaligned};
+  SmallVector<T> b2{name + "b2", static_cast<std::size_t>(channels), wide, Use::kInput};
+
+  Buffer<A> products{name + "products", static_cast<std::size_t>(images) * hidden, Use::kOutput};
+  Buffer<A> normalized{name + "normalized", static_cast<std::size_t>(images) * hidden, Use::kOutput};
+  Buffer<A> inverse_deviation{name + "inverse_deviation", static_cast<std::size_t>(images), Use::kOutput};
+  Buffer<A> out{name + "out", static_cast<std::size_t>(images) * channels, Use::kOutput};
+
+  Branch(const TransformCase& on, int hidden_, bool wide_, bool gate_)
+      : images(on.images), channels(on.channels), hidden(hidden_), wide(wide_), gate(gate_), misaligned(on.misaligned) {
+    Numbers numbers(gate ? 7 : 8);
+    w1.fill(numbers, 2 / std::sqrt(channels));
+    b1.fill(numbers, 1);
+    norm_weight.fill(numbers, 2);
+    norm_bias.fill(numbers, 1);
+    w2.fill(numbers, 2 / std::sqrt(hidden));
+    b2.fill(numbers, 1);
+  }
+
+  TransformBranch args() {
+    return {hidden,
+            w1.companion(),
+            b1.companion(),
+            norm_weight.companion(),
+            norm_bias.companion(),
+            w2.companion(),
+            b2.companion(),
+            gate,
+            products.data(),
+            normalized.data(),
+            inverse_deviation.data(),
+            out.data()};
+  }
+
+  void check(int n, const double* context) const {
+    const double roundoff = Element<A>::roundoff;
+    std::vector<double> h(hidden), y(hidden);
+    double h_error = 0, mean = 0, variance = 0, most = 0;
+    for (int p = 0; p < hidden; ++p) {
+      double size = std::abs(b1[p]);
+      h[p] = b1[p];
+      for (int c = 0; c < channels; ++c) {
+        const double product = w1[static_cast<std::size_t>(p) * channels + c] * context[c];
+        h[p] += product;
+        size += std::abs(product);
+      }
+      h_error = std::max(h_error, sum_error<T>(channels) * size);
+      mean += h[p] / hidden;
+    }
+    for (int p = 0; p < hidden; ++p) variance += (h[p] - mean) * (h[p] - mean) / hidden;
+    const double inverse = 1 / std::sqrt(variance + kEps);
+    for (int p = 0; p < hidden; ++p) most = std::max(most, std::abs(h[p] - mean) * inverse);
+    const double relative = 2 * h_error * inverse * (1 + most) + sum_error<T>(hidden);
+    host::require_close("inverse_deviation", inverse_deviation[n], inverse, relative * inverse);
+    const double error = relative * (1 + most);
+    double y_error = 0;
+    for (int p = 0; p < hidden; ++p) {
+      const double value = (h[p] - mean) * inverse;
+      host::require_close("normalized", normalized[static_cast<std::size_t>(n) * hidden + p], value, error);
+      y[p] = std::max(0.0, norm_weight[p] * value + norm_bias[p]);
+      y_error = std::max(y_error, std::abs(norm_weight[p]) * error + 4 * roundoff * std::abs(norm_bias[p]));
+    }
+    for (int c = 0; c < channels; ++c) {
+      double t = b2[c], size = std::abs(b2[c]), weights = 0;
+      for (int p = 0; p < hidden; ++p) {
+        const double weight = w2[static_cast<std::size_t>(c) * hidden + p];
+        t += weight * y[p];
+        size += std::abs(weight * y[p]);
+        weights += std::abs(weight);
+      }
+      const double t_error = weights * y_error + sum_error<T>(hidden) * size;
+      const double want = gate ? 1 / (1 + std::exp(-t)) : t;
+      const double tolerance = gate ? t_error / 4 + roundoff * (4 + std::abs(t)) : t_error;
+      host::require_close(gate ? "scale" : "term", out[static_cast<std::size_t>(n) * channels + c], want, tolerance);
+    }
+  }
+};
+
+template <typename T>
+void run(const TransformCase& on, bool wide, SameBits& bits, const host::Schedule& schedule) {
+  using A = Acc<T>;
+  // The context lies in the state of the pooling, behind two statistics.
+  const int stride = on.channels + 2;
+  Buffer<A> state("state", static_cast<std::size_t>(on.images) * stride, Use::kInput);
+  Numbers numbers(6);
+  for (std::size_t i = 0; i < state.size(); ++i) state[i] = static_cast<A>(numbers(1) + 0.25);
+  std::vector<std::unique_ptr<Branch<T>>> branches;
+  for (int b = 0; b < on.branches(); ++b) {
+    // A branch alone is channel_add or channel_mul in turn.
+    branches.push_back(std::make_unique<Branch<T>>(on, on.hidden[b], wide, on.branches() > 1 ? b == 1 : wide));
+  }
+
+  const TransformProblem problem = problem_of(on, Element<T>::type);
+  const TransformPlan plan = make_transform_forward_plan(problem, device_of(on));
+  PhaseCounters counters;
+  TransformForwardArgs args{};
+  args.counters = counters.data();
+  args.images = on.images;
+  args.channels = on.channels;
+  args.branches = on.branches();
+  args.eps = kEps;
+  args.context = state.data() + 2;
+  args.context_stride = stride;
+  std::size_t products = 0;
+  for (int b = 0; b < on.branches(); ++b) {
+    args.branch[b] = branches[b]->args();
+    products += branches[b]->products.size();
+  }
+  host::require(static_cast<std::size_t>(plan.workspace) == products, "workspace of " + plan.to_string());
+  run_transform(plan, schedule, [&] { return launch_transform_forward(plan, args, nullptr); });
+
+  counters.check();
+  const int fetches = on.images <= kFewImages ? 1 : (on.images + kManyImages - 1) / kManyImages;
+  const int rounds = (on.images + plan.images_at_once - 1) / plan.images_at_once;
+  for (const auto& branch : branches) {
+    branch->w1.with_buffer([&](const auto& w1) { require_passes(w1, fetches, 0); });
+    branch->w2.with_buffer([&](const auto& w2) { require_passes(w2, rounds, 0); });
+    bits.check(branch->normalized);
+    bits.check(branch->out);
+    for (int n = 0; n < on.images; ++n) {
+      const A* const context = state.data() + static_cast<std::size_t>(n) * stride + 2;
+      branch->check(n, std::vector<double>(context, context + on.channels).data());
+    }
+  }
+}
+
+}  // namespace
+}  // namespace gc::drivers
+
+int main(int argc, char** argv) {
+  using namespace gc::drivers;
+  return gc::host::run_cases(
+      argc, argv,
+      cases_of("forward", false,
+               [](auto element, const TransformCase& on, bool wide, SameBits& bits,
+                  const gc::host::Schedule& schedule) { run<decltype(element)>(on, wide, bits, schedule); }));
+}
