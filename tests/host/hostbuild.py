@@ -87,6 +87,11 @@ def drivers() -> list[str]:
     return sorted(path.stem for path in (HOST / "drivers").glob("*.cpp") if path.stem != "toy")
 
 
+def launch_files() -> list[str]:
+    """The names of csrc/cuda/*.cu, one for each family of kernels."""
+    return sorted(path.stem for path in (ROOT / "csrc" / "cuda").glob("*.cu"))
+
+
 @functools.cache
 def nvcc() -> Path | None:
     """The compiler in its toolkit, also where the nvcc on the PATH is a wrapper script somewhere else."""

@@ -26,7 +26,7 @@ EVERY_KERNEL = ("compute_80", ("sm_80", "sm_86", "sm_89"))
 HOT_KERNELS = tuple((f"compute_{n}", (f"sm_{n}",)) for n in (75, 90, 100, 120))
 ARCHITECTURES = {name for _, names in (EVERY_KERNEL, *HOT_KERNELS) for name in names}
 DISASSEMBLED = "sm_80"
-LAUNCH_FILES = tuple(path.stem for path in sorted((ROOT / "csrc" / "cuda").glob("*.cu")))
+LAUNCH_FILES = tuple(hostbuild.launch_files())
 COMPILE_TIMEOUT_S = 900
 ELEMENT_BYTES = {"float": 4, "__half": 2, "__nv_bfloat16": 2}  # float64 is for checks, not for speed
 

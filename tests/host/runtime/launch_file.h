@@ -12,10 +12,11 @@
 
 namespace gc::host {
 
-// The schedule of the launches to come, and what the last one reported.
+// The schedule of the launches to come, what the last one reported, and how many there were.
 struct LaunchFiles {
   static Schedule schedule;
   static LaunchReport last;
+  static int launches;
 };
 
 // What cudaFuncSetAttribute allows a kernel; 48 KB at least.
@@ -30,6 +31,7 @@ class KernelLaunch {
   void operator()(const Args& args) const {
     const Grid grid{static_cast<int>(grid_.x), static_cast<int>(grid_.y), static_cast<int>(grid_.z)};
     const int limit = shared_limit_of(reinterpret_cast<const void*>(kernel_));
+    ++LaunchFiles::launches;
     LaunchFiles::last =
         host::launch(grid, threads_, shared_bytes_, LaunchFiles::schedule, [&] { kernel_(args); }, limit);
   }

@@ -28,6 +28,9 @@ enum class Use {
 struct Traffic {
   std::uint64_t read = 0;
   std::uint64_t written = 0;
+  // Of those read, without what the same block of the launch was the last to read: a GPU has that in its first-level
+  // cache, or hands one load to a whole warp.
+  std::uint64_t fetched = 0;
 };
 
 // What fresh memory holds from now on: Schedule::poison().

@@ -1,5 +1,6 @@
 #include "race.h"
 
+#include <algorithm>
 #include <cstring>
 #include <unordered_map>
 #include <vector>
@@ -94,7 +95,10 @@ void check_read(Cell& cell, const char* address, const Me& me, const Stamp& mine
          ", which nothing has written");
   }
   if (!me.after(cell.write)) report_race(address, "read", mine, "write", cell.write);
-  if (use == Use::kInput) return;  // never written: who reads it does not matter
+  if (use == Use::kInput) {  // never written: only the last to read it is kept, for the traffic
+    cell.read = mine;
+    return;
+  }
 
   // Of the reads of one block in one epoch one stamp is kept; it stands for all of them.
   Stamp* kept = &cell.read;
@@ -256,6 +260,8 @@ void access(const void* address, std::size_t bytes, bool write, const void* pc) 
     if (write) {
       check_write(cell, begin + at, me, mine);
     } else {
+      const bool again = cell.read.launch == mine.launch && cell.read.block == mine.block;
+      if (!again) region.traffic.fetched += std::min(kGranule, bytes - at);
       check_read(cell, begin + at, me, mine, region.use);
     }
   }
