@@ -346,6 +346,8 @@ def main(argv: list[str] | None = None) -> int:
     wrong = [message for one in found.values() for message in one.wrong]
     for message in wrong:
         print(f"WRONG {message}", file=sys.stderr)
+    remainder = ", the others LEFT OUT for lack of time" if left_out else ""
+    print(f"{len(found)} of {len(cases)} cases run{remainder}")
     return 1 if wrong else 0
 
 

@@ -17,8 +17,8 @@ OURS, EAGER, COMPILED = "gc_cuda", "eager", "torch.compile"
 Call = Callable[[], tuple[Tensor, ...]]
 
 # Roundings to the dtype between x and out: context, product, norm, product, sigmoid, scaling, sum, and one to
-# spare; and as many again on the way back to a gradient. Gradients are also sums over pixels and images, whose
-# terms may cancel: so many more roundings, to the dtype in which sums are kept.
+# spare; and as many again on the way back to a gradient. Gradients are sums over pixels and images, too, of
+# terms that may cancel: so many more roundings, to the dtype in which sums are kept.
 ROUNDINGS = 8
 GRADIENT_ROUNDINGS = 16
 SUM_ROUNDINGS = 128
@@ -126,8 +126,8 @@ def rounding(quantity: str, eps: float, accumulation_eps: float) -> float:
 def errors(problem: Problem, calls: dict[str, Call]) -> dict[str, Error]:
     """Each peer's worst error against the reference in float64, of the output and of every gradient.
 
-    Allowed are twice eager's own error without TF32 plus a number of roundings; eager itself
-    gets eight times those, and where PyTorch may use TF32, both of its peers may round to that.
+    Allowed are twice eager's own error without TF32 plus a number of roundings; eager itself gets eight times
+    those, and where PyTorch may use TF32, eager and torch.compile may round to that.
     """
     exact = truth(problem)
     names = quantities(problem)

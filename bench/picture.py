@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -28,24 +29,26 @@ def draw(path: Path, results: Results) -> bool:
         list(dict.fromkeys(getattr(row, name) for row in rows)) for name in ("direction", "layout", "peer")
     )
     maps = list(dict.fromkeys((row.stage, *row.shape) for row in rows))
+    columns = len(layouts) if len(maps) <= 8 else 1  # wide panels go below one another
+    lines = len(directions) * len(layouts) // columns
     figure, panels = pyplot.subplots(
-        len(directions),
-        len(layouts),
-        figsize=(max(5.5, 0.95 * len(maps) + 0.8) * len(layouts), 3.7 * len(directions) + 1.3),
+        lines,
+        columns,
+        figsize=(max(8.5, (0.95 * len(maps) + 0.8) * columns), 3.5 * lines + 1.3),
         sharex=True,
-        sharey="row",
+        sharey=True,
         squeeze=False,
         layout="constrained",
     )
-    for line, direction in zip(panels, directions):
-        for panel, layout in zip(line, layouts):
-            shown = [row for row in rows if (row.direction, row.layout) == (direction, layout)]
-            _fill(panel, shown, maps, peers)
-            panel.set_title(f"{direction}, {layout}")
-            panel.set_yscale("log", base=2)
-            panel.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
-            panel.grid(axis="y", alpha=0.3)
-        line[0].set_ylabel("time / time of y.copy_(x)")
+    for panel, (direction, layout) in zip(panels.flat, itertools.product(directions, layouts)):
+        panel.set_yscale("log", base=2)
+        _fill(panel, [r for r in rows if (r.direction, r.layout) == (direction, layout)], maps, peers)
+        panel.set_title(f"{direction}, {layout}")
+        panel.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+        panel.margins(y=0.12)
+        panel.grid(axis="y", alpha=0.3)
+    for panel in panels[:, 0]:
+        panel.set_ylabel("time / time of y.copy_(x)")
     for panel in panels[-1]:
         panel.set_xticks(range(len(maps)), [f"{s}\n{n}×{c}\n×{h}×{w}" for s, n, c, h, w in maps], size=8)
         panel.set_xlim(-0.6, len(maps) - 0.4)
@@ -81,12 +84,13 @@ def _fill(panel: Any, rows: list[Row], maps: list[tuple[Any, ...]], peers: list[
             panel.annotate(
                 f"{1 / row.of_eager:.1f}×",
                 (at, low),
-                (0, -4),
+                (0, -6),
                 textcoords="offset points",
                 ha="center",
                 va="top",
                 size=8,
                 color=COLOURS[k],
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
             )
     if rows:
         panel.axhline(rows[0].passes / 2, color="black", linestyle="dotted", linewidth=1)

@@ -146,7 +146,9 @@ def remarks(results: Results) -> list[str]:
             which, _, group = name.partition(", ")
             by_group.setdefault(group, []).append(which)
         lines.append(f"LEFT OUT, no time: {len(results.left_out)} of {results.cases} cases:")
-        lines += [f"{group}: {', '.join(which)}" for group, which in by_group.items()]
+        begun = {row.group for row in results.rows}
+        for group, which in by_group.items():
+            lines.append(f"{group}: {', '.join(which) if group in begun else 'every map'}")
     return lines
 
 

@@ -218,7 +218,8 @@ def test_what_does_not_fit_the_limit_is_left_out_and_named(latency, tmp_path, ca
     assert latency.main([*WITHOUT_COMPILER, "--limit", "60", "--output", str(tmp_path)]) == 0
     printed = capsys.readouterr()
     assert "LEFT OUT, no time: 3 of 4 cases:" in printed.out
-    assert "forward, float32, ratio 1/4, add: 16x9x14 1x16x9x14 channels_last\n" in printed.out
+    assert "\nforward, float32, ratio 1/4, add: 16x9x14 1x16x9x14 channels_last\n" in printed.out
+    assert "\nforward+backward, float32, ratio 1/4, add: every map\n" in printed.out
     content = content_of(tmp_path)
     assert len(content["rows"]) == 2
     assert len(content["left_out"]) == 3
