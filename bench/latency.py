@@ -270,7 +270,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         help="every dtype, ratio, batch and fusion (meant for a GPU)",
     )
     several: dict[str, Any] = {"nargs": "+", "default": None}
-    parser.add_argument("--directions", choices=DIRECTIONS, help="(both)", **several)
+    parser.add_argument("--passes", dest="directions", choices=DIRECTIONS, help="(both)", **several)
     parser.add_argument("--dtype", choices=DTYPES, help="(float32)", **several)
     parser.add_argument(
         "--ratio", type=lambda text: float(Fraction(text)), help="hidden units per channel (1/16)", **several

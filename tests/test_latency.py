@@ -86,7 +86,7 @@ def test_bytes(bench, direction, fusion, passes, dtype):
 
 def test_every_option_takes_several_values(latency, tmp_path):
     choice = ["--dtype", "float32", "bfloat16", "--fusion", "add", "mul", "both", "--batch", "1", "3"]
-    choice += ["--ratio", "1/4", "0.5", "--layouts", "channels_last", "--directions", "forward+backward"]
+    choice += ["--ratio", "1/4", "0.5", "--layouts", "channels_last", "--passes", "forward+backward"]
     assert latency.main([*WITHOUT_COMPILER, *choice, "--output", str(tmp_path)]) == 0
     content = content_of(tmp_path)
     keys = ("fusion", "ratio", "dtype")
@@ -110,7 +110,7 @@ def test_the_full_grid(bench):
 def test_a_wrong_output_fails_the_run_and_is_not_timed(latency, tmp_path, capsys, monkeypatch, direction):
     right = gc_cuda.ContextBlock.forward
     monkeypatch.setattr(gc_cuda.ContextBlock, "forward", lambda block, x: right(block, x) + 1e-4)
-    assert latency.main([*WITHOUT_COMPILER, "--directions", direction, "--output", str(tmp_path)]) == 1
+    assert latency.main([*WITHOUT_COMPILER, "--passes", direction, "--output", str(tmp_path)]) == 1
     message = (
         f"WRONG 16x9x14 1x16x9x14 nchw, {direction}, float32, ratio 1/4, add: the output of gc_cuda is off by"
     )
