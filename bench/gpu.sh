@@ -19,7 +19,7 @@ die() {
 output=$1
 shift
 steps=("$@")
-(($#)) || steps=(build report gpu-tests bench bench-half memcheck racecheck initcheck synccheck tests)
+(($#)) || steps=(build report gpu-tests bench bench-half bench-bfloat16 memcheck racecheck initcheck synccheck tests)
 
 gpu=$("$python" - << 'END'
 import importlib.util
@@ -59,6 +59,11 @@ sanitizer() { # TOOL
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$tool" --tool "$1" --error-exitcode 1 "$python" bench/sanitize.py
 }
 
+# The full grid, as far as it fits into a call of ten minutes; the benchmark names what it leaves out.
+latency() { # DTYPE FOLDER
+  "$python" bench/latency.py --full --device cuda --dtype "$1" --seconds 0.3 --limit 540 --output "$2"
+}
+
 run() { # STEP
   case $1 in
     build) "$python" setup.py -q build_ext --inplace ;;
@@ -70,8 +75,9 @@ run() { # STEP
     gpu-tests) # which would all be skipped without the CUDA kernels
       "$python" -c 'from gc_cuda import _extension as e; e.require_cuda()' && "$python" -m pytest tests -m gpu -q -rs
       ;;
-    bench) "$python" bench/latency.py --output "$output/latency" ;;
-    bench-half) "$python" bench/latency.py --dtype float16 --output "$output/latency-float16" ;;
+    bench) latency float32 "$output/latency" ;;
+    bench-half) latency float16 "$output/latency-float16" ;;
+    bench-bfloat16) latency bfloat16 "$output/latency-bfloat16" ;;
     memcheck | racecheck | initcheck | synccheck) sanitizer "$1" ;;
     tests) "$python" -m pytest tests -m "not gpu" -q -rs ;;
     *)
@@ -95,7 +101,7 @@ write_result() {
     printf '# %s\n\ncommit %s, %s\n\n' "$gpu" "$commit" "$(date -u '+%Y-%m-%d %H:%M UTC')"
     printf '| step | result | seconds | last line |\n|---|---|---|---|\n'
     cat "$work/rows"
-    for step in report bench bench-half; do
+    for step in report bench bench-half bench-bfloat16; do
       [[ ! -s $work/$step.out ]] || section "$step" "$work/$step.out"
     done
     for step in "${failed[@]}"; do

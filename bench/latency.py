@@ -1,14 +1,15 @@
-"""How long the forward pass of a context block takes: ours, eager PyTorch and torch.compile, in one run.
+"""How long a context block takes, forward and in training: ours, eager PyTorch and torch.compile, in one run.
 
-The feature maps are c3, c4 and c5 of a ResNet-50 for an 800x1333 image (padded to 800x1344), in both memory
-formats. Every peer's output is checked against the reference in float64 before it is timed; a wrong one fails
-the run. The peers are timed in turn, one call each per round, so that a busy machine disturbs all of them
-alike; beside them y.copy_(x) and x.clone() say what moving x once costs on this machine at this moment.
+The feature maps are c3, c4 and c5 of a ResNet-50 for an 800x1333 image (padded to 800x1344), and the 28x28,
+14x14 and 7x7 maps of a 224x224 image at batch 32, in both memory formats. forward+backward is a training step
+of the block: the output, and from a given gradient of it those of x and of all parameters. Every peer's
+output and gradients are checked against the reference in float64 before it is timed; a wrong one fails the
+run. The peers are timed in turn, one call each per round, so that a busy machine disturbs all of them alike;
+beside them y.copy_(x) and x.clone() say what moving x once costs on this machine at this moment.
 
-GB/s counts the bytes that a block must move: x is read by the pooling, read again by the broadcast and
-written once, FORWARD_PASSES times the size of x; weights and vectors are below 1 % of that. The input is the
-same in every call: what fits a cache stays there. Writes a table to the terminal and .json, .md and .png
-files to --output.
+GB/s counts the bytes that a block must move (Case.passes times the size of x). The input is the same in every
+call: what fits a cache stays there. On a GPU, launches are counted by torch.profiler after all of the timing.
+Writes a table to the terminal and .json, .md and .png files to --output.
 """
 
 from __future__ import annotations
@@ -21,159 +22,107 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import picture
 import report
 import torch
-from torch import Tensor, nn
+from cases import (
+    DETECTION,
+    DIRECTIONS,
+    DTYPES,
+    FUSIONS,
+    LAYOUTS,
+    STAGES,
+    Case,
+    Problem,
+    grid,
+    make,
+    ratio_text,
+)
+from peers import EAGER, Call, Error, errors, first_line, peers
+from timing import cannot_count_launches, count_launches, measure
 
 import gc_cuda
 
-FORWARD_PASSES = 3
-
-# C, H, W at stride 8, 16 and 32
-STAGES = {"c3": (512, 100, 168), "c4": (1024, 50, 84), "c5": (2048, 25, 42)}
-LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
-DTYPES = {name: getattr(torch, name) for name in ("float32", "float16", "bfloat16", "float64")}
-
-OURS, EAGER, COMPILED = "gc_cuda", "eager", "torch.compile"
 COPY, CLONE = "y.copy_(x)", "x.clone()"
 
-# Roundings to the dtype between x and out: context, product, norm, product, sigmoid, scaling, sum, and one to
-# spare.
-ROUNDINGS = 8
+# What is run without options to the contrary
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": {
+        "stages": list(STAGES),
+        "batch": [2],
+        "dtype": ["float32"],
+        "ratio": [1 / 16],
+        "fusion": ["add"],
+        "seconds": 2.0,
+        "rounds": 15,
+    },
+    "quick": {
+        "stages": ["c4", "c5", "7x7"],
+        "batch": [1],
+        "dtype": ["float32"],
+        "ratio": [1 / 16],
+        "fusion": ["add"],
+        "seconds": 0.5,
+        "rounds": 5,
+    },
+    "full": {
+        "stages": list(STAGES),
+        "batch": [1, 2, 8],
+        "dtype": ["float32", "float16", "bfloat16"],
+        "ratio": [1 / 16, 1 / 4],
+        "fusion": list(FUSIONS),
+        "seconds": 0.3,
+        "rounds": 15,
+    },
+}
+# On a GPU, the rest of --limit is for counting launches.
+TIMING_SHARE = 0.75
 
 
-class Case(NamedTuple):
-    """A feature map in one memory format, and a block with the same parameters in both implementations."""
+class Found(NamedTuple):
+    """What became of one case."""
 
-    stage: str
-    layout: str
-    x: Tensor
-    ours: nn.Module
-    reference: nn.Module
-
-    @property
-    def name(self) -> str:
-        return f"{self.stage} {self.layout}"
+    rows: list[report.Row]
+    missing: dict[str, str]  # by peer: why it was not timed
+    wrong: list[str]
 
 
-def make_case(
-    stage: str,
-    size: tuple[int, int, int],
-    layout: str,
-    batch: int,
-    ratio: float,
-    dtype: torch.dtype,
-    device: str,
-) -> Case:
-    torch.manual_seed(0)
-    ours = gc_cuda.ContextBlock(size[0], ratio)
-    for parameter in ours.parameters():  # as if trained: a new block is the identity, which proves nothing
-        nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5 if parameter.dim() > 1 else 0.5)
-    reference = gc_cuda.reference.ContextBlock(size[0], ratio)
-    reference.load_state_dict(ours.state_dict())
-    x = torch.randn(batch, *size).to(device, dtype).contiguous(memory_format=LAYOUTS[layout])
-    return Case(stage, layout, x, ours.to(device, dtype).eval(), reference.to(device, dtype).eval())
+class Deadline:
+    """Says when there is no time for another step as long as the longest of the last ten."""
+
+    def __init__(self, end: float) -> None:
+        self._end, self._begun, self._taken = end, time.perf_counter(), [0.0]
+
+    def is_near(self) -> bool:
+        """To be asked before each step."""
+        now = time.perf_counter()
+        self._taken.append(now - self._begun)
+        self._begun = now
+        return now + max(self._taken[-10:]) > self._end
 
 
-def peers(case: Case, compiled: bool) -> tuple[dict[str, Callable[[], Tensor]], dict[str, str]]:
-    """What is timed, by name, and why something is not."""
-    x = case.x
-    calls: dict[str, Callable[[], Tensor]] = {OURS: lambda: case.ours(x), EAGER: lambda: case.reference(x)}
-    missing = {}
-    if not compiled:
-        missing[COMPILED] = "switched off by --no-compile"
-    else:
-        try:
-            torch.compiler.reset()
-            function = torch.compile(case.reference, dynamic=False)
-            function(x)
-            calls[COMPILED] = lambda: function(x)
-        except (
-            Exception
-        ) as error:  # a missing compiler, an unsupported platform: whatever it is, the rest goes on
-            text = str(error).strip() or type(error).__name__
-            missing[COMPILED] = f"does not run here: {text.splitlines()[0]}"
-    return calls, missing
-
-
-def errors(case: Case, calls: dict[str, Callable[[], Tensor]]) -> dict[str, tuple[float, float]]:
-    """Each peer's largest error against the reference in float64, and what it is allowed.
-
-    Allowed are twice eager's own error plus ROUNDINGS roundings to the dtype; eager itself gets eight times
-    those.
-    """
-    double = gc_cuda.reference.ContextBlock(case.x.shape[1], case.reference.ratio).to(case.x.device).double()
-    double.load_state_dict(case.reference.state_dict())
-    truth = double(case.x.double())
-    rounding = ROUNDINGS * torch.finfo(case.x.dtype).eps / 2 * float(truth.abs().max())
-    result = {name: float((call().double() - truth).abs().max()) for name, call in calls.items()}
-    own = result[EAGER]
-    return {
-        name: (error, 8 * rounding if name == EAGER else 2 * own + rounding) for name, error in result.items()
-    }
-
-
-def is_right(error: float, allowed: float) -> bool:
-    """False for NaN, too."""
-    return error <= allowed
-
-
-class Timer:
-    """Times one call: by events on a GPU, by the clock on the CPU. Freeing the result counts."""
-
-    def __init__(self, device: str) -> None:
-        self._cuda = device == "cuda"
-
-    def __call__(self, call: Callable[[], Tensor]) -> float:
-        if not self._cuda:
-            start = time.perf_counter()
-            call()
-            return 1e3 * (time.perf_counter() - start)
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        torch.cuda.synchronize()
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end)
-
-
-def measure(
-    calls: dict[str, Callable[[], Tensor]], device: str, seconds: float, rounds: int
-) -> dict[str, list[float]]:
-    """Milliseconds of every call, round by round, each round beginning with another one."""
-    timer, names = Timer(device), list(calls)
-    for call in calls.values():
-        timer(call)
-    times: dict[str, list[float]] = {name: [] for name in names}
-    end = time.perf_counter() + seconds
-    count = 0
-    while count < rounds or time.perf_counter() < end:
-        for i in range(len(names)):
-            name = names[(i + count) % len(names)]
-            times[name].append(timer(calls[name]))
-        count += 1
-    return times
-
-
-def rows_of(
-    case: Case, times: dict[str, list[float]], checked: dict[str, tuple[float, float]]
-) -> list[report.Row]:
+def rows_of(problem: Problem, times: dict[str, list[float]], checked: dict[str, Error]) -> list[report.Row]:
     """One row for each peer that was timed."""
-    size = case.x.numel() * case.x.element_size()
+    case = problem.case
     median = {name: statistics.median(values) for name, values in times.items()}
     rows = []
-    for name, (error, allowed) in checked.items():
+    for name, error in checked.items():
         if name not in times:
             continue
         p20, p50, p80 = (statistics.quantiles(times[name], n=10)[i] for i in (1, 4, 7))
         rows.append(
             report.Row(
+                group=case.group,
+                direction=case.direction,
+                dtype=case.dtype,
+                ratio=case.ratio,
+                fusion=case.fusion,
                 stage=case.stage,
-                shape=list(case.x.shape),
+                shape=list(case.shape),
                 layout=case.layout,
                 peer=name,
                 p20_ms=p20,
@@ -181,32 +130,78 @@ def rows_of(
                 p80_ms=p80,
                 rounds=len(times[name]),
                 of_eager=p50 / median[EAGER] if EAGER in median else None,
-                gigabytes_per_second=FORWARD_PASSES * size / p50 / 1e6,
+                passes=case.passes,
+                gigabytes_per_second=case.bytes_moved / p50 / 1e6,
                 of_copy=p50 / median[COPY],
                 of_clone=p50 / median[CLONE],
-                error=error,
-                allowed_error=allowed,
+                launches=None,
+                worst_quantity=error.quantity,
+                error=error.error,
+                allowed_error=error.allowed,
             )
         )
     return rows
 
 
-def run_case(
-    case: Case, device: str, compiled: bool, seconds: float, rounds: int
-) -> tuple[list[report.Row], dict[str, str], list[str]]:
-    """The rows of one feature map, what is missing there and why, and what was wrong."""
-    calls, missing = peers(case, compiled)
-    checked = errors(case, calls)
+def run_case(case: Case, device: str, arguments: argparse.Namespace) -> Found:
+    """Check and time every peer."""
+    problem = make(case, device)
+    calls, missing = peers(problem, not arguments.no_compile)
+    checked = errors(problem, calls)
     wrong = [
-        f"{case.name}: the output of {name} is off by {error:.3g}, allowed is {allowed:.3g}; it is not timed"
-        for name, (error, allowed) in checked.items()
-        if not is_right(error, allowed)
+        f"{case.name}: the {error.quantity} of {name} is off by {error.error:.3g}, allowed is "
+        f"{error.allowed:.3g}; it is not timed"
+        for name, error in checked.items()
+        if not error.is_right
     ]
-    calls = {name: call for name, call in calls.items() if is_right(*checked[name])}
-    y = torch.empty_like(case.x)
-    calls[COPY] = lambda: y.copy_(case.x)
-    calls[CLONE] = lambda: case.x.clone()
-    return rows_of(case, measure(calls, device, seconds, rounds), checked), missing, wrong
+    timed: dict[str, Callable[[], object]] = {n: call for n, call in calls.items() if checked[n].is_right}
+    x = problem.x.detach()
+    y = torch.empty_like(x)
+    timed[COPY] = lambda: y.copy_(x)
+    timed[CLONE] = lambda: x.clone()
+    times = measure(timed, device, arguments.seconds, arguments.rounds)
+    return Found(rows_of(problem, times, checked), missing, wrong)
+
+
+def launches_of(case: Case, device: str, arguments: argparse.Namespace) -> dict[str, int]:
+    """By peer."""
+    calls: dict[str, Call] = peers(make(case, device), not arguments.no_compile)[0]
+    return {name: count_launches(call) for name, call in calls.items()}
+
+
+def run_all(
+    cases: list[Case], device: str, arguments: argparse.Namespace
+) -> tuple[dict[Case, Found], list[Case], str]:
+    """What was found for each case, the cases that there was no time for, and a remark on the launches."""
+    begun, counting = time.perf_counter(), device == "cuda"
+    end = begun + (arguments.limit or float("inf"))
+    found: dict[Case, Found] = {}
+    with report.Progress(len(cases) * (1 + counting)) as progress:
+        deadline = Deadline(begun + (TIMING_SHARE if counting else 1) * (end - begun))
+        for case in cases:
+            if deadline.is_near():
+                break
+            progress.begin(case.name)
+            try:
+                found[case] = run_case(case, device, arguments)
+            except Exception as error:  # no memory, say: the run fails at the end, with all that it has found
+                found[case] = Found([], {}, [f"{case.name}: {type(error).__name__}: {first_line(error)}"])
+        reason = cannot_count_launches() if counting else ""
+        remark = f"not counted: {reason}" if reason else ""
+        deadline = Deadline(end)
+        for case in found if counting and not reason else ():
+            if deadline.is_near():
+                remark = "counted until the limit was reached"
+                break
+            progress.begin(f"launches of {case.name}")
+            try:
+                launches = launches_of(case, device, arguments)
+            except Exception as error:
+                remark = f"not counted for {case.name} and later: {first_line(error)}"
+                break
+            rows = [row._replace(launches=launches.get(row.peer)) for row in found[case].rows]
+            found[case] = found[case]._replace(rows=rows)
+    return found, [case for case in cases if case not in found], remark
 
 
 def reuse_pages() -> None:
@@ -221,10 +216,17 @@ def reuse_pages() -> None:
 
 def describe(device: str, arguments: argparse.Namespace) -> dict[str, str]:
     """What the numbers depend on."""
+    tf32 = {}
     if device == "cuda":
         properties = torch.cuda.get_device_properties(0)
         name, cache = properties.name, f"second-level cache {properties.L2_cache_size / 2**20:.0f} MiB"
-        memory = f"torch's caching allocator; {cache}"
+        memory = f"torch's caching allocator; {cache}, not flushed between calls"
+        on = {True: "on", False: "off"}
+        convolutions = on[torch.backends.cudnn.allow_tf32]
+        products = on[torch.backends.cuda.matmul.allow_tf32]
+        tf32 = {
+            "TF32": f"{convolutions} for eager's convolutions, {products} for its matrix products in float32"
+        }
     else:
         name = report.cpu_name()
         memory = (
@@ -238,22 +240,55 @@ def describe(device: str, arguments: argparse.Namespace) -> dict[str, str]:
         "gc_cuda": gc_cuda.__version__,
         "threads": f"{torch.get_num_threads()} ({torch.backends.cpu.get_cpu_capability()})",
         "system": f"{platform.platform()}; load average {os.getloadavg()[0]:.1f} before the run",
-        "block": f"ContextBlock, att, channel_add, ratio {arguments.ratio:g}; forward, no gradients",
-        "input": f"batch {arguments.batch}, {arguments.dtype}, the same in every call",
+        "block": f"ContextBlock, att; fusion {', '.join(arguments.fusion)}; "
+        f"ratio {', '.join(map(ratio_text, arguments.ratio))}",
+        "input": f"{', '.join(arguments.dtype)}; the same in every call",
+        **tf32,
         "memory": memory,
     }
 
 
+def size_of(stage: str) -> tuple[int, int, int]:
+    """C, H, W of a stage's name, or of a size as in 256x56x56."""
+    if stage in STAGES:
+        return STAGES[stage]
+    c, h, w = (int(part) for part in stage.split("x"))
+    return c, h, w
+
+
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument(
-        "--quick", action="store_true", help="c4 and c5, batch 1, few rounds: a check that it runs"
+    presets = parser.add_mutually_exclusive_group()
+    presets.add_argument(
+        "--quick", action="store_const", const="quick", dest="preset", help="a few maps: a check that it runs"
     )
-    parser.add_argument("--batch", type=int, help="images per call (2)")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32")
-    parser.add_argument("--ratio", type=float, default=1 / 16, help="hidden units per channel (0.0625)")
-    parser.add_argument("--stages", nargs="+", metavar="STAGE", help="of c3 c4 c5, or a size as in 256x56x56")
-    parser.add_argument("--seconds", type=float, help="of timing for each feature map and memory format (4)")
+    presets.add_argument(
+        "--full",
+        action="store_const",
+        const="full",
+        dest="preset",
+        help="every dtype, ratio, batch and fusion (meant for a GPU)",
+    )
+    several: dict[str, Any] = {"nargs": "+", "default": None}
+    parser.add_argument("--passes", dest="directions", choices=DIRECTIONS, help="(both)", **several)
+    parser.add_argument("--dtype", choices=DTYPES, help="(float32)", **several)
+    parser.add_argument(
+        "--ratio", type=lambda text: float(Fraction(text)), help="hidden units per channel (1/16)", **several
+    )
+    parser.add_argument(
+        "--batch", type=int, help=f"images per call for {', '.join(DETECTION)} (2)", **several
+    )
+    parser.add_argument(
+        "--stages", metavar="STAGE", help=f"of {' '.join(STAGES)}, or a size as in 256x56x56 (all)", **several
+    )
+    parser.add_argument("--layouts", choices=LAYOUTS, help="(both)", **several)
+    parser.add_argument("--fusion", choices=FUSIONS, help="(add)", **several)
+    parser.add_argument("--seconds", type=float, help="of timing for each case (2)")
+    parser.add_argument(
+        "--limit",
+        type=float,
+        help="seconds for the whole run; what does not fit is left out, last cases first",
+    )
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: a GPU if there is one")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument(
@@ -263,13 +298,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--output", type=Path, default=Path(__file__).parents[1] / "build" / "bench", metavar="DIR"
     )
     arguments = parser.parse_args(argv)
-    arguments.batch = arguments.batch or (1 if arguments.quick else 2)
-    arguments.seconds = arguments.seconds or (1.0 if arguments.quick else 4.0)
-    arguments.stages = arguments.stages or (["c4", "c5"] if arguments.quick else list(STAGES))
+    preset = {"directions": list(DIRECTIONS), "layouts": list(LAYOUTS)}
+    preset.update(PRESETS[arguments.preset or "default"])
+    for name, value in preset.items():
+        if getattr(arguments, name, None) is None:
+            setattr(arguments, name, value)
     try:
-        arguments.stages = {
-            s: STAGES.get(s) or tuple(int(part) for part in s.split("x")) for s in arguments.stages
-        }
+        arguments.stages = {stage: size_of(stage) for stage in arguments.stages}
     except ValueError:
         parser.error(f"--stages takes {', '.join(STAGES)} or CxHxW, got {' '.join(arguments.stages)}")
     return arguments
@@ -282,28 +317,37 @@ def main(argv: list[str] | None = None) -> int:
         reuse_pages()
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     header = describe(device, arguments)
-    rows: list[report.Row] = []
-    missing: dict[str, str] = {}
-    wrong: list[str] = []
-    pairs = [(stage, size, layout) for stage, size in arguments.stages.items() for layout in LAYOUTS]
-    with torch.no_grad(), report.Progress(len(pairs)) as progress:
-        for stage, size, layout in pairs:
-            progress.begin(f"{stage} {layout}")
-            case = make_case(
-                stage, size, layout, arguments.batch, arguments.ratio, DTYPES[arguments.dtype], device
-            )
-            found = run_case(
-                case, device, not arguments.no_compile, arguments.seconds, 5 if arguments.quick else 15
-            )
-            rows += found[0]
-            missing.update({f"{case.name}, {peer}": reason for peer, reason in found[1].items()})
-            wrong += found[2]
-
-    print(report.terminal(header, rows, missing))
-    for path in report.write(arguments.output, header, rows, missing):
+    cases = grid(
+        arguments.stages,
+        arguments.batch,
+        arguments.layouts,
+        arguments.dtype,
+        arguments.ratio,
+        arguments.fusion,
+        arguments.directions,
+    )
+    found, left_out, remark = run_all(cases, device, arguments)
+    if remark:
+        header["launches"] = remark
+    results = report.Results(
+        header,
+        [row for one in found.values() for row in one.rows],
+        [report.Missing(c.name, peer, why) for c, one in found.items() for peer, why in one.missing.items()],
+        [case.name for case in left_out],
+        len(cases),
+    )
+    print(report.terminal(results))
+    paths = report.write(arguments.output, results)
+    drawing = paths[0].with_suffix(".png")
+    if results.rows and picture.draw(drawing, results):
+        paths.append(drawing)
+    for path in paths:
         print(f"wrote {path}")
+    wrong = [message for one in found.values() for message in one.wrong]
     for message in wrong:
         print(f"WRONG {message}", file=sys.stderr)
+    remainder = ", the others LEFT OUT for lack of time" if left_out else ""
+    print(f"{len(found)} of {len(cases)} cases run{remainder}")
     return 1 if wrong else 0
 
 

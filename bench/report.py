@@ -1,18 +1,28 @@
-"""Puts what bench/latency.py measured into a table for the terminal, Markdown, JSON and a picture."""
+"""Puts what bench/latency.py measured into a table for the terminal, Markdown and JSON."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import platform
 import re
 import sys
+import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+WIDTH = 110
+
 
 class Row(NamedTuple):
-    """One peer at one feature map; the ratios are between medians of the same run."""
+    """One peer in one case; the ratios are between medians of the same run."""
 
+    group: str
+    direction: str
+    dtype: str
+    ratio: float
+    fusion: str
     stage: str
     shape: list[int]
     layout: str
@@ -22,11 +32,32 @@ class Row(NamedTuple):
     p80_ms: float
     rounds: int
     of_eager: float | None
+    passes: int
     gigabytes_per_second: float
     of_copy: float
     of_clone: float
+    launches: int | None
+    worst_quantity: str
     error: float
     allowed_error: float
+
+
+class Missing(NamedTuple):
+    """A peer that was not timed in a case."""
+
+    case: str
+    peer: str
+    reason: str
+
+
+class Results(NamedTuple):
+    """Of a whole run."""
+
+    header: dict[str, str]
+    rows: list[Row]
+    missing: list[Missing]
+    left_out: list[str]  # cases that there was no time for
+    cases: int  # asked for
 
 
 # Title, text of a row
@@ -39,11 +70,13 @@ COLUMNS = (
     ("GB/s", lambda row: f"{row.gigabytes_per_second:.1f}"),
     ("/ copy_", lambda row: f"{row.of_copy:.2f}"),
     ("/ clone", lambda row: f"{row.of_clone:.2f}"),
+    ("launches", lambda row: "-" if row.launches is None else str(row.launches)),
 )
 LEFT_ALIGNED = 3
 LEGEND = (
-    "speed-up: eager's time over this one's. GB/s: 3 passes over x (read, read, write) in the time taken. "
-    "/ copy_, / clone: this time over that of y.copy_(x) and of x.clone()."
+    "speed-up: eager's time over this one's. GB/s: the passes over x that a block needs at least, in the "
+    "time taken. / copy_, / clone: this time over that of y.copy_(x) and of x.clone(). launches: kernels, "
+    "memsets and memcpys of one call on a GPU."
 )
 
 
@@ -66,7 +99,7 @@ class Progress:
         except ImportError:
             self._bar = None
         else:
-            self._bar = tqdm(total=steps, unit="map", file=sys.stderr)
+            self._bar = tqdm(total=steps, unit="case", file=sys.stderr, dynamic_ncols=True)
 
     def __enter__(self) -> Progress:
         return self
@@ -86,14 +119,49 @@ class Progress:
             self._bar.close()
 
 
+def _sections(rows: list[Row]) -> Iterator[tuple[str, list[Row]]]:
+    """Title and rows of each group."""
+    for group, members in itertools.groupby(rows, key=lambda row: row.group):
+        section = list(members)
+        yield f"{group} ({section[0].passes} passes over x)", section
+
+
 def _cells(rows: list[Row]) -> list[list[str]]:
     return [[text(row) for _, text in COLUMNS] for row in rows]
 
 
-def terminal(header: dict[str, str], rows: list[Row], missing: dict[str, str]) -> str:
-    """An aligned table, with a blank line between feature maps."""
-    titles, cells = [title for title, _ in COLUMNS], _cells(rows)
-    widths = [max(map(len, column)) for column in zip(titles, *cells)]
+def remarks(results: Results) -> list[str]:
+    """What is missing, and why: said once where it holds for every case."""
+    lines = []
+    ran = results.cases - len(results.left_out)
+    by_reason: dict[tuple[str, str], list[str]] = {}
+    for case, peer, reason in results.missing:
+        by_reason.setdefault((peer, reason), []).append(case)
+    for (peer, reason), cases in by_reason.items():
+        where = "every case" if len(cases) == ran else "; ".join(cases)
+        lines.append(f"n/a: {peer}: {reason}: {where}")
+    if results.left_out:
+        by_group: dict[str, list[str]] = {}
+        for name in results.left_out:
+            which, _, group = name.partition(", ")
+            by_group.setdefault(group, []).append(which)
+        lines.append(f"LEFT OUT, no time: {len(results.left_out)} of {results.cases} cases:")
+        begun = {row.group for row in results.rows}
+        for group, which in by_group.items():
+            lines.append(f"{group}: {', '.join(which) if group in begun else 'every map'}")
+    return lines
+
+
+def _wrapped(text: str, indent: str = "") -> list[str]:
+    return textwrap.wrap(
+        text, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    )
+
+
+def terminal(results: Results) -> str:
+    """Aligned tables, one for each group; a map, its layout and a blank line only where a new one begins."""
+    titles = [title for title, _ in COLUMNS]
+    widths = [max(map(len, column)) for column in zip(titles, *_cells(results.rows))]
 
     def line(texts: list[str]) -> str:
         return "  ".join(
@@ -101,86 +169,53 @@ def terminal(header: dict[str, str], rows: list[Row], missing: dict[str, str]) -
             for i, (text, width) in enumerate(zip(texts, widths))
         ).rstrip()
 
-    lines = [f"{name + ':':10}{value}" for name, value in header.items()]
-    lines += ["", line(titles), "-" * len(line(titles))]
-    for i, (row, texts) in enumerate(zip(rows, cells)):
-        if i and (row.stage, row.layout) != (rows[i - 1].stage, rows[i - 1].layout):
-            lines.append("")
-        lines.append(line(texts))
-    lines += ["", LEGEND, *(f"n/a: {what}: {reason}" for what, reason in missing.items())]
+    lines = []
+    for name, value in results.header.items():
+        lines += _wrapped(f"{name + ':':10}{value}", " " * 10)
+    for title, rows in _sections(results.rows):
+        lines += ["", title, line(titles), "-" * len(line(titles))]
+        before = None
+        for texts in _cells(rows):
+            which = texts[:2]
+            if which == before:
+                texts[:2] = ["", ""]
+            elif before is not None:
+                lines.append("")
+            lines.append(line(texts))
+            before = which
+    lines.append("")
+    for remark in [LEGEND, *remarks(results)]:
+        lines += _wrapped(remark, "  ")
     return "\n".join(lines)
 
 
-def markdown(header: dict[str, str], rows: list[Row], missing: dict[str, str]) -> str:
+def markdown(results: Results) -> str:
     """The same for a file."""
-    lines = [f"# Forward pass of a context block on {header['device']}", ""]
-    lines += [f"- {name}: {value}" for name, value in header.items()]
-    lines += ["", "| " + " | ".join(title for title, _ in COLUMNS) + " |"]
-    lines += ["|" + "|".join("---" if i < LEFT_ALIGNED else "--:" for i in range(len(COLUMNS))) + "|"]
-    lines += ["| " + " | ".join(texts) + " |" for texts in _cells(rows)]
+    lines = [f"# Latency of a context block on {results.header['device']}", ""]
+    lines += [f"- {name}: {value}" for name, value in results.header.items()]
+    for title, rows in _sections(results.rows):
+        lines += ["", f"## {title}", "", "| " + " | ".join(title for title, _ in COLUMNS) + " |"]
+        lines += ["|" + "|".join("---" if i < LEFT_ALIGNED else "--:" for i in range(len(COLUMNS))) + "|"]
+        lines += ["| " + " | ".join(texts) + " |" for texts in _cells(rows)]
     lines += ["", LEGEND]
-    if missing:
-        lines += ["", *(f"- n/a: {what}: {reason}" for what, reason in missing.items())]
+    found = remarks(results)
+    if found:
+        lines += ["", *(f"- {remark}" for remark in found)]
     return "\n".join(lines) + "\n"
 
 
-def write(folder: Path, header: dict[str, str], rows: list[Row], missing: dict[str, str]) -> list[Path]:
-    """DEVICE.json, DEVICE.md and DEVICE.png; the picture only where there are rows and matplotlib."""
+def write(folder: Path, results: Results) -> list[Path]:
+    """DEVICE.json and DEVICE.md."""
     folder.mkdir(parents=True, exist_ok=True)
-    stem = re.sub(r"[^a-z0-9]+", "-", header["device"].lower()).strip("-")
-    as_json, as_markdown, as_picture = (folder / f"{stem}.{ending}" for ending in ("json", "md", "png"))
-    content = {"header": header, "rows": [row._asdict() for row in rows], "missing": missing}
+    stem = re.sub(r"[^a-z0-9]+", "-", results.header["device"].lower()).strip("-")
+    as_json, as_markdown = (folder / f"{stem}.{ending}" for ending in ("json", "md"))
+    content = {
+        "header": results.header,
+        "rows": [row._asdict() for row in results.rows],
+        "missing": [missing._asdict() for missing in results.missing],
+        "left_out": results.left_out,
+        "cases": results.cases,
+    }
     as_json.write_text(json.dumps(content, indent=1) + "\n")
-    as_markdown.write_text(markdown(header, rows, missing))
-    return [as_json, as_markdown, *([as_picture] if rows and picture(as_picture, header, rows) else [])]
-
-
-def picture(path: Path, header: dict[str, str], rows: list[Row]) -> bool:
-    """Bars of milliseconds, a panel for each layout; False where matplotlib is missing."""
-    try:
-        import matplotlib
-    except ImportError:
-        return False
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    layouts, peers, stages = (
-        list(dict.fromkeys(getattr(row, name) for row in rows)) for name in ("layout", "peer", "stage")
-    )
-    shapes = {row.stage: "x".join(map(str, row.shape)) for row in rows}
-    colours = dict(zip(peers, ("#d1495b", "#8d99ae", "#2e86ab", "#66a182")))
-    figure, panels = pyplot.subplots(
-        1, len(layouts), figsize=(5.5 * len(layouts), 5), sharey=True, squeeze=False, layout="constrained"
-    )
-    width = 0.8 / len(peers)
-    for panel, layout in zip(panels[0], layouts):
-        for k, peer in enumerate(peers):
-            for row in rows:
-                if (row.layout, row.peer) != (layout, peer):
-                    continue
-                at = stages.index(row.stage) + (k - (len(peers) - 1) / 2) * width
-                spread = [[row.p50_ms - row.p20_ms], [row.p80_ms - row.p50_ms]]
-                panel.bar(at, row.p50_ms, width, color=colours[peer], yerr=spread, ecolor="#444444")
-                speed_up = "" if row.of_eager is None else f"{1 / row.of_eager:.1f}×"
-                panel.annotate(
-                    speed_up, (at, row.p80_ms), (0, 3), textcoords="offset points", ha="center", size=8
-                )
-        for i, stage in enumerate(stages):
-            clone = [r.p50_ms / r.of_clone for r in rows if (r.stage, r.layout) == (stage, layout)]
-            if clone:
-                panel.hlines(clone[0], i - 0.45, i + 0.45, colors="black", linestyles="dotted")
-        panel.set_title(layout)
-        panel.set_xticks(range(len(stages)), [f"{stage}\n{shapes[stage]}" for stage in stages])
-        panel.set_xlabel("feature map, N×C×H×W")
-        panel.grid(axis="y", alpha=0.3)
-        panel.set_axisbelow(True)
-    panels[0][0].set_ylabel("forward pass, ms (median, 20th to 80th percentile)")
-    handles = [pyplot.Rectangle((0, 0), 1, 1, color=colours[peer]) for peer in peers]
-    handles.append(pyplot.Line2D([], [], color="black", linestyle="dotted"))
-    panels[0][-1].legend(handles, [*peers, "x.clone()"], frameon=False)
-    figure.suptitle(
-        f"{header['device']}, torch {header['torch']}\n{header['input']}; n× is the speed-up over eager"
-    )
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
-    return True
+    as_markdown.write_text(markdown(results))
+    return [as_json, as_markdown]

@@ -1,0 +1,93 @@
+"""Times calls side by side, and counts what they launch on a GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Call = Callable[[], object]
+
+# The categories of a profiler's trace that are work on the GPU; annotations and the runtime's calls are not.
+LAUNCHES = ("kernel", "gpu_memset", "gpu_memcpy")
+
+
+class Timer:
+    """Times one call: by events on a GPU, by the clock on the CPU. Freeing the result counts."""
+
+    def __init__(self, device: str) -> None:
+        self._cuda = device == "cuda"
+
+    def __call__(self, call: Call) -> float:
+        if not self._cuda:
+            start = time.perf_counter()
+            call()
+            return 1e3 * (time.perf_counter() - start)
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize()
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end)
+
+
+def measure(calls: dict[str, Call], device: str, seconds: float, rounds: int) -> dict[str, list[float]]:
+    """Milliseconds of every call, round by round, each round beginning with another one.
+
+    It takes the given seconds, longer where those are too short for so many rounds, but no longer than four
+    times as long once there are three rounds.
+    """
+    timer, names = Timer(device), list(calls)
+    for call in calls.values():
+        timer(call)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    start = time.perf_counter()
+    count = 0
+    while True:
+        taken = time.perf_counter() - start
+        if count >= 3 and (taken >= 4 * seconds or (taken >= seconds and count >= rounds)):
+            return times
+        for i in range(len(names)):
+            name = names[(i + count) % len(names)]
+            times[name].append(timer(calls[name]))
+        count += 1
+
+
+def launches_in(trace: dict[str, Any]) -> int:
+    """Kernels, memsets and memcpys in a profiler's trace."""
+    return sum(event.get("cat") in LAUNCHES for event in trace["traceEvents"])
+
+
+def count_launches(call: Call) -> int:
+    """What one call runs on the GPU, by torch.profiler.
+
+    The profiler may slow down what is launched after it, so time first.
+    """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read at the first profile; it would talk into the table
+    call()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        call()
+        torch.cuda.synchronize()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        return launches_in(json.loads(path.read_text()))
+
+
+def cannot_count_launches() -> str:
+    """Why `count_launches` is not to be trusted here; empty if it is."""
+    y = torch.zeros(64, device="cuda")
+    try:
+        count_launches(lambda: y.mul_(2))  # which sets the profiler up, and may see too little
+        found = count_launches(lambda: y.mul_(2))
+    except (RuntimeError, OSError, ValueError) as error:
+        return str(error).splitlines()[0]
+    return "" if found == 1 else f"torch.profiler saw {found} launches in a call that makes one"
