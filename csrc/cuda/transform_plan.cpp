@@ -69,13 +69,13 @@ TransformPlan make_transform_forward_plan(const TransformProblem& p, const Devic
   const bool even = p.channels % 2 == 0 && p.hidden[0] % 2 == 0 && (p.branches == 1 || p.hidden[1] % 2 == 0);
   plan.width = p.pairs && even ? 2 : 1;
 
-  // As many images' hidden units in shared memory as one fetch of a weight serves, up to what a block may take.
+  // Up to kImagesAtOnce images' hidden units in shared memory, as far as a block may take it.
   const int ticket = shared_array(1, sizeof(int));
   const int bytes = accumulation_bytes(p.type);
   const int64_t fitting = (device.shared_bytes - ticket) / (hidden_max(p) * bytes);
   require(fitting >= 1, "hidden units must be at most " + std::to_string((device.shared_bytes - ticket) / bytes) +
                             " on this device, got " + std::to_string(hidden_max(p)));
-  plan.images_at_once = static_cast<int>(std::min({p.images, int64_t{kManyImages}, fitting}));
+  plan.images_at_once = static_cast<int>(std::min({p.images, int64_t{kImagesAtOnce}, fitting}));
   plan.shared_bytes = ticket + shared_array(plan.images_at_once * hidden_max(p), bytes);
 
   plan.grid.phases = 2;

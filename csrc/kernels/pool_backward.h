@@ -139,7 +139,8 @@ pool_backward(const PoolBackwardArgs args) {
           if constexpr (kBlock) grad += staged[c * kStaged + 2] * grad_rows[r - r0].get(e);
           tile.set(c, p, grad);  // x is done with: its registers take the gradient
         }
-        if (args.grad_x != nullptr) tile.store_row(static_cast<T*>(args.grad_x) + map.image0(), map, pixel0, r);
+        if (!kBlock || args.grad_x != nullptr)
+          tile.store_row(static_cast<T*>(args.grad_x) + map.image0(), map, pixel0, r);
       }
     }
   }

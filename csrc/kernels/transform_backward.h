@@ -257,7 +257,7 @@ GC_DEVICE void add_context_parts(const TransformBackwardArgs& args, const Phase&
 }
 
 template <typename T>
-GC_KERNEL(kTransformThreads, 1)
+GC_KERNEL(kTransformThreads, 2)
 transform_backward(const TransformBackwardArgs args) {
   using A = Acc<T>;
   const int slab_rows = args.slab_steps * kSlabStep;

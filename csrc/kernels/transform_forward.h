@@ -8,8 +8,7 @@
 // Decomposition: two phases (phases.h). In the first, warps take rows of W1; in the second, every block computes the
 // norm for itself (P values an image) and its warps take rows of W2. A row is fetched once for kManyImages images.
 //
-// Moves: W1 and W2 once from memory (every kManyImages images); context and h once a block, from the second-level
-// cache.
+// Moves: W1 and W2 once from memory; context and h once a block, from the second-level cache.
 #pragma once
 
 #include "transform.h"
@@ -47,12 +46,13 @@ GC_DEVICE int scattered_index(int lane) {
 // Calls write(n, row . vectors[n]) for the `images` vectors, each in one lane of the warp that took the row.
 template <int kWidth, int kImages, typename W, typename A, typename Write>
 GC_DEVICE void row_dots(const W* row, int count, const A* vectors, long long stride, int images, const Write& write) {
+  [[maybe_unused]] constexpr int kUnroll = kImages > kFewImages ? 2 : 8;  // loads in flight, as far as registers go
   const int lane = port::thread_index() % kWarp;
   for (int n0 = 0; n0 < images; n0 += kImages) {
     A sums[kImages];
     GC_UNROLL
     for (int n = 0; n < kImages; ++n) sums[n] = 0;
-    GC_UNROLL_BY(4)
+    GC_UNROLL_BY(kUnroll)
     for (int i = lane * kWidth; i < count; i += kWarp * kWidth) {
       const auto weight = port::load_global(reinterpret_cast<const Vector<W, kWidth>*>(row + i));
       GC_UNROLL
@@ -69,22 +69,28 @@ GC_DEVICE void row_dots(const W* row, int count, const A* vectors, long long str
   }
 }
 
+template <int kWidth, typename W, typename A, typename Write>
+GC_DEVICE void row_dots(const W* row, int count, const A* vectors, long long stride, int images, const Write& write) {
+  if (images <= kFewImages) {
+    row_dots<kWidth, kFewImages>(row, count, vectors, stride, images, write);
+  } else {
+    row_dots<kWidth, kManyImages>(row, count, vectors, stride, images, write);
+  }
+}
+
 // The same for row `r` of a matrix [rows, count].
 template <typename T, int kWidth, typename Write>
-GC_DEVICE void row_dots(const Companion& matrix, int r, int count, const Acc<T>* vectors, long long stride, int images,
-                        const Write& write) {
+GC_DEVICE void matrix_row_dots(const Companion& matrix, int r, int count, const Acc<T>* vectors, long long stride,
+                               int images, const Write& write) {
+  using A = Acc<T>;
   const long long first = static_cast<long long>(r) * count;
-  const auto with_type = [&](auto* row) {
-    if (images <= kFewImages) {
-      row_dots<kWidth, kFewImages>(row, count, vectors, stride, images, write);
-    } else {
-      row_dots<kWidth, kManyImages>(row, count, vectors, stride, images, write);
+  if constexpr (sizeof(T) < sizeof(A)) {
+    if (matrix.wide) {
+      row_dots<kWidth>(static_cast<const A*>(matrix.data) + first, count, vectors, stride, images, write);
+      return;
     }
-  };
-  if constexpr (sizeof(T) < sizeof(Acc<T>)) {
-    if (matrix.wide) return with_type(static_cast<const Acc<T>*>(matrix.data) + first);
   }
-  with_type(static_cast<const T*>(matrix.data) + first);
+  row_dots<kWidth>(static_cast<const T*>(matrix.data) + first, count, vectors, stride, images, write);
 }
 
 // The norm and its activation for images n0 .. n0 + images of a branch, a warp an image: y [images, P] in shared
@@ -116,7 +122,7 @@ GC_DEVICE void normalize(const TransformForwardArgs& args, const TransformBranch
 
 // kWidth: elements moved by one load of a weight.
 template <typename T, int kWidth>
-GC_KERNEL(kTransformThreads, 1)
+GC_KERNEL(kTransformThreads, 2)
 transform_forward(const TransformForwardArgs args) {
   using A = Acc<T>;
   port::SharedArena arena;
@@ -138,7 +144,7 @@ transform_forward(const TransformForwardArgs args) {
       A* const products = static_cast<A*>(branch.products);
       for (int p = first; p < branch.hidden; p += warps) {
         const A bias = read<T>(branch.b1, p);
-        row_dots<T, kWidth>(
+        matrix_row_dots<T, kWidth>(
             branch.w1, p, args.channels, static_cast<const A*>(args.context), args.context_stride, args.images,
             [&](int n, A sum) { products[static_cast<long long>(n) * branch.hidden + p] = sum + bias; });
       }
@@ -152,7 +158,7 @@ transform_forward(const TransformForwardArgs args) {
       A* const out = static_cast<A*>(branch.out) + static_cast<long long>(n0) * args.channels;
       for (int c = first; c < args.channels; c += warps) {
         const A bias = read<T>(branch.b2, c);
-        row_dots<T, kWidth>(branch.w2, c, branch.hidden, y, branch.hidden, images, [&](int n, A sum) {
+        matrix_row_dots<T, kWidth>(branch.w2, c, branch.hidden, y, branch.hidden, images, [&](int n, A sum) {
           const A t = sum + bias;
           out[static_cast<long long>(n) * args.channels + c] =
               branch.gate ? A(1) / (A(1) + port::exp2(-t * A(1.4426950408889634074))) : t;

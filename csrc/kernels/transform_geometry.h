@@ -10,7 +10,9 @@ inline constexpr int kTransformWarps = kTransformThreads / kWarp;
 
 // Forward: how many images share one fetch of a weight, with a sum for each in registers.
 inline constexpr int kFewImages = 4;
-inline constexpr int kManyImages = 32;
+inline constexpr int kManyImages = 16;
+// Whose hidden units lie in a block's shared memory together.
+inline constexpr int kImagesAtOnce = 2 * kManyImages;
 
 // Backward: a weight matrix is cut into slabs of rows. A warp takes kSlabRows of them at a time, a block kSlabStep.
 inline constexpr int kSlabImages = 8;  // at a time

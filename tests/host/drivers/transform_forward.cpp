@@ -131,11 +131,16 @@ void run(const TransformCase& on, bool wide, SameBits& bits, const host::Schedul
   run_transform(plan, schedule, [&] { return launch_transform_forward(plan, args, nullptr); });
 
   counters.check();
-  const int fetches = on.images <= kFewImages ? 1 : (on.images + kManyImages - 1) / kManyImages;
-  const int rounds = (on.images + plan.images_at_once - 1) / plan.images_at_once;
+  // A row is read once for each group of images.
+  const auto groups = [](int images) { return images <= kFewImages ? 1 : (images + kManyImages - 1) / kManyImages; };
+  const int w1_reads = groups(on.images);
+  int w2_reads = 0;
+  for (int n0 = 0; n0 < on.images; n0 += plan.images_at_once) {
+    w2_reads += groups(std::min(plan.images_at_once, on.images - n0));
+  }
   for (const auto& branch : branches) {
-    branch->w1.with_buffer([&](const auto& w1) { require_passes(w1, fetches, 0); });
-    branch->w2.with_buffer([&](const auto& w2) { require_passes(w2, rounds, 0); });
+    branch->w1.with_buffer([&](const auto& w1) { require_passes(w1, w1_reads, 0); });
+    branch->w2.with_buffer([&](const auto& w2) { require_passes(w2, w2_reads, 0); });
     bits.check(branch->normalized);
     bits.check(branch->out);
     for (int n = 0; n < on.images; ++n) {
