@@ -61,7 +61,7 @@ def _as_autocast_promotes(x: Tensor) -> Tensor:
     It changes nothing but a half x under autocast to the other half type, which eager widens to float32.
     """
     kind = x.device.type
-    if not torch.is_autocast_enabled(kind):
+    if x.is_meta or not torch.is_autocast_enabled(kind):
         return x
     return x.to(torch.promote_types(x.dtype, torch.get_autocast_dtype(kind)))
 
