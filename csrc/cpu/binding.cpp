@@ -1,80 +1,21 @@
-// The CPU implementation of the operators: checks, allocation, and the cut of the work over threads. What is computed
-// is in vec/.
+// The CPU implementation of the operators: checks and allocation. The cut of the work over threads is in run.h, what is
+// computed in vec/.
 //
-// A feature map keeps its layout: channels_last stays channels_last, anything that is neither that nor NCHW is copied
-// to the nearer of the two. Vectors per image or channel are converted to the accumulation type up front; they are
-// small.
+// The parts of the block, each an operator of its own; the whole block is in block.cpp. Vectors per image or channel
+// are converted to the accumulation type up front; they are small.
 #include <ATen/ATen.h>
-#include <ATen/Parallel.h>
 #include <torch/library.h>
 
 #include <tuple>
 
-#include "checks.h"
-#include "cpu/dispatch.h"
-#include "cpu/pages.h"
+#include "cpu/feature_map.h"
+#include "cpu/run.h"
 
 namespace gc::cpu {
 
 namespace {
 
 using at::Tensor;
-
-// Below this many elements per thread, starting the thread costs more than it gains.
-constexpr int64_t kGrainElements = 32 * 1024;
-
-struct FeatureMap {
-  Tensor tensor;
-  at::MemoryFormat format;
-  Shape shape;
-
-  FeatureMap(const Tensor& x, const char* name) {
-    check_feature_map(x, name);
-    format = at::MemoryFormat::Contiguous;
-    if (!x.is_contiguous()) format = x.suggest_memory_format();
-    tensor = x.contiguous(format);
-    // A single pixel is the same memory in both layouts, and a row of channels is the better one.
-    const int64_t pixels = x.size(2) * x.size(3);
-    const bool channels_last = format == at::MemoryFormat::ChannelsLast || pixels == 1;
-    shape = {x.size(0), x.size(1), pixels, channels_last};
-  }
-
-  Tensor like() const { return empty_output(tensor.sizes(), tensor.options().memory_format(format)); }
-  at::TensorOptions accumulation() const { return tensor.options().dtype(accumulation_type(tensor.scalar_type())); }
-};
-
-// For operators that read every element once and keep channels apart: the planes of an NCHW tensor may be grouped at
-// will, and in small groups each plane streams as one long run.
-Shape streaming(Shape shape) {
-  if (shape.channels_last) return shape;
-  const int64_t planes = shape.images * shape.channels;
-  int64_t group = 16;
-  while (planes % group != 0) group /= 2;
-  return {planes / group, group, shape.pixels, false};
-}
-
-Tensor accumulated(const Tensor& companion, const FeatureMap& x) {
-  return companion.to(accumulation_type(x.tensor.scalar_type())).contiguous();
-}
-
-// Calls body(begin, end) on ranges of 0..count, `elements` of x to each item.
-template <typename Body>
-void parallel(int64_t count, int64_t elements, const Body& body) {
-  if (count == 0) return;
-  at::parallel_for(0, count, std::max<int64_t>(1, divide_up(kGrainElements, elements)), body);
-}
-
-// [groups, members, width] -> [groups, width], members added in their order.
-template <typename T>
-Tensor sum_members(const Tensor& parts) {
-  const int64_t groups = parts.size(0), members = parts.size(1), width = parts.size(2);
-  if (members == 1) return parts.view({groups, width});
-  if (members == 0) return at::zeros({groups, width}, parts.options());
-  const Tensor out = at::empty({groups, width}, parts.options());
-  const ReduceArgs<acc_t<T>> args{parts.data_ptr<acc_t<T>>(), out.data_ptr<acc_t<T>>(), members, width};
-  parallel(groups, members * width, [&](int64_t begin, int64_t end) { kernels<T>().reduce(args, begin, end); });
-  return out;
-}
 
 struct Pooled {
   Tensor context;
@@ -106,13 +47,7 @@ Pooled run_pool(const FeatureMap& x, const Shape& shape, Weights weights, const 
                            partials.data_ptr<A>(),
                            out.state.data_ptr<A>(),
                            out.context.data_ptr<T>()};
-    parallel(shape.images * plan.splits, shape.channels * shape.pixels / plan.splits,
-             [&](int64_t begin, int64_t end) { kernels<T>().pool(args, begin, end); });
-    if (plan.splits > 1) {
-      // Partials are few and still in cache: a fraction of the work that as many elements of x are.
-      parallel(shape.images, divide_up(plan.splits * shape.channels, 8),
-               [&](int64_t begin, int64_t end) { kernels<T>().pool_merge(args, begin, end); });
-    }
+    run(args);
   });
   return out;
 }
@@ -176,14 +111,15 @@ PoolGradients run_pool_backward(const Tensor& grad_context, const FeatureMap& x,
                                    plan,
                                    wide_grad.data_ptr<A>(),
                                    x.tensor.data_ptr<T>(),
+                                   nullptr,
+                                   nullptr,
                                    mask ? wide_weight.data_ptr<A>() : nullptr,
                                    wide_logits.data_ptr<A>(),
                                    wide_state.data_ptr<A>(),
                                    out.x.data_ptr<T>(),
                                    mask ? nullptr : out.logits.data_ptr<A>(),
                                    mask ? parts.data_ptr<A>() : nullptr};
-    parallel(shape.images * plan.splits, shape.channels * shape.pixels / plan.splits,
-             [&](int64_t begin, int64_t end) { kernels<T>().pool_backward(args, begin, end); });
+    run(args);
     if (mask) out.mask_weight = sum_members<T>(parts).to(mask_weight.scalar_type()).view(mask_weight.sizes());
   });
   if (!mask) out.logits = out.logits.to(logits.scalar_type());
@@ -221,7 +157,7 @@ Tensor broadcast(const Tensor& x, const std::optional<Tensor>& scale, const std:
     using A = acc_t<T>;
     const BroadcastArgs<T> args{map.shape, map.tensor.data_ptr<T>(), scale ? wide_scale.data_ptr<A>() : nullptr,
                                 term ? wide_term.data_ptr<A>() : nullptr, out.data_ptr<T>()};
-    parallel(map.tensor.numel(), 1, [&](int64_t begin, int64_t end) { kernels<T>().broadcast(args, begin, end); });
+    run(args);
   });
   return out;
 }
@@ -242,16 +178,15 @@ std::tuple<Tensor, Tensor, Tensor> broadcast_mul_backward(const Tensor& grad, co
   dispatch(x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     using A = acc_t<T>;
-    const BroadcastMulBackwardArgs<T> args{shape,
-                                           plan,
-                                           same_grad.data_ptr<T>(),
-                                           map.tensor.data_ptr<T>(),
-                                           wide_scale.data_ptr<A>(),
-                                           grad_x.data_ptr<T>(),
-                                           scale_parts.data_ptr<A>(),
-                                           term_parts.data_ptr<A>()};
-    parallel(shape.images * plan.splits, shape.channels * shape.pixels / plan.splits,
-             [&](int64_t begin, int64_t end) { kernels<T>().broadcast_mul_backward(args, begin, end); });
+    const BroadcastBackwardArgs<T> args{shape,
+                                        plan,
+                                        same_grad.data_ptr<T>(),
+                                        map.tensor.data_ptr<T>(),
+                                        wide_scale.data_ptr<A>(),
+                                        grad_x.data_ptr<T>(),
+                                        scale_parts.data_ptr<A>(),
+                                        term_parts.data_ptr<A>()};
+    run(args);
     grad_scale = sum_members<T>(scale_parts).to(scale.scalar_type()).view(sizes);
     grad_term = sum_members<T>(term_parts).to(scale.scalar_type()).view(sizes);
   });

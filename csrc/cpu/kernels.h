@@ -33,19 +33,22 @@ struct PoolArgs {
   acc_t<T>* logits;    // [N, S], written (kMask), read (kLogits) or null
   acc_t<T>* partials;  // [N, splits, 2 + C]: m, z and the sum relative to m; the state itself where splits == 1
   acc_t<T>* state;     // [N, 2 + C]
-  T* context;          // [N, C]
+  T* context;          // [N, C] or null
 };
 
+// grad_x = grad * scale + a * grad_context + dl * mask_weight; grad_mask_weight = sum_s dl * x
 template <typename T>
 struct PoolBackwardArgs {
   Shape shape;
   Plan plan;
   const acc_t<T>* grad_context;  // [N, C]
   const T* x;                    // [N, C, S] or [N, S, C]
+  const T* grad;                 // like x: what reaches grad_x past the pooling; or null
+  const acc_t<T>* scale;         // [N, C], or null for 1; for grad only
   const acc_t<T>* mask_weight;   // [C] or null
   const acc_t<T>* logits;        // [N, S]
   const acc_t<T>* state;         // [N, 2 + C]
-  T* grad_x;                     // like x
+  T* grad_x;                     // like x, or null
   acc_t<T>* grad_logits;         // [N, S] or null
   acc_t<T>* grad_mask_weight;    // [N, splits, C], partial sums, or null
 };
@@ -59,16 +62,72 @@ struct BroadcastArgs {
   T* out;                 // like x
 };
 
+// All three results, or without grad_x one or both of the others; absent ones are null, and what only they need.
 template <typename T>
-struct BroadcastMulBackwardArgs {
+struct BroadcastBackwardArgs {
   Shape shape;
   Plan plan;
   const T* grad;          // like x
-  const T* x;             // [N, C, S] or [N, S, C]
-  const acc_t<T>* scale;  // [N, C]
+  const T* x;             // [N, C, S] or [N, S, C]; for grad_scale
+  const acc_t<T>* scale;  // [N, C]; for grad_x
   T* grad_x;              // like x
   acc_t<T>* grad_scale;   // [N, splits, C], partial sums
   acc_t<T>* grad_term;    // [N, splits, C], partial sums
+};
+
+// out[n] = weight in[n] + bias, or the sigmoid of it. W is the type of the weight.
+template <typename W>
+struct LinearArgs {
+  const W* weight;       // [rows, columns]
+  const acc_t<W>* bias;  // [rows]
+  const acc_t<W>* in;    // [images, in_stride], of which `columns` count
+  acc_t<W>* out;         // [images, rows]
+  int64_t images;
+  int64_t rows;
+  int64_t columns;
+  int64_t in_stride;
+  bool sigmoid;
+};
+
+// grad_weight = sum_n grad[n] (x) in[n], grad_in[n] = weight^T grad[n]; either may be absent (null). The rows are cut
+// into chunks, and each chunk has a grad_in of its own.
+template <typename W>
+struct LinearBackwardArgs {
+  const W* weight;       // [rows, columns]
+  const acc_t<W>* grad;  // [images, rows]
+  const acc_t<W>* in;    // [images, in_stride], of which `columns` count
+  W* grad_weight;        // [rows, columns]
+  acc_t<W>* grad_in;     // [chunks, images, columns], partial sums
+  int64_t images;
+  int64_t rows;
+  int64_t columns;
+  int64_t in_stride;
+  int64_t chunk_rows;
+};
+
+// normalized = (hidden - mean) * inverse_deviation, activated = relu(weight * normalized + bias), image by image
+template <typename A>
+struct NormalizeArgs {
+  A* hidden;             // [images, width]; becomes normalized
+  A* inverse_deviation;  // [images]
+  const A* weight;       // [width]
+  const A* bias;         // [width]
+  A* activated;          // [images, width]
+  int64_t width;
+  double eps;
+};
+
+template <typename A>
+struct NormalizeBackwardArgs {
+  const A* normalized;         // [images, width]
+  const A* inverse_deviation;  // [images]
+  const A* weight;             // [width]
+  const A* activated;          // [images, width]
+  A* grad;                     // [images, width]: of activated; becomes that of hidden
+  A* grad_weight;              // [width]
+  A* grad_bias;                // [width]
+  int64_t images;
+  int64_t width;
 };
 
 // out[group][i] = sum over the group's members, in their order
@@ -76,6 +135,7 @@ template <typename A>
 struct ReduceArgs {
   const A* in;  // [groups, members, width]
   A* out;       // [groups, width]
+  int64_t groups;
   int64_t members;
   int64_t width;
 };
@@ -86,10 +146,21 @@ struct Kernels {
   void (*pool)(const PoolArgs<T>&, int64_t unit_begin, int64_t unit_end);
   void (*pool_merge)(const PoolArgs<T>&, int64_t image_begin, int64_t image_end);
   void (*pool_backward)(const PoolBackwardArgs<T>&, int64_t unit_begin, int64_t unit_end);
-  void (*broadcast_mul_backward)(const BroadcastMulBackwardArgs<T>&, int64_t unit_begin, int64_t unit_end);
+  void (*broadcast_backward)(const BroadcastBackwardArgs<T>&, int64_t unit_begin, int64_t unit_end);
   // Elements are x's own, in memory order: N * C * S of them.
   void (*broadcast)(const BroadcastArgs<T>&, int64_t element_begin, int64_t element_end);
   void (*reduce)(const ReduceArgs<acc_t<T>>&, int64_t group_begin, int64_t group_end);
+
+  // Of the transform. Units are groups of kLinearRows rows, and chunks of rows.
+  void (*linear)(const LinearArgs<T>&, int64_t group_begin, int64_t group_end);
+  void (*linear_backward)(const LinearBackwardArgs<T>&, int64_t chunk_begin, int64_t chunk_end);
+  void (*normalize)(const NormalizeArgs<acc_t<T>>&, int64_t image_begin, int64_t image_end);
+  void (*activate)(const NormalizeArgs<acc_t<T>>&, int64_t image_begin, int64_t image_end);  // from normalized
+  void (*normalize_backward)(const NormalizeBackwardArgs<acc_t<T>>&);
+  // grad[i] *= scale[i] * (1 - scale[i])
+  void (*sigmoid_backward)(const acc_t<T>* scale, acc_t<T>* grad, int64_t count);
+  void (*widen)(const T* in, acc_t<T>* out, int64_t count);
+  void (*narrow)(const acc_t<T>* in, T* out, int64_t count);
 };
 
 struct KernelSet {

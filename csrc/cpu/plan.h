@@ -34,6 +34,12 @@ inline constexpr int64_t kContiguousTileBytes = 32 * 1024;
 // Work of one split, at least: below it, the merge costs more than another thread gains.
 inline constexpr int64_t kMinSplitBytes = 64 * 1024;
 
+// The rows of a linear map that are fetched together, for all images.
+inline constexpr int64_t kLinearRows = 16;
+// A chunk of rows of its backward pass: read once for each image, so it stays in the second-level cache.
+inline constexpr int64_t kChunkBytes = 128 * 1024;
+inline constexpr int64_t kMaxChunks = 32;
+
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 inline Plan make_plan(const Shape& shape, int64_t element_bytes) {
@@ -52,6 +58,12 @@ inline Plan make_plan(const Shape& shape, int64_t element_bytes) {
   const int64_t by_images = divide_up(kMaxSplits, std::max<int64_t>(shape.images, 1));
   plan.splits = std::min({plan.tiles, by_work, by_images});
   return plan;
+}
+
+// Rows per chunk; whole groups of kLinearRows.
+inline int64_t chunk_rows(int64_t rows, int64_t columns, int64_t element_bytes) {
+  const int64_t wanted = std::max(kChunkBytes / (columns * element_bytes), divide_up(rows, kMaxChunks));
+  return divide_up(wanted, kLinearRows) * kLinearRows;
 }
 
 }  // namespace gc::cpu

@@ -1,6 +1,5 @@
-// out = x * scale + term with a scale and a term per image and channel, and the backward pass of out = x * scale:
-// grad_x = grad * scale, grad_scale = sum_s grad * x, grad_term = sum_s grad. Both stream: every element is read once
-// and written once.
+// out = x * scale + term with a scale and a term per image and channel, and its backward pass: grad_x = grad * scale,
+// grad_scale = sum_s grad * x, grad_term = sum_s grad. Both stream: every element is read once and written once.
 #pragma once
 
 #include "cpu/vec/tile.h"
@@ -66,26 +65,35 @@ void broadcast(const BroadcastArgs<T>& args, int64_t element_begin, int64_t elem
   }
 }
 
+// Which results of the backward pass are wanted.
+template <bool kGradX_, bool kGradScale_, bool kGradTerm_>
+struct Wanted {
+  static constexpr bool kGradX = kGradX_;
+  static constexpr bool kGradScale = kGradScale_;
+  static constexpr bool kGradTerm = kGradTerm_;
+};
+
 // One run: writes grad * scale, adds grad * x and grad to the sums.
-template <bool kPartial, typename T>
-inline void mul_backward_run(const T* grad, const T* x, const Lanes<T>& scale, T* grad_x, int count,
-                             Lanes<T>& grad_scale, Lanes<T>& grad_term) {
+template <typename Want, bool kPartial, typename T>
+inline void backward_run(const BroadcastBackwardArgs<T>& args, int64_t j, const Lanes<T>& scale, int count,
+                         Lanes<T>& grad_scale, Lanes<T>& grad_term) {
   using L = Lanes<T>;
-  L g = L::template load<kPartial>(grad, count);
-  grad_scale.add_product(g, L::template load<kPartial>(x, count));
-  grad_term.add(g);
-  for (int i = 0; i < L::kVecs; ++i) g.v[i] = g.v[i] * scale.v[i];
-  g.template store<kPartial>(grad_x, count);
+  L g = L::template load<kPartial>(args.grad + j, count);
+  if constexpr (Want::kGradScale) grad_scale.add_product(g, L::template load<kPartial>(args.x + j, count));
+  if constexpr (Want::kGradTerm) grad_term.add(g);
+  if constexpr (Want::kGradX) {
+    for (int i = 0; i < L::kVecs; ++i) g.v[i] = g.v[i] * scale.v[i];
+    g.template store<kPartial>(args.grad_x + j, count);
+  }
 }
 
 // NCHW: rows are channels. One image's pixels [begin, end); sums[c] += ...
-template <typename T>
-inline void mul_backward_planes(const BroadcastMulBackwardArgs<T>& args, int64_t image, int64_t begin, int64_t end,
-                                acc_t<T>* grad_scale, acc_t<T>* grad_term) {
+template <typename Want, typename T>
+inline void backward_planes(const BroadcastBackwardArgs<T>& args, int64_t image, int64_t begin, int64_t end,
+                            acc_t<T>* grad_scale, acc_t<T>* grad_term) {
   using L = Lanes<T>;
   using V = typename L::V;
   const Shape& shape = args.shape;
-  const acc_t<T>* scales = args.scale + image * shape.channels;
   for_each_run<V::size()>(0, shape.channels, [&](int64_t channel, int rows, auto) {
     V scale_sums[V::size()];
     V term_sums[V::size()];
@@ -93,11 +101,14 @@ inline void mul_backward_planes(const BroadcastMulBackwardArgs<T>& args, int64_t
       L by_x = L::zero();
       L plain = L::zero();
       if (r < rows) {
-        const int64_t base = (image * shape.channels + channel + r) * shape.pixels;
+        const int64_t plane = image * shape.channels + channel + r;
+        const int64_t base = plane * shape.pixels;
         L scale;
-        for (int i = 0; i < L::kVecs; ++i) scale.v[i] = V(scales[channel + r]);
+        if constexpr (Want::kGradX) {
+          for (int i = 0; i < L::kVecs; ++i) scale.v[i] = V(args.scale[plane]);
+        }
         for_each_run<L::kWidth>(base + begin, base + end, [&](int64_t j, int count, auto partial) {
-          mul_backward_run<partial.value>(args.grad + j, args.x + j, scale, args.grad_x + j, count, by_x, plain);
+          backward_run<Want, partial.value>(args, j, scale, count, by_x, plain);
         });
       }
       for (int i = 1; i < L::kVecs; ++i) {
@@ -107,20 +118,23 @@ inline void mul_backward_planes(const BroadcastMulBackwardArgs<T>& args, int64_t
       scale_sums[r] = by_x.v[0];
       term_sums[r] = plain.v[0];
     }
-    (V::loadu(grad_scale + channel, rows) + lane_sums(scale_sums)).store(grad_scale + channel, rows);
-    (V::loadu(grad_term + channel, rows) + lane_sums(term_sums)).store(grad_term + channel, rows);
+    if constexpr (Want::kGradScale) {
+      (V::loadu(grad_scale + channel, rows) + lane_sums(scale_sums)).store(grad_scale + channel, rows);
+    }
+    if constexpr (Want::kGradTerm) {
+      (V::loadu(grad_term + channel, rows) + lane_sums(term_sums)).store(grad_term + channel, rows);
+    }
   });
 }
 
 // channels_last: rows are pixels, and all of [begin, end) are taken for one block of channels before the next.
-template <typename T>
-inline void mul_backward_pixels(const BroadcastMulBackwardArgs<T>& args, int64_t image, int64_t begin, int64_t end,
-                                acc_t<T>* grad_scale, acc_t<T>* grad_term) {
+template <typename Want, typename T>
+inline void backward_pixels(const BroadcastBackwardArgs<T>& args, int64_t image, int64_t begin, int64_t end,
+                            acc_t<T>* grad_scale, acc_t<T>* grad_term) {
   using L = Lanes<T>;
   constexpr int kBlock = 4 / L::kVecs;  // runs: twice as many sums, and the scales, stay in registers
   const int64_t channels = args.shape.channels;
   const int64_t base = (image * args.shape.pixels + begin) * channels;
-  const acc_t<T>* scales = args.scale + image * channels;
   const auto take_block = [&](int64_t channel, int last, auto runs, auto partial) {
     constexpr int kRuns = runs.value;
     const auto for_runs = [&](const auto& body) {
@@ -129,19 +143,21 @@ inline void mul_backward_pixels(const BroadcastMulBackwardArgs<T>& args, int64_t
     };
     L scale[kRuns], by_x[kRuns], plain[kRuns];
     for_runs([&](int b, int count, auto part) {
-      scale[b] = L::template load_wide<part.value>(scales + channel + b * L::kWidth, count);
+      if constexpr (Want::kGradX) {
+        const acc_t<T>* scales = args.scale + image * channels + channel;
+        scale[b] = L::template load_wide<part.value>(scales + b * L::kWidth, count);
+      }
       by_x[b] = L::zero();
       plain[b] = L::zero();
     });
     for (int64_t j = base + channel, rows = end - begin; rows > 0; --rows, j += channels) {
       for_runs([&](int b, int count, auto part) {
-        const int64_t at = j + b * L::kWidth;
-        mul_backward_run<part.value>(args.grad + at, args.x + at, scale[b], args.grad_x + at, count, by_x[b], plain[b]);
+        backward_run<Want, part.value>(args, j + b * L::kWidth, scale[b], count, by_x[b], plain[b]);
       });
     }
     for_runs([&](int b, int count, auto) {
-      by_x[b].add_to(grad_scale + channel + b * L::kWidth, count);
-      plain[b].add_to(grad_term + channel + b * L::kWidth, count);
+      if constexpr (Want::kGradScale) by_x[b].add_to(grad_scale + channel + b * L::kWidth, count);
+      if constexpr (Want::kGradTerm) plain[b].add_to(grad_term + channel + b * L::kWidth, count);
     });
   };
   int64_t channel = 0;
@@ -153,27 +169,43 @@ inline void mul_backward_pixels(const BroadcastMulBackwardArgs<T>& args, int64_t
   });
 }
 
-template <typename T>
-void broadcast_mul_backward(const BroadcastMulBackwardArgs<T>& args, int64_t unit_begin, int64_t unit_end) {
+template <typename Want, typename T>
+inline void backward_units(const BroadcastBackwardArgs<T>& args, int64_t unit_begin, int64_t unit_end) {
   const Shape& shape = args.shape;
   const Plan& plan = args.plan;
   for (int64_t unit = unit_begin; unit < unit_end; ++unit) {
     const int64_t image = unit / plan.splits;
     const int64_t split = unit % plan.splits;
-    acc_t<T>* grad_scale = args.grad_scale + unit * shape.channels;
-    acc_t<T>* grad_term = args.grad_term + unit * shape.channels;
-    for (int64_t c = 0; c < shape.channels; ++c) grad_scale[c] = grad_term[c] = 0;
+    acc_t<T>* grad_scale = Want::kGradScale ? args.grad_scale + unit * shape.channels : nullptr;
+    acc_t<T>* grad_term = Want::kGradTerm ? args.grad_term + unit * shape.channels : nullptr;
+    for (int64_t c = 0; c < shape.channels; ++c) {
+      if constexpr (Want::kGradScale) grad_scale[c] = 0;
+      if constexpr (Want::kGradTerm) grad_term[c] = 0;
+    }
     const int64_t split_end = std::min(plan.split_begin(split + 1), shape.pixels);
     // Nothing is read twice, so an NCHW step need not fit any cache; it ends where its sums would grow too long.
     const int64_t step = shape.channels_last ? std::min(plan.tile, kChain) : kMaxTilePixels;
     for (int64_t pixel = plan.split_begin(split); pixel < split_end; pixel += step) {
       const int64_t end = std::min(pixel + step, split_end);
       if (shape.channels_last) {
-        mul_backward_pixels(args, image, pixel, end, grad_scale, grad_term);
+        backward_pixels<Want>(args, image, pixel, end, grad_scale, grad_term);
       } else {
-        mul_backward_planes(args, image, pixel, end, grad_scale, grad_term);
+        backward_planes<Want>(args, image, pixel, end, grad_scale, grad_term);
       }
     }
+  }
+}
+
+template <typename T>
+void broadcast_backward(const BroadcastBackwardArgs<T>& args, int64_t unit_begin, int64_t unit_end) {
+  if (args.grad_x) {
+    backward_units<Wanted<true, true, true>>(args, unit_begin, unit_end);
+  } else if (args.grad_scale && args.grad_term) {
+    backward_units<Wanted<false, true, true>>(args, unit_begin, unit_end);
+  } else if (args.grad_scale) {
+    backward_units<Wanted<false, true, false>>(args, unit_begin, unit_end);
+  } else {
+    backward_units<Wanted<false, false, true>>(args, unit_begin, unit_end);
   }
 }
 

@@ -4,8 +4,9 @@
 // over pixels from the tile that is now in cache, rescaled whenever m grows: x is read from memory once. The splits of
 // an image are merged in their order.
 //
-// Backward, per tile: a[s] = exp(l[s] - m) / z, dl[s] = a[s] * (grad . x[:, s] - grad . context), then
-// grad_x = a * grad + dl * mask_weight and grad_mask_weight += dl * x: one read of x, one write of grad_x.
+// Backward, with G the gradient of the context, per tile: a[s] = exp(l[s] - m) / z, dl[s] = a[s] * (G . x[:, s] - G .
+// context), then grad_x = a * G + dl * mask_weight (+ grad * scale: what reaches x past the pooling) and
+// grad_mask_weight += dl * x. One read of x (and of grad), one write of grad_x.
 //
 // The dl of an image sum to zero but for rounding. What remains, times the mean of x, would be the largest error of
 // grad_mask_weight, so that is summed over x - context instead: the same by definition, and free of it.
@@ -105,6 +106,7 @@ inline void merge_image(const PoolArgs<T>& args, int64_t image) {
   });
   state[0] = m;
   state[1] = z;
+  if (!args.context) return;
   for (int64_t c = 0; c < channels; ++c) args.context[image * channels + c] = static_cast<T>(state[2 + c]);
 }
 
@@ -163,6 +165,57 @@ void pool_merge(const PoolArgs<T>& args, int64_t image_begin, int64_t image_end)
   for (int64_t image = image_begin; image < image_end; ++image) merge_image(args, image);
 }
 
+// One tile of grad_x. Its rows are pixels (channels_last) or channels; the row has its own factors, and a vector of
+// them along the row.
+template <typename T>
+inline void write_grad_x(const PoolBackwardArgs<T>& args, int64_t image, int64_t pixel, int64_t count,
+                         const acc_t<T>* attention, const acc_t<T>* grad_logits) {
+  using L = Lanes<T>;
+  using V = typename L::V;
+  const Shape& shape = args.shape;
+  const int64_t channels = shape.channels;
+  const int64_t offset = Tile<T>::offset(shape, image, pixel);
+  const acc_t<T>* grad_context = args.grad_context + image * channels;
+  const acc_t<T>* scale = args.scale ? args.scale + image * channels : nullptr;
+  const acc_t<T>* on_mask = args.mask_weight ? grad_logits : nullptr;
+  const T* grad = args.grad ? args.grad + offset : nullptr;
+  T* out = args.grad_x + offset;
+  const auto write = [&](auto with_grad, auto with_scale) {
+    if (shape.channels_last) {
+      write_outer(out, channels, count, channels, attention, grad_context, on_mask, args.mask_weight,
+                  [&](int64_t r, int64_t j, int n, auto partial, L& lanes) {
+                    if constexpr (with_grad) {
+                      const L g = L::template load<partial.value>(grad + r * channels + j, n);
+                      if constexpr (with_scale) {
+                        lanes.add_product(g, L::template load_wide<partial.value>(scale + j, n));
+                      } else {
+                        lanes.add(g);
+                      }
+                    }
+                  });
+    } else {
+      write_outer(out, shape.pixels, channels, count, grad_context, attention, args.mask_weight, on_mask,
+                  [&](int64_t r, int64_t j, int n, auto partial, L& lanes) {
+                    if constexpr (with_grad) {
+                      const L g = L::template load<partial.value>(grad + r * shape.pixels + j, n);
+                      if constexpr (with_scale) {
+                        lanes.add_product(g, V(scale[r]));
+                      } else {
+                        lanes.add(g);
+                      }
+                    }
+                  });
+    }
+  };
+  if (!grad) {
+    write(std::false_type{}, std::false_type{});
+  } else if (!scale) {
+    write(std::true_type{}, std::false_type{});
+  } else {
+    write(std::true_type{}, std::true_type{});
+  }
+}
+
 template <typename T>
 void pool_backward(const PoolBackwardArgs<T>& args, int64_t unit_begin, int64_t unit_end) {
   using A = acc_t<T>;
@@ -207,13 +260,7 @@ void pool_backward(const PoolBackwardArgs<T>& args, int64_t unit_begin, int64_t 
           (V::loadu(grad_weight + c, n) + sum).store(grad_weight + c, n);
         });
       }
-      T* out = args.grad_x + Tile<T>::offset(shape, image, pixel);
-      const A* on_mask = args.mask_weight ? grad_logits : nullptr;
-      if (shape.channels_last) {
-        write_outer(out, tile.row_stride, count, channels, attention, grad_context, on_mask, args.mask_weight);
-      } else {
-        write_outer(out, tile.row_stride, channels, count, grad_context, attention, args.mask_weight, on_mask);
-      }
+      if (args.grad_x) write_grad_x(args, image, pixel, count, attention, grad_logits);
     }
     if (grad_weight) {
       for (int64_t c = 0; c < channels; ++c) grad_weight[c] -= grad_logits_sum * state[2 + c];

@@ -3,6 +3,7 @@
 
 #include "cpu/vec/broadcast.h"
 #include "cpu/vec/pool.h"
+#include "cpu/vec/transform.h"
 
 namespace gc::cpu {
 inline namespace CPU_CAPABILITY {
@@ -22,7 +23,21 @@ void reduce(const ReduceArgs<A>& args, int64_t group_begin, int64_t group_end) {
 
 template <typename T>
 constexpr Kernels<T> make_kernels() {
-  return {pool<T>, pool_merge<T>, pool_backward<T>, broadcast_mul_backward<T>, broadcast<T>, reduce<acc_t<T>>};
+  using A = acc_t<T>;
+  return {pool<T>,
+          pool_merge<T>,
+          pool_backward<T>,
+          broadcast_backward<T>,
+          broadcast<T>,
+          reduce<A>,
+          linear<T>,
+          linear_backward<T>,
+          normalize<A>,
+          activate<A>,
+          normalize_backward<A>,
+          sigmoid_backward<A>,
+          widen<T>,
+          narrow<T>};
 }
 
 // Constant, so that nothing of this instruction set runs when the library is loaded.

@@ -121,10 +121,10 @@ inline void column_accumulate(const T* x, int64_t stride, int64_t rows, int64_t 
   accumulate_columns<kAccumulators / Lanes<T>::kVecs>(x, stride, rows, 0, width, coef, emit);
 }
 
-// out[r][j] = u[r] * v[j] (+ s[r] * t[j] if s)
-template <typename T>
+// out[r][j] = u[r] * v[j] (+ s[r] * t[j] if s), and what more(r, j, count, partial, lanes) adds to it
+template <typename T, typename More>
 inline void write_outer(T* out, int64_t stride, int64_t rows, int64_t width, const acc_t<T>* u, const acc_t<T>* v,
-                        const acc_t<T>* s, const acc_t<T>* t) {
+                        const acc_t<T>* s, const acc_t<T>* t, const More& more) {
   using L = Lanes<T>;
   using V = typename L::V;
   for (int64_t r = 0; r < rows; ++r) {
@@ -134,6 +134,7 @@ inline void write_outer(T* out, int64_t stride, int64_t rows, int64_t width, con
       L lanes = L::template load_wide<partial.value>(v + j, count);
       for (int i = 0; i < L::kVecs; ++i) lanes.v[i] = lanes.v[i] * first;
       if (s) lanes.add_product(L::template load_wide<partial.value>(t + j, count), second);
+      more(r, j, count, partial, lanes);
       lanes.template store<partial.value>(out + r * stride + j, count);
     });
   }

@@ -1,0 +1,381 @@
+// The whole block as one operator: pool, transform, broadcast; and its backward pass. x is read twice and out written
+// once; backward, grad is read, then x and grad are read and grad_x written (with mul x is read along the first time).
+//
+// Everything between the two passes over x has N * C or P * C elements. No step of it is an ATen operator: for a small
+// x those would cost more than the work.
+#include <ATen/ATen.h>
+#include <torch/library.h>
+
+#include <array>
+#include <tuple>
+#include <vector>
+
+#include "cpu/branches.h"
+#include "cpu/feature_map.h"
+#include "cpu/run.h"
+
+namespace gc::cpu {
+
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+constexpr int kAdd = 0;
+constexpr int kMul = 1;
+
+template <typename T>
+acc_t<T> scalar(const Tensor& tensor) {
+  return with_weight<T>(tensor, [](auto* data) { return static_cast<acc_t<T>>(*data); });
+}
+
+struct Forward {
+  Tensor out;
+  Tensor logits;
+  Tensor state;
+  Tensor normalized;
+  Tensor inverse_deviation;
+  Tensor scale;
+};
+
+// The mean of the pixels as a state: (0, S, mean). NCHW planes are taken in small groups.
+template <typename T>
+void pool_average(const FeatureMap& x, acc_t<T>* state, Scratch<acc_t<T>>& scratch) {
+  using A = acc_t<T>;
+  const Shape shape = streaming(x.shape);
+  const Plan plan = make_plan(shape, sizeof(T));
+  const int64_t group = shape.channels;
+  const bool whole = shape.images == x.shape.images && group == x.shape.channels;
+  A* means = whole ? state : scratch.take(shape.images * (group + 2));
+  A* partials = plan.splits == 1 ? means : scratch.take(shape.images * plan.splits * (group + 2));
+  run(PoolArgs<T>{shape, plan, Weights::kUniform, true, x.tensor.data_ptr<T>(), nullptr, A(0), nullptr, partials, means,
+                  nullptr});
+  if (whole) return;
+  for (int64_t image = 0; image < x.shape.images; ++image) {
+    A* row = state + image * (x.shape.channels + 2);
+    row[0] = 0;
+    row[1] = static_cast<A>(x.shape.pixels);
+    for (int64_t c = 0; c < x.shape.channels; ++c) {
+      const int64_t plane = image * x.shape.channels + c;
+      row[2 + c] = means[plane / group * (group + 2) + 2 + plane % group];
+    }
+  }
+}
+
+template <typename T>
+void pool_attention(const FeatureMap& x, const Tensor& mask_weight, const OptionalTensor& mask_bias, acc_t<T>* logits,
+                    acc_t<T>* state, Scratch<acc_t<T>>& scratch) {
+  using A = acc_t<T>;
+  const Shape& shape = x.shape;
+  const Plan plan = make_plan(shape, sizeof(T));
+  A* partials = plan.splits == 1 ? state : scratch.take(shape.images * plan.splits * (shape.channels + 2));
+  run(PoolArgs<T>{shape, plan, Weights::kMask, true, x.tensor.data_ptr<T>(), scratch.template widened<T>(mask_weight),
+                  mask_bias ? scalar<T>(*mask_bias) : A(0), logits, partials, state, nullptr});
+}
+
+template <typename T>
+Forward run_forward(const FeatureMap& x, const OptionalTensor& mask_weight, const OptionalTensor& mask_bias,
+                    const Branches& branches, double eps) {
+  using A = acc_t<T>;
+  const int64_t images = x.shape.images, channels = x.shape.channels;
+  const at::TensorOptions options = x.accumulation();
+  Scratch<A> scratch(options);
+  Forward result;
+  result.state = at::empty({images, channels + 2}, options);
+  A* state = result.state.data_ptr<A>();
+  if (mask_weight) {
+    result.logits = at::empty({images, x.shape.pixels}, options);
+    pool_attention<T>(x, *mask_weight, mask_bias, result.logits.data_ptr<A>(), state, scratch);
+  } else {
+    result.logits = at::empty({0}, options);
+    pool_average<T>(x, state, scratch);
+  }
+
+  result.normalized = at::empty({images * branches.planes()}, options);
+  result.inverse_deviation = at::empty({branches.count(), images}, options);
+  result.scale = branches.has(kMul) ? at::empty({images, channels}, options) : at::empty({0}, options);
+  A* const applied[] = {branches.has(kAdd) ? scratch.take(images * channels) : nullptr,
+                        branches.has(kMul) ? result.scale.data_ptr<A>() : nullptr};
+  A* activated = scratch.take(images * branches.planes());
+
+  std::vector<Share> first, second;
+  std::vector<NormalizeArgs<A>> between;
+  for (const int b : {kAdd, kMul}) {
+    if (!branches.has(b)) continue;
+    const Branch& branch = branches.each[b];
+    const auto vector = [&](Parameter which) { return scratch.template widened<T>(branch.parameters[which]); };
+    const int64_t planes = branch.planes;
+    const int64_t start = images * branches.planes_before(b);
+    A* hidden = result.normalized.data_ptr<A>() + start;
+    first.push_back(linear_share<T>(branch.parameters[kW1], vector(kB1), state + 2, channels + 2, hidden, images,
+                                    planes, channels, false));
+    between.push_back({hidden, result.inverse_deviation.data_ptr<A>() + branches.row(b) * images, vector(kNormWeight),
+                       vector(kNormBias), activated + start, planes, eps});
+    second.push_back(linear_share<T>(branch.parameters[kW2], vector(kB2), activated + start, planes, applied[b], images,
+                                     channels, planes, b == kMul));
+  }
+  run_together(first, kLinearRows * channels * images);
+  for (const NormalizeArgs<A>& args : between) kernels<A>().normalize(args, 0, images);
+  run_together(second, kLinearRows * branches.planes() * images);
+
+  result.out = x.like();
+  run(BroadcastArgs<T>{x.shape, x.tensor.data_ptr<T>(), applied[kMul], applied[kAdd], result.out.data_ptr<T>()});
+  return result;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> global_context(const Tensor& x,
+                                                                          const OptionalTensor& mask_weight,
+                                                                          const OptionalTensor& mask_bias,
+                                                                          at::TensorList add, at::TensorList mul,
+                                                                          double eps) {
+  const FeatureMap map(x, "x");
+  if (mask_weight) check_companion(*mask_weight, "mask_weight", x, map.shape.channels);
+  if (mask_bias) check_companion(*mask_bias, "mask_bias", x, 1);
+  const Branches branches(add, mul, x);
+  Forward result;
+  dispatch(x.scalar_type(),
+           [&](auto zero) { result = run_forward<decltype(zero)>(map, mask_weight, mask_bias, branches, eps); });
+  return {result.out, result.logits, result.state, result.normalized, result.inverse_deviation, result.scale};
+}
+
+// What a call of the backward operator is about. Gradients are numbered as the operator returns them.
+struct Backward {
+  static constexpr int kX = 0;
+  static constexpr int kMaskWeight = 1;
+  static constexpr int kCount = 2 + 2 * kParameters;
+  static int index(int branch, Parameter which) { return 2 + kParameters * branch + which; }
+
+  const FeatureMap& map;  // of x, or of grad where x is None
+  const Tensor& grad;     // in the layout of map
+  bool has_x;
+  const OptionalTensor& mask_weight;
+  const Branches& branches;
+  const Tensor& logits;
+  const Tensor& state;
+  const Tensor& normalized;
+  const Tensor& inverse_deviation;
+  const Tensor& scale;
+  std::array<bool, kCount> needed;
+
+  bool needs_context() const { return needed[kX] || (mask_weight && needed[kMaskWeight]); }
+  bool needs(int branch, Parameter which) const { return needed[index(branch, which)]; }
+  bool needs_hidden(int b) const { return needs_context() || needs(b, kW1) || needs(b, kB1); }
+  bool needs_activated(int b) const { return needs_hidden(b) || needs(b, kNormWeight) || needs(b, kNormBias); }
+  bool runs(int b) const { return branches.has(b) && (needs_activated(b) || needs(b, kW2) || needs(b, kB2)); }
+  bool reads_x() const { return runs(kMul) || (mask_weight && needs_context()); }
+};
+
+// The gradients of the transforms' results before the sigmoid, [N, C] each.
+struct TermGradients {
+  Tensor add;
+  Tensor mul;
+};
+
+template <typename T>
+TermGradients reduce_grad(const Backward& problem) {
+  using A = acc_t<T>;
+  const bool add = problem.runs(kAdd), mul = problem.runs(kMul);
+  const FeatureMap& map = problem.map;
+  const Shape shape = streaming(map.shape);
+  const Plan plan = make_plan(shape, sizeof(T));
+  Tensor scale_parts, term_parts;
+  if (mul) scale_parts = at::empty({shape.images, plan.splits, shape.channels}, map.accumulation());
+  if (add) term_parts = at::empty({shape.images, plan.splits, shape.channels}, map.accumulation());
+  run(BroadcastBackwardArgs<T>{shape, plan, problem.grad.data_ptr<T>(), mul ? map.tensor.data_ptr<T>() : nullptr,
+                               nullptr, nullptr, mul ? scale_parts.data_ptr<A>() : nullptr,
+                               add ? term_parts.data_ptr<A>() : nullptr});
+  TermGradients out;
+  if (add) out.add = sum_members<T>(term_parts);
+  if (mul) {
+    out.mul = sum_members<T>(scale_parts);
+    kernels<A>().sigmoid_backward(problem.scale.data_ptr<A>(), out.mul.data_ptr<A>(), out.mul.numel());
+  }
+  return out;
+}
+
+// The gradient of a parameter from that in the accumulation type.
+template <typename T>
+Tensor narrowed(const acc_t<T>* grad, const Tensor& parameter) {
+  Tensor out = at::empty(parameter.sizes(), parameter.options());
+  const int64_t count = out.numel();
+  with_weight<T>(out, [&](auto* data) {
+    using P = std::remove_pointer_t<decltype(data)>;
+    kernels<P>().narrow(grad, data, count);
+  });
+  return out;
+}
+
+// sum over the images of [N, width], as the gradient of a parameter
+template <typename T>
+Tensor summed(const acc_t<T>* grads, int64_t images, const Tensor& parameter, Scratch<acc_t<T>>& scratch) {
+  acc_t<T>* sum = scratch.take(parameter.numel());
+  run<T>(ReduceArgs<acc_t<T>>{grads, sum, 1, images, parameter.numel()});
+  return narrowed<T>(sum, parameter);
+}
+
+// Fills in the gradients of the parameters; returns that of the context, [N, C], or null where it is not needed.
+template <typename T>
+const acc_t<T>* run_transform_backward(const Backward& problem, const TermGradients& terms, std::vector<Tensor>& grads,
+                                       Scratch<acc_t<T>>& scratch) {
+  using A = acc_t<T>;
+  const int64_t images = problem.map.shape.images, channels = problem.map.shape.channels;
+  const bool needs_context = problem.needs_context();
+  const auto fresh = [&](int b, Parameter which) {
+    const Tensor& parameter = problem.branches.each[b].parameters[which];
+    Tensor& grad = grads[Backward::index(b, which)];
+    if (problem.needs(b, which)) grad = at::empty(parameter.sizes(), parameter.options());
+    return problem.needs(b, which) ? grad : Tensor();
+  };
+
+  struct Live {
+    int b;
+    int64_t planes;
+    const A* grad_term;  // [N, C]
+    A* activated;        // [N, P]
+    A* grad_parts;       // [chunks, N, P]
+    int64_t chunks;
+    A* grad_hidden;  // [N, P]
+  };
+  std::vector<Live> live;
+  std::vector<Share> shares;
+  for (const int b : {kAdd, kMul}) {
+    if (!problem.runs(b)) continue;
+    const Branch& branch = problem.branches.each[b];
+    Live one{b, branch.planes, (b == kAdd ? terms.add : terms.mul).data_ptr<A>()};
+    if (problem.needs(b, kB2)) {
+      grads[Backward::index(b, kB2)] = summed<T>(one.grad_term, images, branch.parameters[kB2], scratch);
+    }
+    if (problem.needs_activated(b) || problem.needs(b, kW2)) {
+      one.activated = scratch.take(images * one.planes);
+      A* hidden = problem.normalized.data_ptr<A>() + images * problem.branches.planes_before(b);
+      kernels<A>().activate({hidden, nullptr, scratch.template widened<T>(branch.parameters[kNormWeight]),
+                             scratch.template widened<T>(branch.parameters[kNormBias]), one.activated, one.planes, 0},
+                            0, images);
+      one.chunks = chunks(branch.parameters[kW2], channels);
+      if (problem.needs_activated(b)) one.grad_parts = scratch.take(one.chunks * images * one.planes);
+      shares.push_back(linear_backward_share<T>(branch.parameters[kW2], one.grad_term, one.activated, one.planes,
+                                                fresh(b, kW2), one.grad_parts, images, channels));
+    }
+    live.push_back(one);
+  }
+  int64_t work = 0;
+  for (const Live& one : live) work = std::max(work, one.planes * channels / std::max<int64_t>(one.chunks, 1));
+  run_together(shares, work * images);
+
+  shares.clear();
+  int64_t context_chunks = 0;
+  for (Live& one : live) {
+    if (!problem.needs_activated(one.b)) continue;
+    const Branch& branch = problem.branches.each[one.b];
+    const int64_t start = images * problem.branches.planes_before(one.b);
+    one.grad_hidden = scratch.take(images * one.planes);
+    run<T>(ReduceArgs<A>{one.grad_parts, one.grad_hidden, 1, one.chunks, images * one.planes});
+    A* grad_weight = scratch.take(one.planes);
+    A* grad_bias = scratch.take(one.planes);
+    kernels<A>().normalize_backward({problem.normalized.data_ptr<A>() + start,
+                                     problem.inverse_deviation.data_ptr<A>() + problem.branches.row(one.b) * images,
+                                     scratch.template widened<T>(branch.parameters[kNormWeight]), one.activated,
+                                     one.grad_hidden, grad_weight, grad_bias, images, one.planes});
+    const auto keep = [&](Parameter which, const A* grad) {
+      if (problem.needs(one.b, which)) {
+        grads[Backward::index(one.b, which)] = narrowed<T>(grad, branch.parameters[which]);
+      }
+    };
+    keep(kNormWeight, grad_weight);
+    keep(kNormBias, grad_bias);
+    if (problem.needs(one.b, kB1)) {
+      grads[Backward::index(one.b, kB1)] = summed<T>(one.grad_hidden, images, branch.parameters[kB1], scratch);
+    }
+    context_chunks += chunks(branch.parameters[kW1], one.planes);
+  }
+
+  A* context_parts = needs_context ? scratch.take(context_chunks * images * channels) : nullptr;
+  int64_t chunk = 0;
+  for (const Live& one : live) {
+    if (!needs_context && !problem.needs(one.b, kW1)) continue;
+    const Tensor& w1 = problem.branches.each[one.b].parameters[kW1];
+    A* parts = needs_context ? context_parts + chunk * images * channels : nullptr;
+    shares.push_back(linear_backward_share<T>(w1, one.grad_hidden, problem.state.data_ptr<A>() + 2, channels + 2,
+                                              fresh(one.b, kW1), parts, images, one.planes));
+    chunk += chunks(w1, one.planes);
+    work = one.planes * channels / chunks(w1, one.planes);
+  }
+  run_together(shares, work * images);
+  if (!needs_context) return nullptr;
+  A* grad_context = scratch.take(images * channels);
+  run<T>(ReduceArgs<A>{context_parts, grad_context, 1, context_chunks, images * channels});
+  return grad_context;
+}
+
+template <typename T>
+void run_backward(const Backward& problem, std::vector<Tensor>& grads) {
+  using A = acc_t<T>;
+  if (!problem.runs(kAdd) && !problem.runs(kMul)) return;
+  const FeatureMap& map = problem.map;
+  const int64_t images = map.shape.images, channels = map.shape.channels, pixels = map.shape.pixels;
+  Scratch<A> scratch(map.accumulation());
+  const A* grad_context = run_transform_backward<T>(problem, reduce_grad<T>(problem), grads, scratch);
+  if (!problem.needs_context()) return;
+  const A* scale = problem.branches.has(kMul) ? problem.scale.data_ptr<A>() : nullptr;
+  const bool needs_x = problem.needed[Backward::kX];
+  if (needs_x) grads[Backward::kX] = map.like();
+  T* grad_x = needs_x ? grads[Backward::kX].data_ptr<T>() : nullptr;
+  const T* grad = problem.grad.data_ptr<T>();
+  if (!problem.mask_weight) {
+    A* term = scratch.take(images * channels);
+    const A share = A(1) / static_cast<A>(pixels);
+    for (int64_t i = 0; i < images * channels; ++i) term[i] = grad_context[i] * share;
+    run(BroadcastArgs<T>{map.shape, grad, scale, term, grad_x});
+    return;
+  }
+  const Plan plan = make_plan(map.shape, sizeof(T));
+  const bool needs_weight = problem.needed[Backward::kMaskWeight];
+  const int64_t units = images * plan.splits;
+  A* parts = needs_weight ? scratch.take(units * channels) : nullptr;
+  run(PoolBackwardArgs<T>{map.shape, plan, grad_context, map.tensor.data_ptr<T>(), needs_x ? grad : nullptr, scale,
+                          scratch.template widened<T>(*problem.mask_weight), problem.logits.data_ptr<A>(),
+                          problem.state.data_ptr<A>(), grad_x, nullptr, parts});
+  if (needs_weight) {
+    grads[Backward::kMaskWeight] = summed<T>(parts, units, *problem.mask_weight, scratch);
+  }
+}
+
+std::vector<Tensor> global_context_backward(const Tensor& grad, const OptionalTensor& x,
+                                            const OptionalTensor& mask_weight, at::TensorList add, at::TensorList mul,
+                                            const Tensor& logits, const Tensor& state, const Tensor& normalized,
+                                            const Tensor& inverse_deviation, const Tensor& scale,
+                                            std::array<bool, Backward::kCount> needed) {
+  const FeatureMap map(x ? *x : grad, x ? "x" : "grad");
+  const Tensor& like = map.tensor;
+  const int64_t images = map.shape.images, channels = map.shape.channels, pixels = map.shape.pixels;
+  check_like(grad, "grad", like);
+  if (mask_weight) check_companion(*mask_weight, "mask_weight", like, channels);
+  const Branches branches(add, mul, like);
+  check_companion(logits, "logits", like, mask_weight ? images * pixels : 0);
+  check_companion(state, "state", like, images * (channels + 2));
+  check_companion(normalized, "normalized", like, images * branches.planes());
+  check_companion(inverse_deviation, "inverse_deviation", like, images * branches.count());
+  check_companion(scale, "scale", like, branches.has(kMul) ? images * channels : 0);
+  const Tensor same_grad = grad.contiguous(map.format);
+  const Tensor wide[] = {accumulated(logits, map), accumulated(state, map), accumulated(normalized, map),
+                         accumulated(inverse_deviation, map), accumulated(scale, map)};
+  const Backward problem{map,     same_grad, x.has_value(), mask_weight, branches, wide[0],
+                         wide[1], wide[2],   wide[3],       wide[4],     needed};
+  TORCH_CHECK(problem.has_x || !problem.reads_x(),
+              "x must be given for the gradients of x or mask_weight and for a mul branch, got None");
+  std::vector<Tensor> grads(Backward::kCount);
+  dispatch(like.scalar_type(), [&](auto zero) { run_backward<decltype(zero)>(problem, grads); });
+  for (Tensor& one : grads) {
+    if (!one.defined()) one = at::empty({0}, like.options());
+  }
+  return grads;
+}
+
+}  // namespace
+
+}  // namespace gc::cpu
+
+TORCH_LIBRARY_IMPL(gc_cuda, CPU, m) {
+  m.impl("global_context", &gc::cpu::global_context);
+  m.impl("global_context_backward", &gc::cpu::global_context_backward);
+}

@@ -1,0 +1,49 @@
+// Feature maps and small tensors as the bindings see them.
+//
+// A feature map keeps its layout: channels_last stays channels_last, anything that is neither that nor NCHW is copied
+// to the nearer of the two.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include "checks.h"
+#include "cpu/pages.h"
+#include "cpu/plan.h"
+
+namespace gc::cpu {
+
+struct FeatureMap {
+  at::Tensor tensor;
+  at::MemoryFormat format;
+  Shape shape;
+
+  FeatureMap(const at::Tensor& x, const char* name) {
+    check_feature_map(x, name);
+    format = at::MemoryFormat::Contiguous;
+    if (!x.is_contiguous()) format = x.suggest_memory_format();
+    tensor = x.contiguous(format);
+    // A single pixel is the same memory in both layouts, and a row of channels is the better one.
+    const int64_t pixels = x.size(2) * x.size(3);
+    const bool channels_last = format == at::MemoryFormat::ChannelsLast || pixels == 1;
+    shape = {x.size(0), x.size(1), pixels, channels_last};
+  }
+
+  at::Tensor like() const { return empty_output(tensor.sizes(), tensor.options().memory_format(format)); }
+  at::TensorOptions accumulation() const { return tensor.options().dtype(accumulation_type(tensor.scalar_type())); }
+};
+
+// For operators that read every element once and keep channels apart: the planes of an NCHW tensor may be grouped at
+// will, and in small groups each plane streams as one long run.
+inline Shape streaming(Shape shape) {
+  if (shape.channels_last) return shape;
+  const int64_t planes = shape.images * shape.channels;
+  int64_t group = 16;
+  while (planes % group != 0) group /= 2;
+  return {planes / group, group, shape.pixels, false};
+}
+
+inline at::Tensor accumulated(const at::Tensor& companion, const FeatureMap& x) {
+  return companion.to(accumulation_type(x.tensor.scalar_type())).contiguous();
+}
+
+}  // namespace gc::cpu

@@ -1,0 +1,77 @@
+// The cut of each kernel's work over threads: run(args) does all of it.
+#pragma once
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+
+#include "cpu/dispatch.h"
+
+namespace gc::cpu {
+
+// Below this many elements per thread, starting the thread costs more than it gains.
+inline constexpr int64_t kGrainElements = 32 * 1024;
+
+// Calls body(begin, end) on ranges of 0..count, `elements` of x to each item.
+template <typename Body>
+void parallel(int64_t count, int64_t elements, const Body& body) {
+  if (count == 0) return;
+  at::parallel_for(0, count, std::max<int64_t>(1, divide_up(kGrainElements, std::max<int64_t>(1, elements))), body);
+}
+
+// Calls body(unit_begin, unit_end) on ranges of the (image, split) pairs.
+template <typename Body>
+void parallel_splits(const Shape& shape, const Plan& plan, const Body& body) {
+  parallel(shape.images * plan.splits, shape.channels * shape.pixels / plan.splits, body);
+}
+
+template <typename T>
+void run(const PoolArgs<T>& args) {
+  const Kernels<T>& k = kernels<T>();
+  const Shape& shape = args.shape;
+  parallel_splits(shape, args.plan, [&](int64_t begin, int64_t end) { k.pool(args, begin, end); });
+  if (args.plan.splits > 1) {
+    // Partials are few and still in cache: a fraction of the work that as many elements of x are.
+    parallel(shape.images, divide_up(args.plan.splits * shape.channels, 8),
+             [&](int64_t begin, int64_t end) { k.pool_merge(args, begin, end); });
+  }
+}
+
+template <typename T>
+void run(const PoolBackwardArgs<T>& args) {
+  parallel_splits(args.shape, args.plan,
+                  [&](int64_t begin, int64_t end) { kernels<T>().pool_backward(args, begin, end); });
+}
+
+template <typename T>
+void run(const BroadcastArgs<T>& args) {
+  parallel(args.shape.images * args.shape.channels * args.shape.pixels, 1,
+           [&](int64_t begin, int64_t end) { kernels<T>().broadcast(args, begin, end); });
+}
+
+template <typename T>
+void run(const BroadcastBackwardArgs<T>& args) {
+  parallel_splits(args.shape, args.plan,
+                  [&](int64_t begin, int64_t end) { kernels<T>().broadcast_backward(args, begin, end); });
+}
+
+// T has the accumulation type of the sums; which of its types is the same.
+template <typename T>
+void run(const ReduceArgs<acc_t<T>>& args) {
+  parallel(args.groups, args.members * args.width,
+           [&](int64_t begin, int64_t end) { kernels<T>().reduce(args, begin, end); });
+}
+
+// [groups, members, width] -> [groups, width], members added in their order.
+template <typename T>
+at::Tensor sum_members(const at::Tensor& parts) {
+  using A = acc_t<T>;
+  const int64_t groups = parts.size(0), members = parts.size(1), width = parts.size(2);
+  if (members == 1) return parts.view({groups, width});
+  if (members == 0) return at::zeros({groups, width}, parts.options());
+  const at::Tensor out = at::empty({groups, width}, parts.options());
+  run<T>(ReduceArgs<A>{parts.data_ptr<A>(), out.data_ptr<A>(), groups, members, width});
+  return out;
+}
+
+}  // namespace gc::cpu
