@@ -126,7 +126,7 @@ def _transform(branch: Transform, name: str, x: Tensor) -> None:
     w1, b1, norm_weight, norm_bias, w2, b2 = branch
     c, p = x.shape[1], b1.numel()
     if p == 0:
-        raise ValueError(f"{name}.b1 must have at least one element (a hidden unit), got {_shape(b1)}")
+        raise ValueError(f"{name}.b1 must have at least one element (a hidden unit), got shape {_shape(b1)}")
     if not (_is_matrix(w1, p, c) and _is_matrix(w2, c, p)):
         _matrix(w1, f"{name}.w1", p, c, "P of b1, C of x")
         _matrix(w2, f"{name}.w2", c, p, "C of x, P of b1")
