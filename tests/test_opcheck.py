@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from block_cases import CONFIGURATIONS, draw_inputs, function_of
+from block_cases import CONFIGURATIONS, WHOLE, Configuration, draw_inputs, function_of
 from torch.library import opcheck
 
 import gc_cuda
@@ -66,9 +66,18 @@ def test_every_operator(random, view, dtype):
     opcheck(operators.broadcast_mul_backward.default, (grad, x, vector))
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
 @pytest.mark.parametrize("configuration", CONFIGURATIONS, ids=str)
-def test_operators_of_the_whole_block(random, configuration, view, dtype):
+def test_operators_of_the_whole_block(random, configuration):
+    check_operators_of_the_whole_block(random, configuration, VIEWS["channels_last"], torch.float16)
+
+
+@pytest.mark.parametrize("configuration", [WHOLE, Configuration("avg", ("add",))], ids=str)
+def test_operators_of_the_whole_block_on_views(random, configuration, view):
+    check_operators_of_the_whole_block(random, configuration, view, torch.float64)
+
+
+def check_operators_of_the_whole_block(random, configuration, view, dtype):
+    """Forward, and backward for everything, without x as far as that goes, and for x alone."""
     x, grad = (view(random(3, 6, 4, 5, dtype=dtype)) for _ in range(2))
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     inputs = draw_inputs(random, configuration, tuple(x.shape), dtype=wide)
@@ -106,6 +115,7 @@ def test_global_context_compiles_as_one_graph(random, configuration, layout, dev
         out.backward(grad)
         return [out, *(leaf.grad for leaf in leaves if leaf.requires_grad)]
 
+    torch.compiler.reset()  # one function for all the cases: they would count as recompilations of it
     compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
     for actual, expected in zip(run(compiled), run(function)):
         assert torch.equal(actual, expected)
