@@ -71,6 +71,18 @@ def test_each_parameter_in_its_own_dtype(random, dtype, wide, layout, device):
     check(WHOLE, inputs, random(*size, dtype=dtype, device=device, layout=layout))
 
 
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_output_is_rounded_once(random, layout, dtype, device):
+    """It is the half number nearest to the truth, but for the few pixels next to the middle of two."""
+    size = (2, 96, 9, 14)
+    inputs = draw_inputs(
+        random, WHOLE, size, dtype=dtype, parameters=torch.float32, device=device, layout=layout
+    )
+    out = function_of(gc_cuda, WHOLE, inputs)(*inputs.values())
+    truth = function_of(reference, WHOLE, inputs)(*(tensor.double() for tensor in inputs.values()))
+    assert (out == truth.to(dtype)).double().mean() > 0.999
+
+
 def test_one_hidden_unit(random, layout, device):
     """The norm of one value is norm_bias, whatever the context: what comes before it gets no gradient."""
     c = 6
