@@ -13,10 +13,27 @@ from gc_cuda import reference
 from gc_cuda._double_backward import differentiable_gradients, graph_wanted
 from gc_cuda.reference import Transform
 
-ABSENT = (None,) * 6  # the six tensors of a branch that is not there
+_ABSENT = (None,) * 6  # the six tensors of a branch that is not there
 
 
-class GlobalContext(Function):
+def whole_block(
+    x: Tensor,
+    mask_weight: Tensor | None,
+    mask_bias: Tensor | None,
+    add: Transform | None,
+    mul: Transform | None,
+    eps: float,
+) -> Tensor:
+    """The output for arguments that fit."""
+    if torch.is_grad_enabled():
+        out, _ = _WholeBlock.apply(x, mask_weight, mask_bias, eps, *(add or _ABSENT), *(mul or _ABSENT))
+    else:  # a Function of 16 arguments would take as long as the operator does on a small map
+        add_list, mul_list = list(add or ()), list(mul or ())
+        out, *_ = torch.ops.gc_cuda.global_context.default(x, mask_weight, mask_bias, add_list, mul_list, eps)
+    return out
+
+
+class _WholeBlock(Function):
     """Inputs: x, mask_weight, mask_bias, eps, then the six tensors of add and of mul, or six None.
 
     Outputs: out, and the operator's state, which is there for the second derivatives of average pooling with
@@ -120,7 +137,7 @@ def _differentiable_without_x(
     grad_term = grad.sum((2, 3), dtype=context.dtype)
     grad_context, *grad_add = differentiable_gradients(definition, grad_term, context, *add)
     grad_x = None if grad_context is None else (grad + _spread(grad_context, ctx.size)).to(ctx.dtype)
-    return [grad_x, None, *grad_add, *ABSENT]
+    return [grad_x, None, *grad_add, *_ABSENT]
 
 
 def _add_share_of_context(ctx: Any, gradients: list[Tensor | None], grad_state: Tensor) -> None:

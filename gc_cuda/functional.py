@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from gc_cuda import _checks, _extension, _fake, reference
-from gc_cuda._block_function import ABSENT, GlobalContext
+from gc_cuda._block_function import whole_block
 from gc_cuda._double_backward import differentiable_gradients, graph_wanted
 from gc_cuda.reference import Transform
 
@@ -182,8 +182,7 @@ def global_context(
     _checks.pooling(pooling_type, mask_weight, mask_bias, x)
     _checks.branches(add, mul, x)
     _checks.epsilon(eps)
-    out, _ = GlobalContext.apply(x, mask_weight, mask_bias, eps, *(add or ABSENT), *(mul or ABSENT))
-    return out
+    return whole_block(x, mask_weight, mask_bias, add, mul, eps)
 
 
 class _SoftmaxPool(Function):
