@@ -6,10 +6,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gc_cuda import Transform
 
@@ -194,3 +195,28 @@ def _transform_scales(
         of_dt.sum(0),
     )
     return t, of_t, of_dh @ w1.abs(), of_six
+
+
+class OperatorCall(NamedTuple):
+    """An operator that ran."""
+
+    name: str
+    arguments: tuple[Any, ...]
+    result: Any
+
+
+class Spy(TorchDispatchMode):
+    """Within it, ``calls`` gathers every operator that runs, in the backward pass too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[OperatorCall] = []
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        result = operator(*args, **(kwargs or {}))
+        self.calls.append(OperatorCall(operator.name().partition(".")[0], args, result))
+        return result
+
+    def names(self) -> list[str]:
+        """Of the operators that touch numbers, sorted: autograd saves a detached view, which costs nothing."""
+        return sorted(call.name for call in self.calls if call.name != "aten::detach")

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from block_cases import Spy
 from tolerance import assert_close_to_truth
 from torch import nn
 
@@ -144,6 +145,19 @@ def test_frozen_parameters_get_no_gradient(random):
     block(x).sum().backward()
     assert all(parameter.grad is None for parameter in block.parameters())
     assert x.grad is not None
+
+
+def test_one_operator_each_way(random, device):
+    """Half x, as a half convolution gives it under autocast, beside float32 parameters: no casts around it."""
+    block = randomised(gc_cuda.ContextBlock(16, 1 / 4, "att", FUSIONS[-1])).to(device)
+    x = random(2, 16, 5, 6, dtype=torch.float16, device=device, grad=True)
+    with torch.autocast(device.type, torch.float16), Spy() as spy:
+        out = block(x)
+    assert spy.names() == ["gc_cuda::global_context"]
+    grad = torch.ones_like(out)
+    with Spy() as spy:
+        torch.autograd.grad(out, [x, *block.parameters()], grad)
+    assert spy.names() == ["aten::zeros_like", "gc_cuda::global_context_backward"]
 
 
 def test_parametrized_weights(random):

@@ -6,13 +6,12 @@ from itertools import combinations
 
 import pytest
 import torch
-from block_cases import CONFIGURATIONS, WHOLE, Configuration, draw_inputs, error_scales, function_of
+from block_cases import CONFIGURATIONS, WHOLE, Configuration, Spy, draw_inputs, error_scales, function_of
 from conftest import LAYOUTS
 from evaluate import evaluate
 from test_functional_pool import HALVES, STRIDED
 from tolerance import assert_close_to_truth
 from torch.profiler import ProfilerActivity, profile
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import gc_cuda
 from gc_cuda import Transform, reference
@@ -173,20 +172,6 @@ def test_output_is_new_and_may_be_changed_in_place(random, configuration, layout
     assert torch.equal(inputs["x"], before)
 
 
-class Spy(TorchDispatchMode):
-    """What the backward operator was asked for, and what it gave."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls = []
-
-    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-        result = operator(*args, **(kwargs or {}))
-        if operator is torch.ops.gc_cuda.global_context_backward.default:
-            self.calls.append((args[-1], result))
-        return result
-
-
 OPERATOR_ORDER = [
     "x",
     "mask_weight",
@@ -214,15 +199,36 @@ def test_only_the_gradients_asked_for(random, configuration, device):
         leaves = {name: tensor.detach().requires_grad_(name in chosen) for name, tensor in inputs.items()}
         with Spy() as spy:
             call(*leaves.values()).backward(grad)
+        calls = [call for call in spy.calls if call.name == "gc_cuda::global_context_backward"]
         for name, leaf in leaves.items():
             if name in chosen:
                 torch.testing.assert_close(leaf.grad, full[name], rtol=1e-12, atol=1e-13)
             else:
                 assert leaf.grad is None
         asked = [name in chosen for name in OPERATOR_ORDER]
-        assert [list(needed) for needed, _ in spy.calls] == ([asked] if any(asked) else [])
-        for _, gradients in spy.calls:
-            assert [gradient.numel() > 0 for gradient in gradients] == asked
+        assert [list(backward.arguments[-1]) for backward in calls] == ([asked] if any(asked) else [])
+        for backward in calls:
+            assert [gradient.numel() > 0 for gradient in backward.result] == asked
+
+
+@pytest.mark.parametrize("configuration", CONFIGURATIONS, ids=str)
+def test_one_operator_each_way(random, configuration, layout, device):
+    """No casts, copies or sums around it, of half x beside float32 parameters either; the mask bias gets a
+    zero.
+    """
+    size = (2, 24, 9, 7)
+    inputs = draw_inputs(
+        random, configuration, size, dtype=torch.half, parameters=torch.float32, device=device, layout=layout
+    )
+    leaves = [tensor.requires_grad_() for tensor in inputs.values()]
+    grad = random(*size, dtype=torch.half, device=device, layout=layout)
+    with Spy() as forward:
+        out = function_of(gc_cuda, configuration, inputs)(*leaves)
+    with Spy() as backward:
+        torch.autograd.grad(out, leaves, grad)
+    assert forward.names() == ["gc_cuda::global_context"]
+    zero = ["aten::zeros_like"] if "mask_bias" in inputs else []
+    assert backward.names() == [*zero, "gc_cuda::global_context_backward"]
 
 
 def saved_by(call):
@@ -333,6 +339,8 @@ def test_launches(random, configuration, dtype, parameters, layout):
         random, configuration, size, dtype=dtype, parameters=parameters, device="cuda", layout=layout
     )
     grad = random(*size, dtype=dtype, device="cuda", layout=layout)
+    assert len(launches(lambda: grad + grad)) == 1, "the profiler sees every launch, and nothing else"
+
     leaves = [tensor.requires_grad_() for tensor in inputs.values()]
     call = function_of(gc_cuda, configuration, inputs)
     seen = launches(lambda: call(*leaves))
