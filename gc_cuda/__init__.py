@@ -1,7 +1,8 @@
 """Fused global context block (GCNet) for PyTorch: CUDA and CPU kernels, one read of the map per pass.
 
-``ContextBlock`` is the module; ``softmax_pool``, ``attention_pool``, ``average_pool`` and the ``broadcast_*``
-functions are its parts; ``reference`` has the same in plain PyTorch. ``python -m gc_cuda`` reports the build.
+``ContextBlock`` is the module and ``global_context`` the function behind it; ``softmax_pool``,
+``attention_pool``, ``average_pool`` and the ``broadcast_*`` functions are its parts; ``reference`` has the
+same in plain PyTorch. ``python -m gc_cuda`` reports the build.
 """
 
 from gc_cuda import reference
@@ -12,18 +13,22 @@ from gc_cuda.functional import (
     broadcast_add,
     broadcast_mul,
     broadcast_mul_add,
+    global_context,
     softmax_pool,
 )
+from gc_cuda.reference import Transform
 
 __version__ = "0.1.0"
 
 __all__ = [
     "ContextBlock",
+    "Transform",
     "attention_pool",
     "average_pool",
     "broadcast_add",
     "broadcast_mul",
     "broadcast_mul_add",
+    "global_context",
     "reference",
     "softmax_pool",
 ]

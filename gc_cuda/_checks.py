@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gc_cuda import _extension
+from gc_cuda.reference import POOLING_TYPES, Transform
 
 # The type in which sums over x are kept; the tensors that travel with x may have it too.
 _ACCUMULATION = {
@@ -81,6 +82,98 @@ def per_channel(tensor: Tensor, name: str, x: Tensor) -> None:
         )
 
 
+def pooling(pooling_type: str, weight: Tensor | None, bias: Tensor | None, x: Tensor) -> None:
+    """Demand a known pooling, with a mask weight and perhaps a bias for "att", without them for "avg"."""
+    if pooling_type not in POOLING_TYPES:
+        raise ValueError(f"pooling_type must be one of {POOLING_TYPES}, got {pooling_type!r}")
+    if pooling_type == "avg":
+        for name, tensor in (("mask_weight", weight), ("mask_bias", bias)):
+            if tensor is not None:
+                raise ValueError(
+                    f'{name} must be None for pooling_type "avg", which has no mask, got '
+                    f'{_described(tensor)}; leave it out, or use pooling_type "att"'
+                )
+        return
+    if weight is None:
+        raise ValueError(
+            'mask_weight must be given for pooling_type "att", got None; pass the C weights of the mask, or '
+            'use pooling_type "avg"'
+        )
+    mask_weight(weight, x)
+    if bias is not None:
+        mask_bias(bias, x)
+
+
+def branches(add: Transform | None, mul: Transform | None, x: Tensor) -> None:
+    """Demand a Transform for add, mul or both."""
+    if add is None and mul is None:
+        raise ValueError("add or mul must be given, got None for both; pass a Transform for one of them")
+    if add is not None:
+        _transform(add, "add", x)
+    if mul is not None:
+        _transform(mul, "mul", x)
+
+
+def _transform(branch: Transform, name: str, x: Tensor) -> None:
+    """Demand six tensors: P from b1, C from x."""
+    if not isinstance(branch, (tuple, list)):
+        raise TypeError(f"{name} must be a gc_cuda.Transform or None, got {type(branch).__name__}")
+    if len(branch) != len(Transform._fields):
+        raise TypeError(f"{name} must have the tensors {_FIELDS}, got {len(branch)} of them")
+    for tensor, field in zip(branch, Transform._fields):
+        if not _travels(tensor, x):
+            _companion(tensor, f"{name}.{field}", x)
+    w1, b1, norm_weight, norm_bias, w2, b2 = branch
+    c, p = x.shape[1], b1.numel()
+    if p == 0:
+        raise ValueError(f"{name}.b1 must have at least one element (a hidden unit), got shape {_shape(b1)}")
+    if not (_is_matrix(w1, p, c) and _is_matrix(w2, c, p)):
+        _matrix(w1, f"{name}.w1", p, c, "P of b1, C of x")
+        _matrix(w2, f"{name}.w2", c, p, "C of x, P of b1")
+    if norm_weight.numel() != p or norm_bias.numel() != p or b2.numel() != c:
+        _vector(norm_weight, f"{name}.norm_weight", p, "P of b1")
+        _vector(norm_bias, f"{name}.norm_bias", p, "P of b1")
+        _vector(b2, f"{name}.b2", c, "C of x")
+
+
+_FIELDS = ", ".join(Transform._fields)
+
+
+def _is_matrix(tensor: Tensor, rows: int, columns: int) -> bool:
+    return tensor.shape[:2] == (rows, columns) and tensor.numel() == rows * columns
+
+
+def _matrix(tensor: Tensor, name: str, rows: int, columns: int, meaning: str) -> None:
+    if not _is_matrix(tensor, rows, columns):
+        raise ValueError(
+            f"{name} must have shape {[rows, columns]} ({meaning}) or {[rows, columns, 1, 1]}, "
+            f"got {_shape(tensor)}"
+        )
+
+
+def _vector(tensor: Tensor, name: str, count: int, meaning: str) -> None:
+    if tensor.numel() != count:
+        raise ValueError(f"{name} must have {count} elements ({meaning}), got shape {_shape(tensor)}")
+
+
+def epsilon(eps: float) -> None:
+    """Demand a number that is not negative."""
+    if not isinstance(eps, (int, float)):
+        raise TypeError(f"eps must be a number, got {type(eps).__name__}")
+    if not eps >= 0:  # NaN too
+        raise ValueError(f"eps must be 0 or more, got {eps}")
+
+
+def _travels(tensor: Tensor, x: Tensor) -> bool:
+    """What :func:`_companion` demands."""
+    return (
+        isinstance(tensor, Tensor)
+        and fits(tensor, x)
+        and tensor.device == x.device
+        and tensor.layout is torch.strided
+    )
+
+
 def _companion(tensor: Tensor, name: str, x: Tensor) -> None:
     """Demand a dense tensor on x's device, in x's dtype or that of its sums."""
     if not isinstance(tensor, Tensor):
@@ -98,6 +191,10 @@ def _companion(tensor: Tensor, name: str, x: Tensor) -> None:
 def fits(tensor: Tensor, x: Tensor) -> bool:
     """Whether the dtype of ``tensor`` may travel with ``x``."""
     return tensor.dtype == x.dtype or tensor.dtype == _ACCUMULATION.get(x.dtype)
+
+
+def _described(value: object) -> str:
+    return f"shape {_shape(value)}" if isinstance(value, Tensor) else type(value).__name__
 
 
 def _shape(tensor: Tensor) -> list[int]:

@@ -5,6 +5,8 @@ They can be registered only once the extension has defined the operators, hence 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
@@ -66,6 +68,49 @@ def broadcast_mul_backward(grad: Tensor, x: Tensor, scale: Tensor) -> tuple[Tens
     return _feature_map_like(x), _per_channel(x, scale.dtype), _per_channel(x, scale.dtype)
 
 
+def global_context(
+    x: Tensor,
+    mask_weight: Tensor | None,
+    mask_bias: Tensor | None,
+    add: Sequence[Tensor],
+    mul: Sequence[Tensor],
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    n, c, h, w = x.shape
+    wide = _accumulation(x)
+    branches = [branch for branch in (add, mul) if branch]
+    return (
+        _feature_map_like(x),
+        x.new_empty(0 if mask_weight is None else (n, h * w), dtype=wide),
+        _state(x),
+        x.new_empty(n * sum(branch[1].numel() for branch in branches), dtype=wide),
+        x.new_empty((len(branches), n), dtype=wide),
+        x.new_empty((n, c) if mul else 0, dtype=wide),
+    )
+
+
+def global_context_backward(
+    grad: Tensor,
+    x: Tensor | None,
+    mask_weight: Tensor | None,
+    add: Sequence[Tensor],
+    mul: Sequence[Tensor],
+    logits: Tensor,
+    state: Tensor,
+    normalized: Tensor,
+    inverse_deviation: Tensor,
+    scale: Tensor,
+    needed: Sequence[bool],
+) -> list[Tensor]:
+    like_x = grad if x is None else x
+    absent = (None,) * 6
+    small = (mask_weight, *(add or absent), *(mul or absent))
+    gradients = [_feature_map_like(like_x) if needed[0] else like_x.new_empty(0)]
+    for tensor, wanted in zip(small, needed[1:]):
+        gradients.append(like_x.new_empty(0) if tensor is None or not wanted else _dense_like(tensor))
+    return gradients
+
+
 _KERNELS = (
     softmax_pool,
     softmax_pool_backward,
@@ -74,6 +119,8 @@ _KERNELS = (
     pixel_sum,
     broadcast,
     broadcast_mul_backward,
+    global_context,
+    global_context_backward,
 )
 
 

@@ -6,20 +6,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from gc_cuda import _checks, reference
-from gc_cuda.functional import (
-    attention_pool,
-    average_pool,
-    broadcast_add,
-    broadcast_mul,
-    broadcast_mul_add,
-)
+from gc_cuda.functional import global_context
+from gc_cuda.reference import Transform
 
 
 class ContextBlock(reference.ContextBlock):
-    """The global context block of GCNet (https://arxiv.org/abs/1904.11492) on the fused operations.
+    """The global context block of GCNet (https://arxiv.org/abs/1904.11492) on one fused operation.
 
     Constructor, parameter names and shapes, initial values and errors are those of mmcv's ``ContextBlock``,
     so a ``state_dict`` passes strictly both ways; the definition is :class:`gc_cuda.reference.ContextBlock`.
@@ -45,40 +39,49 @@ class ContextBlock(reference.ContextBlock):
                 f"x must have {self.in_channels} channels (in_channels of the block), "
                 f"got shape {list(x.shape)}"
             )
+        x = _as_autocast_promotes(x)
+        mask_weight = mask_bias = None
         if self.conv_mask is not None:
-            bias = self.conv_mask.bias
-            context = attention_pool(
-                x, _fitting(self.conv_mask.weight, x), None if bias is None else _fitting(bias, x)
-            )
-        else:
-            context = average_pool(x)
+            mask_weight, mask_bias = _fitting(self.conv_mask.weight, x), self.conv_mask.bias
+            mask_bias = None if mask_bias is None else _fitting(mask_bias, x)
+        return global_context(
+            x,
+            mask_weight,
+            mask_bias,
+            _transform(self.channel_add_conv, x),
+            _transform(self.channel_mul_conv, x),
+            pooling_type=self.pooling_type,
+            eps=self.eps,
+        )
 
-        term = self._branch(self.channel_add_conv, context)
-        scale = self._branch(self.channel_mul_conv, context)
-        if scale is not None:
-            scale = _fitting(torch.sigmoid(scale), x)
-            return broadcast_mul(x, scale) if term is None else broadcast_mul_add(x, scale, _fitting(term, x))
-        assert term is not None, "the constructor demands one fusion at least"
-        return broadcast_add(x, _fitting(term, x))
 
-    @staticmethod
-    def _branch(branch: nn.Sequential | None, context: Tensor) -> Tensor | None:
-        return None if branch is None else _transform(branch, context)
+def _as_autocast_promotes(x: Tensor) -> Tensor:
+    """x in the dtype of the eager block's output: x plus what a convolution gives under autocast.
+
+    It changes nothing but a half x under autocast to the other half type, which eager widens to float32.
+    """
+    kind = x.device.type
+    if x.is_meta or not torch.is_autocast_enabled(kind):
+        return x
+    return x.to(torch.promote_types(x.dtype, torch.get_autocast_dtype(kind)))
+
+
+def _transform(branch: nn.Sequential | None, x: Tensor) -> Transform | None:
+    """The parameters of a branch, read by their names: a parametrization or weight norm keeps its say."""
+    if branch is None:
+        return None
+    modules: list[Any] = list(branch)
+    first, norm, _, last = modules
+    return Transform(
+        _fitting(first.weight, x),
+        _fitting(first.bias, x),
+        _fitting(norm.weight, x),
+        _fitting(norm.bias, x),
+        _fitting(last.weight, x),
+        _fitting(last.bias, x),
+    )
 
 
 def _fitting(tensor: Tensor, x: Tensor) -> Tensor:
-    """``tensor`` in a dtype that may travel with ``x``; autocast and parameters of another dtype need it."""
+    """``tensor`` in a dtype that may travel with ``x``; parameters of another dtype need it."""
     return tensor if _checks.fits(tensor, x) else tensor.to(x.dtype)
-
-
-def _transform(branch: nn.Sequential, context: Tensor) -> Tensor:
-    """W2 ReLU(LN(W1 context + b1)) + b2; on an [N, C] context the 1x1 convolutions are matrix products."""
-    modules: list[Any] = list(branch)
-    first, norm, _, last = modules
-    if context.dtype != first.weight.dtype:
-        context = context.to(first.weight.dtype)
-    hidden = functional.linear(context, first.weight.flatten(1), first.bias)
-    hidden = functional.layer_norm(
-        hidden, hidden.shape[1:], norm.weight.flatten(), norm.bias.flatten(), norm.eps
-    )
-    return functional.linear(functional.relu(hidden), last.weight.flatten(1), last.bias)

@@ -1,9 +1,10 @@
-"""The public operations: fused pooling over the pixels and broadcasting back onto them, with their gradients.
+"""The public operations: the whole block, and its parts, pooling over the pixels and broadcasting back.
 
 Shapes: x [N, C, H, W], contiguous or channels_last (other strides are copied first); S = H*W pixels. Every
 function takes float32, float16, bfloat16 and float64; sums are kept in float32 (float64 for float64), and the
-result has x's dtype. The tensors that travel with x (logits, mask_weight, mask_bias, scale, term) have x's
-dtype or that of its sums. N = 0 is allowed. Results are bitwise reproducible, whatever the number of threads.
+result has x's dtype. The tensors that travel with x (logits, mask_weight, mask_bias, scale, term, those of a
+Transform) have x's dtype or that of its sums. N = 0 is allowed. Results are bitwise reproducible, whatever
+the number of threads.
 
 Every function raises ValueError for a shape or device that does not fit, TypeError for a dtype that does not
 or for what is no dense tensor, and ImportError, saying what to run, where the extension is missing or lacks
@@ -16,7 +17,6 @@ Saved for the backward pass are x and small vectors, never the output. Different
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,6 +24,9 @@ from torch import Tensor
 from torch.autograd import Function
 
 from gc_cuda import _checks, _extension, _fake, reference
+from gc_cuda._block_function import whole_block
+from gc_cuda._double_backward import differentiable_gradients, graph_wanted
+from gc_cuda.reference import Transform
 
 if _extension.build_config() is not None:
     _fake.register()
@@ -125,25 +128,61 @@ def broadcast_mul_add(x: Tensor, scale: Tensor, term: Tensor) -> Tensor:
     return _Broadcast.apply(x, scale, term)
 
 
-def _graph_wanted() -> bool:
-    """Whether a backward pass must be differentiable itself.
+def global_context(
+    x: Tensor,
+    mask_weight: Tensor | None = None,
+    mask_bias: Tensor | None = None,
+    add: Transform | None = None,
+    mul: Transform | None = None,
+    *,
+    pooling_type: str = "att",
+    eps: float = 1e-5,
+) -> Tensor:
+    """The global context block: pool, transform, broadcast back; one operator forward, one backward.
 
-    The compiler traces backward passes with grad mode on, but cannot differentiate them again, so it gets the
-    operators.
+    out = x * sigmoid(t_mul(context)) if there is a ``mul``, then + t_add(context) if there is an ``add``:
+
+        context    = sum_s softmax(logits)[s] * x[:, s], logits[s] = mask_weight . x[:, s] + mask_bias,
+                     for "att"; the mean of the pixels for "avg"
+        t(context) = w2 relu(norm_weight * (h - mean h) / sqrt(var h + eps) + norm_bias) + b2,
+                     h = w1 context + b1, mean and (biased) variance over the P hidden units
+
+    "att" with ``add`` is the block of Cao et al., GCNet (https://arxiv.org/abs/1904.11492). The gate is that
+    of Hu et al., Squeeze-and-Excitation (https://arxiv.org/abs/1709.01507), with a layer norm inside; it
+    pools by "avg".
+
+    Three passes over memory: x is read twice, out is written; backward four (five with ``mul``). Between the
+    pixels of x and those of out nothing is rounded below float32. The gradient of mask_bias is an exact 0.
+    Saved for the backward pass are float32 logits and vectors, and x unless nothing needs it: for "avg"
+    without ``mul`` it is not kept. The small tensors may have x's dtype or that of its sums, each its own:
+    half x beside float32 parameters needs no casts. Autocast changes nothing here.
+
+    Args:
+        x: [N, C, H, W].
+        mask_weight: C elements in any shape, as in [C] or the [1, C, 1, 1] of a 1x1 convolution; None for
+            "avg".
+        mask_bias: one element, or None.
+        add: a Transform (w1, b1, norm_weight, norm_bias, w2, b2) with w1 [P, C], w2 [C, P], b1, norm_weight
+            and norm_bias of P elements and b2 of C; trailing dimensions of size 1 do not matter. Or None.
+        mul: the same, with a P of its own. One of the two must be given.
+        pooling_type: "att" or "avg".
+        eps: of the layer norms, not negative.
+
+    Returns:
+        out, [N, C, H, W] in the dtype and memory format of x; it may be changed in place.
+
+    Raises:
+        ValueError: for a shape or device that does not fit, an unknown pooling_type, a mask_weight that is
+            missing or of no use, no branch at all, or a negative eps.
+        TypeError: for a dtype that does not fit, or for what is no dense tensor or no Transform.
+        ImportError: where the extension is missing or lacks CUDA; it says what to run.
     """
-    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
-
-
-def _differentiable_gradients(
-    definition: Callable[..., Tensor], grad: Tensor, *inputs: Tensor
-) -> list[Tensor | None]:
-    """The gradients of ``definition(*inputs)`` as a graph of plain PyTorch; None where none is needed."""
-    with torch.enable_grad(), torch.autocast(grad.device.type, enabled=False):
-        # Aliases: one input may have been computed from another, and only the direct paths count here.
-        aliases = [tensor.view_as(tensor) for tensor in inputs]
-        needed = [alias for alias in aliases if alias.requires_grad]
-        gradients = iter(torch.autograd.grad(definition(*aliases), needed, grad, create_graph=True))
-        return [next(gradients) if alias.requires_grad else None for alias in aliases]
+    _extension.require()
+    _checks.feature_map(x)
+    _checks.pooling(pooling_type, mask_weight, mask_bias, x)
+    _checks.branches(add, mul, x)
+    _checks.epsilon(eps)
+    return whole_block(x, mask_weight, mask_bias, add, mul, eps)
 
 
 class _SoftmaxPool(Function):
@@ -156,8 +195,8 @@ class _SoftmaxPool(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, logits, state = ctx.saved_tensors
-        if _graph_wanted():
-            return tuple(_differentiable_gradients(reference.softmax_pool, grad, x, logits))
+        if graph_wanted():
+            return tuple(differentiable_gradients(reference.softmax_pool, grad, x, logits))
         grad_x, grad_logits = torch.ops.gc_cuda.softmax_pool_backward.default(
             grad, x, logits.flatten(1), state
         )
@@ -180,8 +219,8 @@ class _AttentionPool(Function):
             grad_bias = torch.zeros_like(mask_bias)
         if not (needs_x or needs_weight):
             return None, None, grad_bias
-        if _graph_wanted():
-            grad_x, grad_weight = _differentiable_gradients(reference.attention_pool, grad, x, mask_weight)
+        if graph_wanted():
+            grad_x, grad_weight = differentiable_gradients(reference.attention_pool, grad, x, mask_weight)
         else:
             grad_x, grad_weight = torch.ops.gc_cuda.attention_pool_backward.default(
                 grad, x, mask_weight, logits, state
@@ -217,7 +256,7 @@ class _Broadcast(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, scale = ctx.saved_tensors
-        gradients = _differentiable_broadcast_gradients if _graph_wanted() else _broadcast_gradients
+        gradients = _differentiable_broadcast_gradients if graph_wanted() else _broadcast_gradients
         grad_x, grad_scale, grad_term = gradients(grad, x, scale, ctx.needs_input_grad)
         if grad_scale is not None:
             grad_scale = grad_scale.to(scale.dtype).view(scale.shape)

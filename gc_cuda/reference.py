@@ -11,7 +11,9 @@ computed in that dtype and rounded to that of ``x`` at the end.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import reduce
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +21,21 @@ from torch.nn import functional
 
 POOLING_TYPES = ("avg", "att")
 FUSION_TYPES = ("channel_add", "channel_mul")
+
+
+class Transform(NamedTuple):
+    """The parameters of t(context) = W2 ReLU(LN(W1 context + b1)) + b2 with P hidden units.
+
+    Trailing dimensions of size 1 do not matter: the weights of 1x1 convolutions and of a layer norm over
+    [P, 1, 1] fit as they are.
+    """
+
+    w1: Tensor  # [P, C]
+    b1: Tensor  # [P]
+    norm_weight: Tensor  # [P]
+    norm_bias: Tensor  # [P]
+    w2: Tensor  # [C, P]
+    b2: Tensor  # [C]
 
 
 def softmax_pool(x: Tensor, logits: Tensor) -> Tensor:
@@ -78,6 +95,60 @@ def broadcast_mul_add(x: Tensor, scale: Tensor, term: Tensor) -> Tensor:
 
 def _per_channel(tensor: Tensor) -> Tensor:
     return tensor.reshape(*tensor.shape[:2], 1, 1)
+
+
+def transform(context: Tensor, branch: Transform, eps: float = 1e-5) -> Tensor:
+    """t = W2 ReLU(LN(W1 context + b1)) + b2: [N, C] -> [N, C], in the widest dtype of the arguments."""
+    dtype = _widest((context, *branch))
+    w1, b1, norm_weight, norm_bias, w2, b2 = (tensor.to(dtype) for tensor in branch)
+    hidden = functional.linear(context.to(dtype), w1.flatten(1), b1.flatten())
+    hidden = functional.layer_norm(hidden, hidden.shape[1:], norm_weight.flatten(), norm_bias.flatten(), eps)
+    return functional.linear(functional.relu(hidden), w2.flatten(1), b2.flatten())
+
+
+def global_context(
+    x: Tensor,
+    mask_weight: Tensor | None = None,
+    mask_bias: Tensor | None = None,
+    add: Transform | None = None,
+    mul: Transform | None = None,
+    *,
+    pooling_type: str = "att",
+    eps: float = 1e-5,
+) -> Tensor:
+    """out = x * sigmoid(t_mul(context)) if ``mul``, then + t_add(context) if ``add``.
+
+    context = attention_pool(x, mask_weight, mask_bias), or average_pool(x) for pooling_type "avg"; for t see
+    :func:`transform`.
+
+    Args:
+        x: [N, C, H, W].
+        mask_weight: C elements; None for "avg".
+        mask_bias: one element, or None.
+        add: the parameters of t_add, or None.
+        mul: the parameters of t_mul, or None.
+        pooling_type: "att" or "avg".
+        eps: of the layer norms.
+
+    Returns:
+        [N, C, H, W] in the dtype of ``x``.
+    """
+    tensors = (x, mask_weight, mask_bias, *(add or ()), *(mul or ()))
+    out = x.to(_widest(tensor for tensor in tensors if tensor is not None))
+    if pooling_type == "att":
+        assert mask_weight is not None, 'pooling_type "att" needs a mask_weight'
+        context = attention_pool(out, mask_weight, mask_bias)
+    else:
+        context = average_pool(out)
+    if mul is not None:
+        out = broadcast_mul(out, torch.sigmoid(transform(context, mul, eps)))
+    if add is not None:
+        out = broadcast_add(out, transform(context, add, eps))
+    return out.to(x.dtype)
+
+
+def _widest(tensors: Iterable[Tensor]) -> torch.dtype:
+    return reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
 
 
 class ContextBlock(nn.Module):

@@ -23,6 +23,8 @@ OPERATORS = (
     "pixel_sum",
     "broadcast",
     "broadcast_mul_backward",
+    "global_context",
+    "global_context_backward",
 )
 
 
@@ -86,6 +88,21 @@ def check_cpu_tensors() -> None:
             for a, b in zip(ours, expected):
                 torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
             check(True, f"{name} and its gradients on the CPU equal the reference, {layout}")
+
+    six = [torch.randn(*shape).double() for shape in [(8, 37), (8,), (8,), (8,), (37, 8), (37,)]]
+    inputs = [x, weight.double(), *six]
+    ours, expected = (
+        outputs_and_gradients(
+            lambda x, weight, *six, library=library: library.global_context(
+                x, weight, add=gc_cuda.Transform(*six)
+            ),
+            inputs,
+        )
+        for library in (gc_cuda, reference)
+    )
+    for a, b in zip(ours, expected):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+    check(True, "global_context and its gradients on the CPU equal the reference")
 
 
 def check_request_without_device() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -18,7 +18,7 @@ class Evaluation(NamedTuple):
 
 def evaluate(
     function: Callable[..., Tensor],
-    inputs: Sequence[Tensor | None],
+    inputs: Iterable[Tensor | None],
     grad: Tensor,
     dtype: torch.dtype | None = None,
 ) -> Evaluation:

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from block_cases import Spy
 from tolerance import assert_close_to_truth
 from torch import nn
 
@@ -144,6 +145,58 @@ def test_frozen_parameters_get_no_gradient(random):
     block(x).sum().backward()
     assert all(parameter.grad is None for parameter in block.parameters())
     assert x.grad is not None
+
+
+def test_one_operator_each_way(random, device):
+    """Half x, as a half convolution gives it under autocast, beside float32 parameters: no casts around it."""
+    block = randomised(gc_cuda.ContextBlock(16, 1 / 4, "att", FUSIONS[-1])).to(device)
+    x = random(2, 16, 5, 6, dtype=torch.float16, device=device, grad=True)
+    with torch.autocast(device.type, torch.float16), Spy() as spy:
+        out = block(x)
+    assert spy.names() == ["gc_cuda::global_context"]
+    grad = torch.ones_like(out)
+    with Spy() as spy:
+        torch.autograd.grad(out, [x, *block.parameters()], grad)
+    assert spy.names() == ["aten::zeros_like", "gc_cuda::global_context_backward"]
+
+
+def test_parametrized_weights(random):
+    """Weight norm and the like: the block reads the weights as its convolutions would."""
+    x, grad = (random(2, 16, 5, 6) for _ in range(2))
+    ours, theirs = twins(16, 1 / 2, "att", ("channel_add", "channel_mul"))
+    for block in (ours, theirs):
+        nn.utils.parametrizations.weight_norm(block.conv_mask)
+        nn.utils.parametrizations.weight_norm(block.channel_add_conv[0])
+        nn.utils.parametrizations.spectral_norm(block.channel_mul_conv[3]).eval()
+    theirs.load_state_dict(ours.state_dict())
+    (out, gradients), (expected, expected_gradients) = run(ours, x, grad), run(theirs, x, grad)
+    assert any(name.endswith("parametrizations.weight.original0") for name in gradients)
+    assert_close_to_truth("out", out, expected, expected)
+    for name, gradient in expected_gradients.items():
+        scale = grad.abs().sum() if name == "conv_mask.bias" else gradient
+        assert_close_to_truth(f"grad of {name}", gradients[name], gradient, gradient, scale)
+
+
+def test_parameters_of_a_dtype_that_does_not_fit(random):
+    """They are taken in x's dtype, and get their gradients in their own."""
+    block = randomised(gc_cuda.ContextBlock(16, 1 / 4)).bfloat16()
+    x = random(2, 16, 5, 6, dtype=torch.float32)
+    out = block(x)
+    assert torch.equal(out, copy.deepcopy(block).float()(x))
+    out.sum().backward()
+    assert all(parameter.grad.dtype == torch.bfloat16 for parameter in block.parameters())
+
+
+@pytest.mark.parametrize("pooling_type", POOLINGS)
+@pytest.mark.parametrize("fusion_types", FUSIONS)
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_dtype_under_autocast_is_that_of_eager(random, x_dtype, fusion_types, pooling_type, device):
+    """Also for the other half type, which eager widens to float32 because bfloat16 does not meet it."""
+    dtype = torch.float64 if x_dtype == torch.float64 else torch.float32
+    ours, theirs = twins(16, 1 / 4, pooling_type, fusion_types, dtype=dtype, device=device)
+    x = random(2, 16, 5, 6, dtype=x_dtype, device=device)
+    with torch.autocast(device.type, torch.bfloat16):
+        assert ours(x).dtype == theirs(x).dtype
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from block_cases import CONFIGURATIONS, draw_inputs, function_of
 from evaluate import evaluate
 
 import gc_cuda
@@ -47,6 +48,26 @@ def test_identical_bits(random, threads, name, size, dtype, layout, device):
         threads(count)
         for actual, one in zip(bits(evaluate(getattr(gc_cuda, name), inputs, grad)), expected):
             assert torch.equal(actual, one), f"with {count} threads"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+# The last has more images than threads, and weights that outweigh its pixels.
+@pytest.mark.parametrize("size", [(1, 67, 100, 83), (3, 512, 25, 42), (9, 512, 3, 5)], ids=str)
+@pytest.mark.parametrize("configuration", CONFIGURATIONS[2::3], ids=str)
+def test_global_context(random, threads, configuration, size, dtype, layout, device):
+    inputs = draw_inputs(
+        random, configuration, size, dtype=dtype, parameters=torch.float32, device=device, layout=layout
+    )
+    function = function_of(gc_cuda, configuration, inputs)
+    grad = random(*size, dtype=dtype, device=device, layout=layout)
+    threads(1)
+    expected = bits(evaluate(function, inputs.values(), grad))
+    for count in (1, 2, 3, 7) if device.type == "cpu" else (1, 1):
+        threads(count)
+        for name, actual, one in zip(
+            ["out", *inputs], bits(evaluate(function, inputs.values(), grad)), expected
+        ):
+            assert torch.equal(actual, one), f"{name} with {count} threads"
 
 
 @pytest.mark.parametrize("fusion_types", [("channel_add",), ("channel_add", "channel_mul")])

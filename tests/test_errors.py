@@ -15,6 +15,15 @@ from gc_cuda import _extension
 
 X = torch.arange(2 * 4 * 3 * 5, dtype=torch.float32).view(2, 4, 3, 5)
 LOGITS, WEIGHT, BIAS, PER_CHANNEL = torch.zeros(2, 15), torch.zeros(4), torch.zeros(1), torch.zeros(2, 4)
+# C = 4 channels and P = 3 hidden units
+TRANSFORM = gc_cuda.Transform(
+    torch.zeros(3, 4, 1, 1),
+    torch.zeros(3),
+    torch.zeros(3, 1, 1),
+    torch.zeros(3, 1, 1),
+    torch.zeros(4, 3, 1, 1),
+    torch.zeros(4),
+)
 
 CALLS = {
     "softmax_pool": (gc_cuda.softmax_pool, (LOGITS,)),
@@ -23,6 +32,7 @@ CALLS = {
     "broadcast_add": (gc_cuda.broadcast_add, (PER_CHANNEL,)),
     "broadcast_mul": (gc_cuda.broadcast_mul, (PER_CHANNEL,)),
     "broadcast_mul_add": (gc_cuda.broadcast_mul_add, (PER_CHANNEL, PER_CHANNEL)),
+    "global_context": (gc_cuda.global_context, (WEIGHT, BIAS, TRANSFORM, TRANSFORM)),
     "ContextBlock": (gc_cuda.ContextBlock(4, 1 / 2), ()),
 }
 
@@ -178,6 +188,140 @@ BAD_COMPANIONS = {
         "logits must be on cpu like x, got meta",
     ),
 }
+
+
+VALID = {"mask_weight": WEIGHT, "mask_bias": BIAS, "add": TRANSFORM, "mul": TRANSFORM}
+
+# the arguments that differ from the valid ones, the error
+BAD_BLOCKS = {
+    "unknown pooling": (
+        {"pooling_type": "max"},
+        ValueError,
+        "pooling_type must be one of ('avg', 'att'), got 'max'",
+    ),
+    "att without weight": (
+        {"mask_weight": None},
+        ValueError,
+        'mask_weight must be given for pooling_type "att", got None; pass the C weights of the mask, or use '
+        'pooling_type "avg"',
+    ),
+    "avg with weight": (
+        {"pooling_type": "avg"},
+        ValueError,
+        'mask_weight must be None for pooling_type "avg", which has no mask, got shape [4]; leave it out',
+    ),
+    "avg with bias": (
+        {"pooling_type": "avg", "mask_weight": None},
+        ValueError,
+        'mask_bias must be None for pooling_type "avg", which has no mask, got shape [1]; leave it out',
+    ),
+    "no branch": (
+        {"add": None, "mul": None},
+        ValueError,
+        "add or mul must be given, got None for both; pass a Transform for one of them",
+    ),
+    "mask_weight of another C": (
+        {"mask_weight": torch.zeros(5)},
+        ValueError,
+        "mask_weight must have 4 elements (C of x), as in [4] or [1, 4, 1, 1], got shape [5]",
+    ),
+    "mask_bias with two elements": (
+        {"mask_bias": torch.zeros(2)},
+        ValueError,
+        "mask_bias must have 1 element, got shape [2]",
+    ),
+    "negative eps": ({"eps": -1e-5}, ValueError, "eps must be 0 or more, got -1e-05"),
+    "eps, a NaN": ({"eps": float("nan")}, ValueError, "eps must be 0 or more, got nan"),
+    "eps, a tensor": ({"eps": BIAS}, TypeError, "eps must be a number, got Tensor"),
+    "add, a tensor": ({"add": WEIGHT}, TypeError, "add must be a gc_cuda.Transform or None, got Tensor"),
+    "mul of five tensors": (
+        {"mul": TRANSFORM[:5]},
+        TypeError,
+        "mul must have the tensors w1, b1, norm_weight, norm_bias, w2, b2, got 5 of them",
+    ),
+}
+
+# the field of the transform, its value, the error without the field's name
+BAD_FIELDS = {
+    "transposed w1": (
+        "w1",
+        torch.zeros(4, 3),
+        ValueError,
+        "must have shape [3, 4] (P of b1, C of x) or [3, 4, 1, 1], got [4, 3]",
+    ),
+    "w1 of another C": (
+        "w1",
+        torch.zeros(3, 5, 1, 1),
+        ValueError,
+        "must have shape [3, 4] (P of b1, C of x) or [3, 4, 1, 1], got [3, 5, 1, 1]",
+    ),
+    "w1 of a larger convolution": (
+        "w1",
+        torch.zeros(3, 4, 3, 3),
+        ValueError,
+        "must have shape [3, 4] (P of b1, C of x) or [3, 4, 1, 1], got [3, 4, 3, 3]",
+    ),
+    "transposed w2": (
+        "w2",
+        torch.zeros(3, 4, 1, 1),
+        ValueError,
+        "must have shape [4, 3] (C of x, P of b1) or [4, 3, 1, 1], got [3, 4, 1, 1]",
+    ),
+    "no hidden unit": (
+        "b1",
+        torch.zeros(0),
+        ValueError,
+        "must have at least one element (a hidden unit), got shape [0]",
+    ),
+    "norm_weight of another P": (
+        "norm_weight",
+        torch.zeros(2),
+        ValueError,
+        "must have 3 elements (P of b1), got shape [2]",
+    ),
+    "norm_bias of another P": (
+        "norm_bias",
+        torch.zeros(4, 1, 1),
+        ValueError,
+        "must have 3 elements (P of b1), got shape [4, 1, 1]",
+    ),
+    "b2 of another C": ("b2", torch.zeros(3), ValueError, "must have 4 elements (C of x), got shape [3]"),
+    "no b2": ("b2", None, TypeError, "must be a torch.Tensor, got NoneType"),
+    "double b1": (
+        "b1",
+        torch.zeros(3).double(),
+        TypeError,
+        "must be torch.float32 like x, got torch.float64",
+    ),
+    "half w2": ("w2", torch.zeros(4, 3).half(), TypeError, "must be torch.float32 like x, got torch.float16"),
+    "sparse w1": (
+        "w1",
+        torch.zeros(3, 4).to_sparse(),
+        TypeError,
+        "must be a dense (torch.strided) tensor, got torch.sparse_coo",
+    ),
+    "norm_weight on another device": (
+        "norm_weight",
+        torch.zeros(3, device="meta"),
+        ValueError,
+        "must be on cpu like x, got meta",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_BLOCKS)
+def test_global_context(case):
+    arguments, error, message = BAD_BLOCKS[case]
+    with pytest.raises(error, match=re.escape(message)):
+        gc_cuda.global_context(X, **VALID | arguments)
+
+
+@pytest.mark.parametrize("branch", ["add", "mul"])
+@pytest.mark.parametrize("case", BAD_FIELDS)
+def test_transform(case, branch):
+    field, value, error, message = BAD_FIELDS[case]
+    with pytest.raises(error, match=re.escape(f"{branch}.{field} {message}")):
+        gc_cuda.global_context(X, **VALID | {branch: TRANSFORM._replace(**{field: value})})
 
 
 @pytest.mark.parametrize("case", BAD_COMPANIONS)

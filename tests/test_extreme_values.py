@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from block_cases import CONFIGURATIONS, WHOLE, Configuration, draw_inputs, function_of
 from evaluate import evaluate
 from tolerance import assert_close_to_truth
 
@@ -15,6 +16,7 @@ from gc_cuda import reference
 INF, NAN = float("inf"), float("nan")
 # One image that fits a tile, and one that is cut into several splits.
 SIZES = [(3, 8, 7, 7), (3, 16, 64, 80)]
+SEVERAL_TILES = (3, 16, 31, 37)
 
 
 def compare(function, inputs, grad):
@@ -153,3 +155,91 @@ def test_scaling_overflows_only_at_the_end(layout, device):
     term = torch.full((1, 8), -40000.0, dtype=torch.half, device=device)
     assert torch.equal(gc_cuda.broadcast_mul_add(x, scale, term), torch.full_like(x, 50000.0))
     assert torch.equal(gc_cuda.broadcast_mul(x, scale), torch.full_like(x, INF))
+
+
+def compare_block(configuration, inputs, grad):
+    """Value and gradients agree with the reference: NaN and infinity in the output, in the gradients what is
+    not finite. Of infinite terms a norm's gradient makes infinity or NaN as its formula is arranged, and
+    PyTorch arranges it in several ways.
+    """
+    ours, eager, truth = (
+        evaluate(function_of(library, configuration, inputs), inputs.values(), grad, dtype)
+        for library, dtype in ((gc_cuda, None), (reference, None), (reference, torch.float64))
+    )
+    magnitude = torch.full((), 1e3, dtype=torch.float64)  # of the sums over pixels here
+    assert_close_to_truth("out", ours.out, eager.out, truth.out, magnitude)
+    for name, *gradients in zip(inputs, ours.gradients, eager.gradients, truth.gradients):
+        if name == "mask_bias":
+            assert torch.equal(gradients[0], torch.zeros_like(inputs[name])), "exact, whatever else is NaN"
+        else:
+            for gradient in gradients:
+                gradient[~gradient.isfinite()] = NAN
+            assert_close_to_truth(f"grad of {name}", *gradients, magnitude)
+    return ours
+
+
+@pytest.mark.parametrize("value", [INF, -INF, NAN])
+@pytest.mark.parametrize("configuration", CONFIGURATIONS, ids=str)
+def test_non_finite_pixel_in_the_block(random, configuration, value, layout, device):
+    """It spoils its own image, and the gradients that sum over the images."""
+    size = SEVERAL_TILES
+    inputs = draw_inputs(random, configuration, size, dtype=torch.float32, device=device, layout=layout)
+    inputs["x"][1, 3, 2, 4] = value
+    if "mask_weight" in inputs:
+        inputs["mask_weight"].abs_()  # +inf makes a logit of +inf, -inf one of -inf, which only masks
+    grad = random(*size, dtype=torch.float32, device=device, layout=layout)
+    ours = compare_block(configuration, inputs, grad)
+    assert ours.out[1].isnan().any()
+    assert ours.out[[0, 2]].isfinite().all()
+    assert ours.gradients[0][[0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize("branches", [("add",), ("mul",), ("add", "mul")], ids=str)
+def test_block_of_minus_infinite_logits_is_nan(random, branches, layout, device):
+    """An infinite mask weight over positive pixels: the softmax of nothing but -inf."""
+    size = SEVERAL_TILES
+    configuration = Configuration("att", branches)
+    inputs = draw_inputs(random, configuration, size, dtype=torch.float32, device=device, layout=layout)
+    inputs["x"].abs_().add_(0.1)
+    inputs["mask_weight"][0, 2] = -INF
+    ours = compare_block(configuration, inputs, random(*size, dtype=torch.float32, device=device))
+    assert ours.out.isnan().all()
+
+
+@pytest.mark.parametrize("name", ["add.w1", "add.norm_bias", "add.w2", "mul.b1", "mul.norm_weight", "mul.b2"])
+@pytest.mark.parametrize("value", [INF, NAN])
+def test_non_finite_parameter(random, name, value, device):
+    """A NaN passes through ReLU, an infinity through the sigmoid, as they do in PyTorch."""
+    size = SIZES[0]
+    inputs = draw_inputs(random, WHOLE, size, dtype=torch.float32, device=device)
+    inputs[name].view(-1)[1] = value
+    compare_block(WHOLE, inputs, random(*size, dtype=torch.float32, device=device))
+
+
+def test_block_beyond_half_range_on_the_way(random, layout, device):
+    """Logits and hidden values may exceed 65504, where PyTorch's half block gives inf and NaN."""
+    inputs = draw_inputs(random, WHOLE, (2, 256, 7, 7), device=device, layout=layout)
+    inputs["x"] = 30 + inputs["x"]
+    inputs["mask_weight"] = 20 + inputs["mask_weight"]
+    inputs["add.w1"] *= 30000
+    inputs["mul.w1"] *= 30000
+    inputs = {name: tensor.half() for name, tensor in inputs.items()}
+    out = function_of(gc_cuda, WHOLE, inputs)(*inputs.values())
+    eager = function_of(reference, WHOLE, inputs)(*inputs.values())
+    assert eager.isnan().any(), "PyTorch overflows here: that is why this test exists"
+    truth = function_of(reference, WHOLE, inputs)(*(tensor.double() for tensor in inputs.values()))
+    torch.testing.assert_close(out.double(), truth, rtol=2e-3, atol=2e-3)
+
+
+def test_block_overflows_only_at_the_end(random, layout, device):
+    """x * scale + t is rounded once; what exceeds the half range in the end is an infinity, as in PyTorch."""
+    inputs = draw_inputs(random, WHOLE, (1, 8, 4, 6), device=device, layout=layout)
+    inputs["x"] = torch.full_like(inputs["x"], 60000.0)
+    for name in ("add.w2", "mul.w2"):
+        inputs[name].zero_()
+    inputs["mul.b2"].fill_(20.0)  # a scale of 1 - 2e-9
+    for term, expected in ((10000.0, INF), (-40000.0, 20000.0)):
+        inputs["add.b2"].fill_(term)
+        halves = [tensor.half() for tensor in inputs.values()]
+        out = function_of(gc_cuda, WHOLE, inputs)(*halves)
+        assert torch.equal(out, torch.full_like(out, expected))

@@ -8,6 +8,7 @@ from itertools import product
 
 import pytest
 import torch
+from block_cases import CONFIGURATIONS, Configuration, draw_inputs, function_of
 from torch.autograd import gradcheck, gradgradcheck
 
 import gc_cuda
@@ -103,6 +104,72 @@ def test_block(random, pooling_type, fusion_types, layout, device):
     # Along one random direction of the inputs and outputs: all of them would take a minute.
     assert gradcheck(run, (x, *parameters), fast_mode=True)
     assert gradgradcheck(run, (x, *parameters), fast_mode=True)
+
+
+@pytest.mark.parametrize("configuration", CONFIGURATIONS, ids=str)
+def test_global_context(random, configuration, layout, device):
+    inputs = draw_inputs(random, configuration, (2, 3, 2, 3), device=device, layout=layout)
+    function = function_of(gc_cuda, configuration, inputs)
+    leaves = [tensor.requires_grad_() for tensor in inputs.values()]
+    assert gradcheck(function, leaves)
+    # Every entry in one layout; the fast mode fails in torch itself on a gradient that is constant, as the
+    # mask bias's is.
+    if layout == torch.contiguous_format:
+        assert gradgradcheck(function, leaves)
+    else:
+        leaves = [leaf.detach() if name == "mask_bias" else leaf for name, leaf in zip(inputs, leaves)]
+        assert gradgradcheck(function, leaves, fast_mode=True)
+
+
+@pytest.mark.parametrize(
+    ("configuration", "frozen"),
+    [
+        (Configuration("att", ("add",)), {"x"}),
+        (Configuration("att", ("add",)), {"x", "mask_weight"}),  # x is not saved then
+        (Configuration("att", ("add", "mul")), {"x", "mask_weight"}),
+        (Configuration("avg", ("add",)), {"x"}),
+        (Configuration("avg", ("add",)), {"add.w1", "add.b1", "add.norm_weight", "add.norm_bias", "add.w2"}),
+        (Configuration("avg", ("add", "mul")), {"x"}),
+    ],
+    ids=str,
+)
+def test_second_derivatives_of_global_context_with_frozen_inputs(random, configuration, frozen, device):
+    inputs = draw_inputs(random, configuration, (2, 3, 2, 3), device=device)
+    leaves = [tensor.requires_grad_(name not in {*frozen, "mask_bias"}) for name, tensor in inputs.items()]
+    assert gradgradcheck(function_of(gc_cuda, configuration, inputs), leaves, fast_mode=True)
+
+
+@pytest.mark.parametrize("configuration", CONFIGURATIONS, ids=str)
+def test_gradient_penalty_of_global_context(random, configuration, layout, device):
+    """As a loss term beside the loss itself: first and second derivatives meet in one backward pass."""
+    inputs = draw_inputs(random, configuration, (2, 8, 3, 4), device=device, layout=layout)
+    leaves = [tensor.requires_grad_() for tensor in inputs.values()]
+
+    def penalty(library):
+        loss = function_of(library, configuration, inputs)(*leaves).pow(3).sum()
+        first = torch.autograd.grad(loss, leaves, create_graph=True)
+        return [*first, *torch.autograd.grad(sum(g.square().sum() for g in first) + loss, leaves)]
+
+    for name, ours, expected in zip([*inputs, *inputs], penalty(gc_cuda), penalty(reference)):
+        # relative to the largest: PyTorch's own gradient of the mask bias is the rounding of large terms
+        slack = 1e-9 if name == "mask_bias" else 1e-11 * float(expected.detach().abs().max())
+        torch.testing.assert_close(ours, expected, rtol=1e-10, atol=slack)
+
+
+def test_second_derivatives_where_parameters_depend_on_x(random, device):
+    """The gradient of x counts its direct path once, with x saved and without."""
+    for configuration in CONFIGURATIONS:
+        inputs = draw_inputs(random, configuration, (2, 8, 3, 4), device=device)
+        x = inputs["x"].requires_grad_()
+
+        def penalty(library, configuration=configuration, inputs=inputs, x=x):
+            given = {name: t * x.mean() if name.endswith("b2") else t for name, t in inputs.items()}
+            out = function_of(library, configuration, given)(*given.values())
+            (first,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+            return [first, *torch.autograd.grad(first.square().sum(), x)]
+
+        for ours, expected in zip(penalty(gc_cuda), penalty(reference)):
+            torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-11)
 
 
 def test_gradients_accumulate_over_two_uses(random, device):

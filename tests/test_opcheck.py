@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from block_cases import CONFIGURATIONS, WHOLE, draw_inputs, function_of
 from torch.library import opcheck
 
 import gc_cuda
@@ -65,6 +66,61 @@ def test_every_operator(random, view, dtype):
     opcheck(operators.broadcast_mul_backward.default, (grad, x, vector))
 
 
+@pytest.mark.parametrize("configuration", CONFIGURATIONS, ids=str)
+def test_operators_of_the_whole_block(random, configuration):
+    check_operators_of_the_whole_block(random, configuration, VIEWS["channels_last"], torch.float16)
+
+
+def test_operators_of_the_whole_block_on_views(random, view):
+    check_operators_of_the_whole_block(random, WHOLE, view, torch.float64)
+
+
+def check_operators_of_the_whole_block(random, configuration, view, dtype):
+    """Forward, and backward for everything, without x as far as that goes, and for x alone."""
+    x, grad = (view(random(3, 6, 4, 5, dtype=dtype)) for _ in range(2))
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    inputs = draw_inputs(random, configuration, tuple(x.shape), dtype=wide)
+    add, mul = (
+        [tensor for name, tensor in inputs.items() if name.startswith(branch)] for branch in ("add.", "mul.")
+    )
+    weight, bias = inputs.get("mask_weight"), inputs.get("mask_bias")
+    opcheck(torch.ops.gc_cuda.global_context.default, (x, weight, bias, add, mul, 1e-5))
+
+    _, *saved = torch.ops.gc_cuda.global_context(x, weight, bias, add, mul, 1e-5)
+    present = [True, weight is not None, *[bool(add)] * 6, *[bool(mul)] * 6]
+    backward = torch.ops.gc_cuda.global_context_backward.default
+    opcheck(backward, (grad, x, weight, add, mul, *saved, present))
+    without_x = [False, False, *present[2:]]
+    x_or_none = x if mul else None
+    opcheck(backward, (grad, x_or_none, weight, add, mul, *saved, without_x))
+    if weight is None:
+        opcheck(backward, (grad, x_or_none, None, add, mul, *saved, [True] + [False] * 13))
+
+
+@pytest.mark.parametrize("configuration", CONFIGURATIONS, ids=str)
+def test_global_context_compiles_as_one_graph(random, configuration, layout, device):
+    """Forward and backward, with every input but a weight needing its gradient."""
+    size = (2, 16, 5, 6)
+    inputs = draw_inputs(
+        random, configuration, size, dtype=torch.half, parameters=torch.float32, device=device, layout=layout
+    )
+    grad = random(*size, dtype=torch.half, device=device, layout=layout)
+    function = function_of(gc_cuda, configuration, inputs)
+    frozen = f"{configuration.branches[0]}.w1"
+
+    def run(function):
+        leaves = [tensor.detach().requires_grad_(name != frozen) for name, tensor in inputs.items()]
+        out = function(*leaves)
+        out.backward(grad)
+        return [out, *(leaf.grad for leaf in leaves if leaf.requires_grad)]
+
+    torch.compiler.reset()  # one function for all the cases: they would count as recompilations of it
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+    for actual, expected in zip(run(compiled), run(function)):
+        assert torch.equal(actual, expected)
+        assert actual.stride() == expected.stride()
+
+
 @pytest.mark.parametrize("fusion_types", [("channel_add",), ("channel_add", "channel_mul")])
 def test_block_compiles_as_one_graph(random, fusion_types, layout, device):
     """Forward and backward, no graph break; the backend runs the traced graph without generating code."""
@@ -93,4 +149,8 @@ def test_functions_trace_under_fake_tensors(random):
     assert gc_cuda.attention_pool(x, torch.empty(8, device="meta")).dtype == torch.float16
     out = gc_cuda.broadcast_add(x, gc_cuda.average_pool(x))
     assert out.shape == x.shape
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    out = gc_cuda.ContextBlock(8, 1 / 2).to("meta")(x)
+    assert out.shape == x.shape
+    assert out.dtype == torch.float16
     assert out.is_contiguous(memory_format=torch.channels_last)

@@ -84,6 +84,34 @@ def test_block_is_the_composition_of_the_functions(random, pooling_type, fusion_
     torch.testing.assert_close(block(x), expected, rtol=1e-12, atol=1e-13)
 
 
+@pytest.mark.parametrize("pooling_type", ["att", "avg"])
+@pytest.mark.parametrize("fusion_types", [("channel_add",), ("channel_mul",), ("channel_add", "channel_mul")])
+def test_global_context_is_the_block(random, pooling_type, fusion_types):
+    """The function and the module of real convolutions and norms are two ways to say the same."""
+    torch.manual_seed(0)
+    block = reference.ContextBlock(16, 1 / 4, pooling_type, fusion_types, eps=1e-3).double()
+    for parameter in block.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    x = random(2, 16, 5, 6)
+    mask = (block.conv_mask.weight, block.conv_mask.bias) if pooling_type == "att" else (None, None)
+    add, mul = (
+        None
+        if branch is None
+        else reference.Transform(*(p for module in branch for p in module.parameters()))
+        for branch in (block.channel_add_conv, block.channel_mul_conv)
+    )
+    out = reference.global_context(x, *mask, add, mul, pooling_type=pooling_type, eps=1e-3)
+    torch.testing.assert_close(out, block(x), rtol=1e-12, atol=1e-13)
+
+
+def test_global_context_of_half_beside_float32_rounds_once(random):
+    x, weight = random(2, 5, 3, 4, dtype=torch.float16), random(5, dtype=torch.float32)
+    six = reference.Transform(*(random(*s).float() for s in [(3, 5), (3,), (3,), (3,), (5, 3), (5,)]))
+    out = reference.global_context(x, weight, None, six)
+    assert out.dtype == torch.float16
+    assert torch.equal(out, reference.global_context(x.float(), weight, None, six).half())
+
+
 def test_block_with_another_eps(random):
     torch.manual_seed(0)
     block = reference.ContextBlock(16, 1 / 4, eps=1e-2)

@@ -1,0 +1,154 @@
+"""The autograd Function of :func:`gc_cuda.global_context`: one operator forward, one backward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from gc_cuda import reference
+from gc_cuda._double_backward import differentiable_gradients, graph_wanted
+from gc_cuda.reference import Transform
+
+_ABSENT = (None,) * 6  # the six tensors of a branch that is not there
+
+
+def whole_block(
+    x: Tensor,
+    mask_weight: Tensor | None,
+    mask_bias: Tensor | None,
+    add: Transform | None,
+    mul: Transform | None,
+    eps: float,
+) -> Tensor:
+    """The output for arguments that fit."""
+    if torch.is_grad_enabled():
+        out, _ = _WholeBlock.apply(x, mask_weight, mask_bias, eps, *(add or _ABSENT), *(mul or _ABSENT))
+    else:  # a Function of 16 arguments would take as long as the operator does on a small map
+        add_list, mul_list = list(add or ()), list(mul or ())
+        out, *_ = torch.ops.gc_cuda.global_context.default(x, mask_weight, mask_bias, add_list, mul_list, eps)
+    return out
+
+
+class _WholeBlock(Function):
+    """Inputs: x, mask_weight, mask_bias, eps, then the six tensors of add and of mul, or six None.
+
+    Outputs: out, and the operator's state, which is there for the second derivatives of average pooling with
+    add alone: their first gradients depend on x by the context only, so x is not saved, and what flows back
+    into the context reaches x through the state.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        mask_weight: Tensor | None,
+        mask_bias: Tensor | None,
+        eps: float,
+        *branches: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        add, mul = _present(branches[:6]), _present(branches[6:])
+        out, *rest = torch.ops.gc_cuda.global_context.default(x, mask_weight, mask_bias, add, mul, eps)
+        state = rest[1]
+        needs_x, needs_weight, needs_bias, _, *needs_branches = ctx.needs_input_grad
+        ctx.eps, ctx.size, ctx.dtype = eps, x.shape, x.dtype
+        # Without gradients for the rest of them, x and the parameters need not outlive the call.
+        ctx.only_bias = not (needs_x or needs_weight or any(needs_branches))
+        bias = mask_bias if needs_bias else None
+        if ctx.only_bias:
+            ctx.save_for_backward(bias)
+        else:
+            reads_x = bool(mul) or (mask_weight is not None and (needs_x or needs_weight))
+            ctx.save_for_backward(bias, x if reads_x else None, mask_weight, *branches, *rest)
+        ctx.set_materialize_grads(False)  # a gradient of zeros for the state would be one more launch
+        return out, state
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, grad_state: Tensor | None) -> tuple[Tensor | None, ...]:
+        mask_bias, *saved = ctx.saved_tensors
+        # The softmax does not feel a shift of its logits.
+        grad_bias = None if mask_bias is None else torch.zeros_like(mask_bias)
+        gradients: list[Tensor | None] = [None] * 14
+        if not ctx.only_bias:
+            if grad is not None:
+                gradients = (_differentiable if graph_wanted() else _fused)(ctx, grad, *saved)
+            if grad_state is not None and not torch.compiler.is_compiling():
+                _add_share_of_context(ctx, gradients, grad_state)
+        grad_x, grad_weight, *grad_branches = gradients
+        return grad_x, grad_weight, grad_bias, None, *grad_branches
+
+
+def _present(branch: Sequence[Tensor | None]) -> list[Tensor]:
+    return [tensor for tensor in branch if tensor is not None]
+
+
+def _needed(ctx: Any) -> list[bool]:
+    """Which of x, mask_weight, add's six and mul's six tensors need a gradient."""
+    needs_x, needs_weight, _, _, *needs_branches = ctx.needs_input_grad
+    return [needs_x, needs_weight, *needs_branches]
+
+
+def _fused(
+    ctx: Any, grad: Tensor, x: Tensor | None, mask_weight: Tensor | None, *saved: Tensor | None
+) -> list[Tensor | None]:
+    needed = _needed(ctx)
+    gradients = torch.ops.gc_cuda.global_context_backward.default(
+        grad, x, mask_weight, _present(saved[:6]), _present(saved[6:12]), *saved[12:], needed
+    )
+    return [gradient if wanted else None for gradient, wanted in zip(gradients, needed)]
+
+
+def _differentiable(
+    ctx: Any, grad: Tensor, x: Tensor | None, mask_weight: Tensor | None, *saved: Tensor | None
+) -> list[Tensor | None]:
+    """The same by plain PyTorch, so that it can be differentiated again."""
+    branches, state = saved[:12], saved[13]
+    if x is None:
+        assert state is not None
+        return _differentiable_without_x(ctx, grad, state, branches[:6])
+
+    def definition(x: Tensor, mask_weight: Tensor | None, *branches: Tensor | None) -> Tensor:
+        add, mul = _present(branches[:6]), _present(branches[6:])
+        return reference.global_context(
+            x,
+            mask_weight,
+            add=Transform(*add) if add else None,
+            mul=Transform(*mul) if mul else None,
+            pooling_type="avg" if mask_weight is None else "att",
+            eps=ctx.eps,
+        )
+
+    return differentiable_gradients(definition, grad, x, mask_weight, *branches)
+
+
+def _differentiable_without_x(
+    ctx: Any, grad: Tensor, state: Tensor, add: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """For out = x + t(context), where the context is the mean of x, or where x needs no gradient."""
+    needs_x = ctx.needs_input_grad[0]
+    context = state[:, 2:] if needs_x else state[:, 2:].detach()
+
+    def definition(context: Tensor, *add: Tensor) -> Tensor:
+        return reference.transform(context, Transform(*add), ctx.eps)
+
+    grad_term = grad.sum((2, 3), dtype=context.dtype)
+    grad_context, *grad_add = differentiable_gradients(definition, grad_term, context, *add)
+    grad_x = None if grad_context is None else (grad + _spread(grad_context, ctx.size)).to(ctx.dtype)
+    return [grad_x, None, *grad_add, *_ABSENT]
+
+
+def _add_share_of_context(ctx: Any, gradients: list[Tensor | None], grad_state: Tensor) -> None:
+    """Add to the gradient of x what the second derivatives sent into the mean of its pixels."""
+    if ctx.needs_input_grad[0]:
+        share = _spread(grad_state[:, 2:], ctx.size)
+        direct = gradients[0]
+        gradients[0] = (share if direct is None else direct + share).to(ctx.dtype)
+
+
+def _spread(grad_context: Tensor, size: Sequence[int]) -> Tensor:
+    """The gradient of a mean over the pixels, as a view of N*C numbers."""
+    n, c, h, w = size
+    return (grad_context / (h * w))[:, :, None, None].expand(n, c, h, w)
