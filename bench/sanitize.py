@@ -31,6 +31,7 @@ OPERATIONS = (
     "broadcast_add",
     "broadcast_mul",
     "broadcast_mul_add",
+    "global_context",
 )
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
 # Relative to the largest value; a rounding of the result, with room for sums in another order.
@@ -46,14 +47,29 @@ def companions(name: str, n: int, c: int, h: int, w: int) -> list[tuple[int, ...
         "broadcast_add": [(n, c)],
         "broadcast_mul": [(n, c)],
         "broadcast_mul_add": [(n, c), (n, c)],
+        "global_context": [(c,), (1,), *transform(c, max(c // 4, 1)), *transform(c, max(c // 3, 1))],
     }
     return shapes[name]
+
+
+def transform(c: int, p: int) -> list[tuple[int, ...]]:
+    """The shapes of one branch with p hidden units."""
+    return [(p, c), (p,), (p,), (p,), (c, p), (c,)]
+
+
+def call(module: ModuleType, name: str, tensors: list[torch.Tensor]) -> torch.Tensor:
+    """The operation; a whole block takes its tensors as two branches."""
+    if name != "global_context":
+        return getattr(module, name)(*tensors)
+    x, mask_weight, mask_bias, *branches = tensors
+    add, mul = gc_cuda.Transform(*branches[:6]), gc_cuda.Transform(*branches[6:])
+    return module.global_context(x, mask_weight, mask_bias, add, mul)
 
 
 def evaluate(module: ModuleType, name: str, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
     """The operation's result and the gradients of its sum."""
     leaves = [tensor.detach().requires_grad_() for tensor in tensors]
-    out = getattr(module, name)(*leaves)
+    out = call(module, name, leaves)
     return [out.detach(), *torch.autograd.grad(out, leaves, torch.ones_like(out))]
 
 
@@ -72,7 +88,12 @@ def main() -> int:
     runs, wrong = 0, 0
     for name, shape, dtype, layout in itertools.product(OPERATIONS, SHAPES, TOLERANCE, LAYOUTS):
         x = torch.randn(shape).to(dtype).contiguous(memory_format=layout)
-        others = [torch.randn(size).to(dtype) for size in companions(name, *shape)]
+        others = [torch.randn(size) for size in companions(name, *shape)]
+        if (
+            name == "global_context"
+        ):  # weights as a network's: the norm must not blow up what a rounding leaves
+            others = [other / other.shape[-1] ** 0.5 for other in others]
+        others = [other.to(dtype) for other in others]
         deviation = largest_deviation(name, [x, *others])
         runs += 1
         if not deviation <= TOLERANCE[dtype]:
