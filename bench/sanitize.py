@@ -89,9 +89,7 @@ def main() -> int:
     for name, shape, dtype, layout in itertools.product(OPERATIONS, SHAPES, TOLERANCE, LAYOUTS):
         x = torch.randn(shape).to(dtype).contiguous(memory_format=layout)
         others = [torch.randn(size) for size in companions(name, *shape)]
-        if (
-            name == "global_context"
-        ):  # weights as a network's: the norm must not blow up what a rounding leaves
+        if name == "global_context":  # weights as a network has: the norm must not blow up roundings
             others = [other / other.shape[-1] ** 0.5 for other in others]
         others = [other.to(dtype) for other in others]
         deviation = largest_deviation(name, [x, *others])
