@@ -6,6 +6,7 @@ same in plain PyTorch. ``python -m gc_cuda`` reports the build.
 """
 
 from gc_cuda import reference
+from gc_cuda.accelerate import Report, accelerate, restore
 from gc_cuda.blocks import ContextBlock
 from gc_cuda.functional import (
     attention_pool,
@@ -22,7 +23,9 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ContextBlock",
+    "Report",
     "Transform",
+    "accelerate",
     "attention_pool",
     "average_pool",
     "broadcast_add",
@@ -30,5 +33,6 @@ __all__ = [
     "broadcast_mul_add",
     "global_context",
     "reference",
+    "restore",
     "softmax_pool",
 ]
