@@ -179,7 +179,7 @@ def epsilon(eps: float) -> None:
         raise ValueError(f"eps must be 0 or more, got {eps}")
 
 
-def _travels(tensor: Tensor, x: Tensor) -> bool:
+def _travels(tensor: Tensor | None, x: Tensor) -> bool:
     """What :func:`_companion` demands."""
     return (
         isinstance(tensor, Tensor)
@@ -189,7 +189,7 @@ def _travels(tensor: Tensor, x: Tensor) -> bool:
     )
 
 
-def _companion(tensor: Tensor, name: str, x: Tensor) -> None:
+def _companion(tensor: Tensor | None, name: str, x: Tensor) -> None:
     """Demand a dense tensor on x's device, in x's dtype or that of its sums."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")

@@ -71,7 +71,7 @@ def _is_served(x: Any) -> bool:
         and x.dim() == 4
         and x.device.type in ("cpu", "cuda", "meta")
         and x.is_floating_point()
-        and not torch.jit.is_tracing()
+        and not torch.jit.is_tracing()  # type: ignore[attr-defined]
     )
 
 
@@ -122,7 +122,7 @@ def _transform(branch: Branch | None, x: Tensor) -> Transform | None:
 
 
 def fitting(tensor: Any, x: Tensor) -> Any:
-    """A tensor in a dtype that may travel with ``x``; parameters of another dtype need it. None stays None."""
+    """A parameter in a dtype that may travel with ``x``; None stays None."""
     return tensor if tensor is None or _checks.fits(tensor, x) else tensor.to(x.dtype)
 
 

@@ -1,16 +1,15 @@
-"""Giving a module another forward in place: its class becomes a subclass of what it was, made for the purpose.
+"""Giving a module another forward in place: its class becomes a subclass of what it was, made for that.
 
 Why the class: the instance itself stays untouched, so that parameters, buffers, hooks, the place in its
 parents and whoever else holds it stay what they are, ``isinstance`` stays true, and undoing it is one
-assignment. A new module in its place would leave old references and hooks behind and could not keep the names
-of other frameworks' parameters; a ``forward`` in the instance's dictionary does not pickle, and a forward hook
-would let the old forward run first.
+assignment. A new module in its place would leave old references and hooks behind and could not keep the
+names of other frameworks' parameters; a ``forward`` in the instance's dictionary does not pickle, and a
+forward hook would let the old forward run first.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any
 
 from torch import nn
@@ -20,17 +19,19 @@ Forward = Callable[[Any, Callable[..., Any], Any], Any]
 
 
 class Derived:
-    """What the made classes have in common: deepcopy and pickle, which name the class by what it is made of."""
+    """What the made classes share: deepcopy and pickle, which name a class by what it is made of."""
 
     _gc_recipe: tuple[type[nn.Module], str, Callable[..., Forward], tuple[Any, ...]]
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # Protocol 2 is the first to keep the class apart from the state.
-        _, _, *state = super().__reduce_ex__(max(int(protocol), 2))
-        return _new, self._gc_recipe, *state
+        reduced: Any = super().__reduce_ex__(max(int(protocol), 2))
+        return _new, self._gc_recipe, *reduced[2:]
 
 
-@lru_cache(maxsize=None)
+_made: dict[tuple[Any, ...], type[nn.Module]] = {}
+
+
 def derive(
     original: type[nn.Module], prefix: str, make: Callable[..., Forward], arguments: tuple[Any, ...]
 ) -> type[nn.Module]:
@@ -38,6 +39,15 @@ def derive(
 
     ``make`` and what it takes must pickle, as functions of a module's top level do.
     """
+    recipe = (original, prefix, make, arguments)
+    if recipe not in _made:
+        _made[recipe] = _make(*recipe)
+    return _made[recipe]
+
+
+def _make(
+    original: type[nn.Module], prefix: str, make: Callable[..., Forward], arguments: tuple[Any, ...]
+) -> type[nn.Module]:
     forward = make(*arguments)
 
     def call(self: nn.Module, x: Any) -> Any:
@@ -50,7 +60,9 @@ def derive(
         "_gc_recipe": (original, prefix, make, arguments),
         "forward": call,
     }
-    return type(original)(f"{prefix}{original.__name__}", (Derived, original), members)
+    metaclass: Any = type(original)
+    made: type[nn.Module] = metaclass(f"{prefix}{original.__name__}", (Derived, original), members)
+    return made
 
 
 def original(kind: type[nn.Module]) -> type[nn.Module]:

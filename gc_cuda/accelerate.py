@@ -1,4 +1,4 @@
-"""One line for a model that there is already: its global context and squeeze-and-excitation blocks run fused."""
+"""One line for a model that is there: its global context and squeeze-and-excitation blocks run fused."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from torch import nn
@@ -77,6 +78,16 @@ def _read_squeeze_excite(block: Any) -> Recipe:
 def _read_senet(block: Any) -> Recipe:
     branch = Branch(convolution(block.fc1, "fc1"), None, convolution(block.fc2, "fc2"))
     return Recipe(None, None, branch, activation(block.relu, "relu"), gate(block.sigmoid, "sigmoid"))
+
+
+SLOT = "se"  # timm's own forward runs what stands there after the last norm
+BOTTLENECK_FORWARD = None
+
+
+def bottleneck_class() -> Any:
+    """timm's Bottleneck, or None before anyone has imported it."""
+    module = sys.modules.get("timm.models.resnet")
+    return None if module is None else module.Bottleneck
 
 
 # Before 0.9 the layers were in timm.models.layers, and the private modules had no underscore.
