@@ -123,7 +123,7 @@ def _transform(branch: Transform, name: str, x: Tensor) -> None:
     w1, b1, norm_weight, norm_bias, w2, b2 = branch
     if (norm_weight is None) != (norm_bias is None):
         raise TypeError(
-            f"{name}.norm_weight and {name}.norm_bias must both be tensors, or both None (no layer norm), got "
+            f"{name}.norm_weight and {name}.norm_bias must both be tensors or both None (no layer norm), got "
             f"{type(norm_weight).__name__} and {type(norm_bias).__name__}"
         )
     for tensor, field in zip(branch, Transform._fields):
