@@ -19,7 +19,7 @@ from gc_cuda.functional import global_context
 from gc_cuda.reference import Transform
 
 
-class Unserved(Exception):
+class Unserved(ValueError):
     """The block does something that the fused operation does not; the message says what."""
 
 
@@ -180,7 +180,7 @@ _GATES = {
 _MMCV_HARD_SIGMOID = ("mmcv.cnn.bricks.hsigmoid", "HSigmoid")
 
 
-def activation(module: Any, where: str) -> str:
+def activation(module: Any, where: str = "act") -> str:
     """The name of an activation that is served."""
     plain(module, where)
     kind = type(module)
@@ -190,7 +190,7 @@ def activation(module: Any, where: str) -> str:
     return name
 
 
-def gate(module: Any, where: str) -> str:
+def gate(module: Any, where: str = "gate") -> str:
     """The name of a gate that is served."""
     plain(module, where)
     kind = type(module)

@@ -52,12 +52,15 @@ def insert(
         ValueError: for a stage that is not there or has no bottleneck that is known, or one that has a block
             or another attention already; nothing was changed then.
     """
-    places = [place for stage in stages for place in _places(model, stage)]
+    places = {place.bottleneck: place for stage in stages for place in _places(model, stage)}
+    blocks = [
+        ContextBlock(bottleneck.conv3.out_channels, ratio, pooling_type, fusion_types)
+        for bottleneck in places
+    ]
     names = []
-    for name, bottleneck, slot, make_forward in places:
-        last = bottleneck.conv3
-        block = ContextBlock(last.out_channels, ratio, pooling_type, fusion_types)
-        block.to(last.weight.device, last.weight.dtype).train(bottleneck.training)
+    for (name, bottleneck, slot, make_forward), block in zip(places.values(), blocks):
+        weight = bottleneck.conv3.weight
+        block.to(weight.device, weight.dtype).train(bottleneck.training)
         setattr(bottleneck, slot, block)
         if make_forward is not None:
             bottleneck.__class__ = _swap.derive(type(bottleneck), "GC", make_forward, ())
