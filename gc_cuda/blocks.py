@@ -63,7 +63,8 @@ def _as_autocast_promotes(x: Tensor) -> Tensor:
     kind = x.device.type
     if x.is_meta or not torch.is_autocast_enabled(kind):
         return x
-    return x.to(torch.promote_types(x.dtype, torch.get_autocast_dtype(kind)))
+    dtype = torch.get_autocast_dtype(kind)
+    return x if x.dtype == dtype else x.to(torch.promote_types(x.dtype, dtype))
 
 
 def _transform(branch: nn.Sequential | None, x: Tensor) -> Transform | None:

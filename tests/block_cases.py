@@ -218,5 +218,5 @@ class Spy(TorchDispatchMode):
         return result
 
     def names(self) -> list[str]:
-        """Of the operators that touch numbers, sorted: autograd saves a detached view, which costs nothing."""
+        """Of the operators that touch numbers, sorted; autograd's detached views cost nothing."""
         return sorted(call.name for call in self.calls if call.name != "aten::detach")

@@ -148,7 +148,7 @@ def test_frozen_parameters_get_no_gradient(random):
 
 
 def test_one_operator_each_way(random, device):
-    """Half x, as a half convolution gives it under autocast, beside float32 parameters: no casts around it."""
+    """As under autocast: half x from a convolution beside float32 parameters, and no casts."""
     block = randomised(gc_cuda.ContextBlock(16, 1 / 4, "att", FUSIONS[-1])).to(device)
     x = random(2, 16, 5, 6, dtype=torch.float16, device=device, grad=True)
     with torch.autocast(device.type, torch.float16), Spy() as spy:
