@@ -17,20 +17,24 @@ inline constexpr int kMul = 1;
 // The transform of channel_add or channel_mul, P hidden units; hidden = 0 where it is absent.
 struct Branch {
   int64_t hidden = 0;
-  std::array<at::Tensor, kParameters> parameters;  // contiguous
+  std::array<at::Tensor, kParameters> parameters;  // contiguous; the norm's two are not defined without a layer norm
 
   Branch(at::TensorList given, const char* name, const std::array<const char*, kParameters>& names,
          const at::Tensor& x) {
     if (given.empty()) return;
-    TORCH_CHECK(given.size() == kParameters, name,
-                " must be empty or hold six tensors (w1, b1, norm_weight, norm_bias, w2, b2), got ", given.size());
+    const bool norm = given.size() == kParameters;
+    TORCH_CHECK(norm || given.size() == kParameters - 2, name,
+                " must be empty, or hold w1, b1, norm_weight, norm_bias, w2, b2, or those without the norm's two; got ",
+                given.size(), " tensors");
     const int64_t channels = x.size(1);
     hidden = given[kB1].numel();
     TORCH_CHECK(hidden > 0, names[kB1], " must have at least one element, got shape ", given[kB1].sizes());
     const int64_t sizes[kParameters] = {hidden * channels, hidden, hidden, hidden, channels * hidden, channels};
+    size_t next = 0;
     for (int i = 0; i < kParameters; ++i) {
-      check_companion(given[i], names[i], x, sizes[i]);
-      parameters[i] = given[i].contiguous();
+      if (!norm && (i == kNormWeight || i == kNormBias)) continue;
+      check_companion(given[next], names[i], x, sizes[i]);
+      parameters[i] = given[next++].contiguous();
     }
   }
 };
@@ -51,6 +55,12 @@ struct Branches {
   int64_t hidden_before(int b) const { return b == kAdd ? 0 : each[kAdd].hidden; }
   int64_t row(int b) const { return b == kMul && has(kAdd); }
 };
+
+// The operators' numbers for the kinds of activation and gate, checked.
+inline int check_kind(int64_t kind, const char* name, int count) {
+  TORCH_CHECK(kind >= 0 && kind < count, name, " must be one of 0 to ", count - 1, ", got ", kind);
+  return static_cast<int>(kind);
+}
 
 // Which gradients a call of global_context_backward wants, numbered as the operator returns them, and what follows:
 // which intermediate gradients it takes.
