@@ -2,8 +2,8 @@
 
 Each promise is a ratio of medians taken side by side in one process: against y.copy_(x), against eager
 PyTorch and against torch.compile, at c3, c4 and c5 of a detector and at 7x7 with batch 32, in both memory
-formats; of one thread against all, of bfloat16 against float32, and of the cost of a call on a tiny map. Those
-that are missed are marked.
+formats; of one thread against all, of bfloat16 against float32, and of the cost of a call on a tiny map.
+Those that are missed are marked.
 
 Two regimes, each in a process of its own. "fresh": glibc's default, by which every output above 32 MiB lies
 on pages that the kernel has to clear first, whoever computes it; the limit for the forward pass is then
