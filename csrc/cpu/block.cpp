@@ -119,7 +119,8 @@ Forward run_forward(const FeatureMap& x, const OptionalTensor& mask_weight, cons
   run_together(second, kLinearRows * branches.planes() * images);
 
   result.out = x.like();
-  run(BroadcastArgs<T>{x.shape, x.tensor.data_ptr<T>(), applied[kMul], applied[kAdd], result.out.data_ptr<T>()});
+  run(BroadcastArgs<T>{x.shape, x.tensor.data_ptr<T>(), applied[kMul], applied[kAdd], result.out.data_ptr<T>(),
+                       past_caches(x)});
   return result;
 }
 
@@ -325,7 +326,7 @@ void run_backward(const Backward& problem, std::vector<Tensor>& grads) {
     A* term = scratch.take(images * channels);
     const A share = A(1) / static_cast<A>(pixels);
     for (int64_t i = 0; i < images * channels; ++i) term[i] = grad_context[i] * share;
-    run(BroadcastArgs<T>{map.shape, grad, scale, term, grad_x});
+    run(BroadcastArgs<T>{map.shape, grad, scale, term, grad_x, past_caches(map)});
     return;
   }
   const Plan plan = make_plan(map.shape, sizeof(T));
@@ -334,7 +335,7 @@ void run_backward(const Backward& problem, std::vector<Tensor>& grads) {
   A* parts = needs_weight ? scratch.take(units * channels) : nullptr;
   run(PoolBackwardArgs<T>{map.shape, plan, grad_context, map.tensor.data_ptr<T>(), needs_x ? grad : nullptr, scale,
                           scratch.template widened<T>(*problem.mask_weight), problem.logits.data_ptr<A>(),
-                          problem.state.data_ptr<A>(), grad_x, nullptr, parts});
+                          problem.state.data_ptr<A>(), grad_x, nullptr, parts, past_caches(map)});
   if (needs_weight) {
     grads[Backward::kMaskWeight] = summed<T>(parts, units, *problem.mask_weight, scratch);
   }

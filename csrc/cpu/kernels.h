@@ -43,7 +43,7 @@ struct PoolBackwardArgs {
   Plan plan;
   const acc_t<T>* grad_context;  // [N, C]
   const T* x;                    // [N, C, S] or [N, S, C]
-  const T* grad;                 // like x: what reaches grad_x past the pooling; or null
+  const T* grad;                 // like x: what reaches grad_x past the pooling; null without mask_weight
   const acc_t<T>* scale;         // [N, C], or null for 1; for grad only
   const acc_t<T>* mask_weight;   // [C] or null
   const acc_t<T>* logits;        // [N, S]
@@ -51,6 +51,7 @@ struct PoolBackwardArgs {
   T* grad_x;                     // like x, or null
   acc_t<T>* grad_logits;         // [N, S] or null
   acc_t<T>* grad_mask_weight;    // [N, splits, C], partial sums, or null
+  bool stream;                   // write grad_x past the caches
 };
 
 template <typename T>
@@ -60,6 +61,7 @@ struct BroadcastArgs {
   const acc_t<T>* scale;  // [N, C] or null
   const acc_t<T>* term;   // [N, C] or null
   T* out;                 // like x
+  bool stream;            // write past the caches
 };
 
 // All three results, or without grad_x one or both of the others; absent ones are null, and what only they need.

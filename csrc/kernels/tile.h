@@ -32,7 +32,7 @@ struct TileMap {
         fast(port::thread_index() & (walk.shape.fast_threads - 1)),
         slow(port::thread_index() / walk.shape.fast_threads),
         image(block_of(walk) / walk.splits),
-        split(block_of(walk) % walk.splits),
+        split(block_of(walk) - image * walk.splits),
         first_tile(split * walk.tiles_per_split) {
     const int tiles = (pixels + tile_pixels() - 1) / tile_pixels();
     end_tile = first_tile + walk.tiles_per_split < tiles ? first_tile + walk.tiles_per_split : tiles;
