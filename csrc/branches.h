@@ -6,6 +6,7 @@
 #include <array>
 
 #include "checks.h"
+#include "kernels/policy.h"
 
 namespace gc {
 
@@ -56,11 +57,23 @@ struct Branches {
   int64_t row(int b) const { return b == kMul && has(kAdd); }
 };
 
-// The operators' numbers for the kinds of activation and gate, checked.
-inline int check_kind(int64_t kind, const char* name, int count) {
-  TORCH_CHECK(kind >= 0 && kind < count, name, " must be one of 0 to ", count - 1, ", got ", kind);
-  return static_cast<int>(kind);
-}
+// How both branches are activated, and what channel_mul's output goes through: the operators' numbers, checked.
+struct Kinds {
+  Activation activation;
+  Gate gate;
+
+  Kinds(int64_t activation_number, int64_t gate_number)
+      : activation(static_cast<Activation>(checked(activation_number, "activation", kActivations))),
+        gate(static_cast<Gate>(1 + checked(gate_number, "gate", kGates))) {}
+
+  Gate of(int branch) const { return branch == kMul ? gate : Gate::kNone; }
+
+ private:
+  static int checked(int64_t number, const char* name, int count) {
+    TORCH_CHECK(number >= 0 && number < count, name, " must be one of 0 to ", count - 1, ", got ", number);
+    return static_cast<int>(number);
+  }
+};
 
 // Which gradients a call of global_context_backward wants, numbered as the operator returns them, and what follows:
 // which intermediate gradients it takes.

@@ -57,18 +57,6 @@ void* rows_from(const Tensor& tensor, Int first, int64_t width) {
 // An image's context lies behind the two statistics of its state.
 void* context_in(const Tensor& state) { return rows_from(state, 2, 1); }
 
-// How both branches are activated, and what channel_mul's goes through.
-struct Kinds {
-  Activation activation;
-  Gate gate;
-
-  Kinds(int64_t activation_number, int64_t gate_number)
-      : activation(static_cast<Activation>(check_kind(activation_number, "activation", 3))),
-        gate(static_cast<Gate>(1 + check_kind(gate_number, "gate", 2))) {}
-
-  Gate of(int branch) const { return branch == kMul ? gate : Gate::kNone; }
-};
-
 // outs: [N, C] of each branch.
 void run_transform_forward(const FeatureMap& x, const Branches& branches, Kinds kinds, const Tensor& state, double eps,
                            const Tensor& normalized, const Tensor& inverse_deviation,

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "geometry.h"
+#include "policy.h"
 
 namespace gc {
 
@@ -95,11 +96,6 @@ struct PhaseGrid {
   int blocks[kMaxPhases];
 };
 
-// Of the hidden units.
-enum class Activation : int { kReLU, kSiLU, kHardswish };
-// What a branch's output goes through.
-enum class Gate : int { kNone, kSigmoid, kHardsigmoid };
-
 // One branch of the context block, channel_add or channel_mul, with P = hidden units.
 struct TransformBranch {
   int hidden;
@@ -148,7 +144,7 @@ struct TransformBackwardArgs {
   int slab_steps;       // a block takes slabs of slab_steps * kSlabStep rows of a weight matrix
   const void* context;  // A, image n's from n * context_stride on
   long long context_stride;
-  double factor;       // of grad_context
+  double factor;  // of grad_context
   Activation activation;
   void* grad_context;  // A [N, C] out, or null
   TransformGradients branch[2];
