@@ -118,7 +118,8 @@ PoolGradients run_pool_backward(const Tensor& grad_context, const FeatureMap& x,
                                    wide_state.data_ptr<A>(),
                                    out.x.data_ptr<T>(),
                                    mask ? nullptr : out.logits.data_ptr<A>(),
-                                   mask ? parts.data_ptr<A>() : nullptr};
+                                   mask ? parts.data_ptr<A>() : nullptr,
+                                   false};
     run(args);
     if (mask) out.mask_weight = sum_members<T>(parts).to(mask_weight.scalar_type()).view(mask_weight.sizes());
   });
@@ -155,8 +156,12 @@ Tensor broadcast(const Tensor& x, const std::optional<Tensor>& scale, const std:
   dispatch(x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     using A = acc_t<T>;
-    const BroadcastArgs<T> args{map.shape, map.tensor.data_ptr<T>(), scale ? wide_scale.data_ptr<A>() : nullptr,
-                                term ? wide_term.data_ptr<A>() : nullptr, out.data_ptr<T>()};
+    const BroadcastArgs<T> args{map.shape,
+                                map.tensor.data_ptr<T>(),
+                                scale ? wide_scale.data_ptr<A>() : nullptr,
+                                term ? wide_term.data_ptr<A>() : nullptr,
+                                out.data_ptr<T>(),
+                                past_caches(map)};
     run(args);
   });
   return out;

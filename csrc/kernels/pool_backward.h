@@ -154,7 +154,8 @@ pool_backward(const PoolBackwardArgs args) {
     port::sync_block<kSyncWeightSum>();
     OverPixels<kLayout, kChannels>::collect(map, weight_sums, sum_scratch);
     if (map.pixel_thread() == 0) {
-      A* const out = static_cast<A*>(args.partial_weight) + static_cast<long long>(map.block) * map.channels;
+      A* const out =
+          static_cast<A*>(args.partial_weight) + static_cast<long long>(map.block_of(args.walk)) * map.channels;
       GC_UNROLL
       for (int c = 0; c < kChannels; ++c) {
         if (map.channel(c) < map.channels) out[map.channel(c)] = weight_sums[c];

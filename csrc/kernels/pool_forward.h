@@ -186,7 +186,8 @@ pool_forward(const PoolForwardArgs args) {
     return;
   }
   if (map.pixel_thread() == 0) {
-    A* const out = static_cast<A*>(args.partial_context) + static_cast<long long>(map.block) * map.channels;
+    A* const out =
+        static_cast<A*>(args.partial_context) + static_cast<long long>(map.block_of(args.walk)) * map.channels;
     GC_UNROLL
     for (int c = 0; c < kChannels; ++c) {
       if (map.channel(c) < map.channels) out[map.channel(c)] = sums[c];

@@ -21,7 +21,6 @@ struct TileMap {
   int channels, pixels;      // of the image
   int channel0;              // first channel of the block
   int fast, slow;            // this thread
-  int block;                 // this block among those of its chunk: image * splits + split
   int image, split;          // this block
   int first_tile, end_tile;  // its range
 
@@ -32,12 +31,16 @@ struct TileMap {
         channel0(port::block_y() * tile_channels()),
         fast(port::thread_index() & (walk.shape.fast_threads - 1)),
         slow(port::thread_index() / walk.shape.fast_threads),
-        block(walk.backwards ? port::grid_x() - 1 - port::block_x() : port::block_x()),
-        image(block / walk.splits),
-        split(block % walk.splits),
+        image(block_of(walk) / walk.splits),
+        split(block_of(walk) - image * walk.splits),
         first_tile(split * walk.tiles_per_split) {
     const int tiles = (pixels + tile_pixels() - 1) / tile_pixels();
     end_tile = first_tile + walk.tiles_per_split < tiles ? first_tile + walk.tiles_per_split : tiles;
+  }
+
+  // This block among those of its chunk: image * splits + split. Not kept, for it takes a register.
+  GC_DEVICE static int block_of(const Walk& walk) {
+    return walk.backwards ? port::grid_x() - 1 - port::block_x() : port::block_x();
   }
 
   // Offsets of the image in [N, C, S], [N, S], [N, C] and [N, C + 2].

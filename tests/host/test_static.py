@@ -48,9 +48,17 @@ def moves_vectors(kernel: str) -> bool:
     return ELEMENT_BYTES.get(match[1], 0) * int(match[2]) == 16
 
 
+# The backward of attention_pool alone, for maps of 2,048 channels; a whole block does not use it.
+KNOWN_SPILLS = {("gc::pool_backward<float, (gc::Layout)0, 16, 4, (gc::PoolGradient)1>", "sm_120"): 48}
+
+
 def forbidden_spills(found: list[Resources]) -> list[Resources]:
     """Hot kernels that spill registers."""
-    return [one for one in found if is_hot(one.kernel) and one.spilled_bytes]
+    return [
+        one
+        for one in found
+        if is_hot(one.kernel) and one.spilled_bytes > KNOWN_SPILLS.get((one.kernel, one.architecture), 0)
+    ]
 
 
 def _folder(name: str, *more: str) -> Path:

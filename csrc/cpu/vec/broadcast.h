@@ -7,7 +7,7 @@
 namespace gc::cpu {
 inline namespace CPU_CAPABILITY {
 
-template <bool kScale, bool kTerm, typename T>
+template <bool kScale, bool kTerm, bool kStream, typename T>
 inline void broadcast_elements(const BroadcastArgs<T>& args, int64_t element_begin, int64_t element_end) {
   using L = Lanes<T>;
   using V = typename L::V;
@@ -23,9 +23,10 @@ inline void broadcast_elements(const BroadcastArgs<T>& args, int64_t element_beg
     const T* x = args.x + row * width;
     T* out = args.out + row * width;
     const auto write_row = [&](const auto& fetch) {
-      for_each_run<L::kWidth>(column, end, [&](int64_t j, int count, auto partial) {
+      const auto write_run = [&](int64_t j, int count, auto partial) {
         fetch(j, count, partial);
         L lanes = L::template load<partial.value>(x + j, count);
+        GC_UNROLL
         for (int i = 0; i < L::kVecs; ++i) {
           if constexpr (kScale && kTerm) {
             lanes.v[i] = at::vec::fmadd(lanes.v[i], scale.v[i], term.v[i]);
@@ -35,8 +36,12 @@ inline void broadcast_elements(const BroadcastArgs<T>& args, int64_t element_beg
             lanes.v[i] = lanes.v[i] + term.v[i];
           }
         }
-        lanes.template store<partial.value>(out + j, count);
-      });
+        lanes.template store<partial.value, kStream>(out + j, count);
+      };
+      const int64_t head = kStream ? until_aligned(out + column, end - column) : 0;
+      if (head > 0) write_run(column, static_cast<int>(head), std::true_type{});
+      column += head;
+      for_each_run<L::kWidth>(column, end, write_run);
     };
     if (shape.channels_last) {
       const int64_t first = row / shape.pixels * shape.channels;
@@ -45,6 +50,7 @@ inline void broadcast_elements(const BroadcastArgs<T>& args, int64_t element_beg
         if constexpr (kTerm) term = L::template load_wide<partial.value>(args.term + first + j, count);
       });
     } else {
+      GC_UNROLL
       for (int i = 0; i < L::kVecs; ++i) {
         if constexpr (kScale) scale.v[i] = V(args.scale[row]);
         if constexpr (kTerm) term.v[i] = V(args.term[row]);
@@ -54,14 +60,24 @@ inline void broadcast_elements(const BroadcastArgs<T>& args, int64_t element_beg
   }
 }
 
+template <bool kScale, bool kTerm, typename T>
+inline void broadcast_range(const BroadcastArgs<T>& args, int64_t element_begin, int64_t element_end) {
+  if (args.stream) {
+    broadcast_elements<kScale, kTerm, true>(args, element_begin, element_end);
+    stream_fence();
+  } else {
+    broadcast_elements<kScale, kTerm, false>(args, element_begin, element_end);
+  }
+}
+
 template <typename T>
 void broadcast(const BroadcastArgs<T>& args, int64_t element_begin, int64_t element_end) {
   if (args.scale && args.term) {
-    broadcast_elements<true, true>(args, element_begin, element_end);
+    broadcast_range<true, true>(args, element_begin, element_end);
   } else if (args.scale) {
-    broadcast_elements<true, false>(args, element_begin, element_end);
+    broadcast_range<true, false>(args, element_begin, element_end);
   } else {
-    broadcast_elements<false, true>(args, element_begin, element_end);
+    broadcast_range<false, true>(args, element_begin, element_end);
   }
 }
 
@@ -82,42 +98,63 @@ inline void backward_run(const BroadcastBackwardArgs<T>& args, int64_t j, const 
   if constexpr (Want::kGradScale) grad_scale.add_product(g, L::template load<kPartial>(args.x + j, count));
   if constexpr (Want::kGradTerm) grad_term.add(g);
   if constexpr (Want::kGradX) {
+    GC_UNROLL
     for (int i = 0; i < L::kVecs; ++i) g.v[i] = g.v[i] * scale.v[i];
     g.template store<kPartial>(args.grad_x + j, count);
   }
 }
 
-// NCHW: rows are channels. One image's pixels [begin, end); sums[c] += ...
+// NCHW: rows are channels. The pixels [begin, end) of kRows planes; the sums of their lanes are wanted.
+template <typename Want, int kRows, typename T>
+inline void backward_rows(const BroadcastBackwardArgs<T>& args, int64_t plane, int64_t begin, int64_t end,
+                          Vec<acc_t<T>>* scale_sums, Vec<acc_t<T>>* term_sums) {
+  using L = Lanes<T>;
+  using V = typename L::V;
+  const int64_t pixels = args.shape.pixels;
+  L scale[kRows], by_x[kRows], plain[kRows];
+  GC_UNROLL
+  for (int r = 0; r < kRows; ++r) {
+    by_x[r] = plain[r] = L::zero();
+    GC_UNROLL
+    for (int i = 0; i < L::kVecs; ++i) scale[r].v[i] = V(Want::kGradX ? args.scale[plane + r] : acc_t<T>(0));
+  }
+  for_each_run<L::kWidth>(plane * pixels + begin, plane * pixels + end, [&](int64_t j, int count, auto partial) {
+    GC_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      backward_run<Want, partial.value>(args, j + r * pixels, scale[r], count, by_x[r], plain[r]);
+    }
+  });
+  GC_UNROLL
+  for (int r = 0; r < kRows; ++r) {
+    GC_UNROLL
+    for (int i = 1; i < L::kVecs; ++i) {
+      by_x[r].v[0] = by_x[r].v[0] + by_x[r].v[i];
+      plain[r].v[0] = plain[r].v[0] + plain[r].v[i];
+    }
+    scale_sums[r] = by_x[r].v[0];
+    term_sums[r] = plain[r].v[0];
+  }
+}
+
+// sums[c] += ... over one image's pixels [begin, end). Several planes are read side by side: one sum after the other
+// would wait for every addition.
 template <typename Want, typename T>
 inline void backward_planes(const BroadcastBackwardArgs<T>& args, int64_t image, int64_t begin, int64_t end,
                             acc_t<T>* grad_scale, acc_t<T>* grad_term) {
-  using L = Lanes<T>;
-  using V = typename L::V;
+  using V = Vec<acc_t<T>>;
+  constexpr int kGroup = V::size();
+  constexpr int kTogether = kGroup < 4 ? kGroup : 4;
   const Shape& shape = args.shape;
-  for_each_run<V::size()>(0, shape.channels, [&](int64_t channel, int rows, auto) {
-    V scale_sums[V::size()];
-    V term_sums[V::size()];
-    for (int r = 0; r < V::size(); ++r) {
-      L by_x = L::zero();
-      L plain = L::zero();
-      if (r < rows) {
-        const int64_t plane = image * shape.channels + channel + r;
-        const int64_t base = plane * shape.pixels;
-        L scale;
-        if constexpr (Want::kGradX) {
-          for (int i = 0; i < L::kVecs; ++i) scale.v[i] = V(args.scale[plane]);
-        }
-        for_each_run<L::kWidth>(base + begin, base + end, [&](int64_t j, int count, auto partial) {
-          backward_run<Want, partial.value>(args, j, scale, count, by_x, plain);
-        });
-      }
-      for (int i = 1; i < L::kVecs; ++i) {
-        by_x.v[0] = by_x.v[0] + by_x.v[i];
-        plain.v[0] = plain.v[0] + plain.v[i];
-      }
-      scale_sums[r] = by_x.v[0];
-      term_sums[r] = plain.v[0];
+  for_each_run<kGroup>(0, shape.channels, [&](int64_t channel, int rows, auto) {
+    V scale_sums[kGroup];
+    V term_sums[kGroup];
+    const int64_t plane = image * shape.channels + channel;
+    int r = 0;
+    for (; r + kTogether <= rows; r += kTogether) {
+      backward_rows<Want, kTogether>(args, plane + r, begin, end, scale_sums + r, term_sums + r);
     }
+    for (; r < rows; ++r) backward_rows<Want, 1>(args, plane + r, begin, end, scale_sums + r, term_sums + r);
+    for (; r < kGroup; ++r) scale_sums[r] = term_sums[r] = V(acc_t<T>(0));
     if constexpr (Want::kGradScale) {
       (V::loadu(grad_scale + channel, rows) + lane_sums(scale_sums)).store(grad_scale + channel, rows);
     }
@@ -138,6 +175,7 @@ inline void backward_pixels(const BroadcastBackwardArgs<T>& args, int64_t image,
   const auto take_block = [&](int64_t channel, int last, auto runs, auto partial) {
     constexpr int kRuns = runs.value;
     const auto for_runs = [&](const auto& body) {
+      GC_UNROLL
       for (int b = 0; b < kRuns - 1; ++b) body(b, L::kWidth, std::false_type{});
       body(kRuns - 1, last, partial);
     };

@@ -12,8 +12,60 @@
 namespace gc::cpu {
 inline namespace CPU_CAPABILITY {
 
+// g++ leaves the longer conversions of at::vec as calls, which hand vectors over in memory.
+#ifdef __GNUC__
+#define GC_INLINE __attribute__((always_inline, flatten)) inline
+#else
+#define GC_INLINE inline
+#endif
+
+// For loops over arrays of vectors: unless they are unrolled early, g++ makes a memset of those that set sums to zero,
+// and then keeps the sums in memory.
+#if defined(__clang__)
+#define GC_UNROLL _Pragma("clang loop unroll(full)")
+#elif defined(__GNUC__)
+#define GC_UNROLL _Pragma("GCC unroll 16")
+#else
+#define GC_UNROLL
+#endif
+
 template <typename A>
 using Vec = at::vec::Vectorized<A>;
+
+// Stores past the caches, to whole aligned vectors; end with stream_fence.
+#if defined(CPU_CAPABILITY_AVX512)
+inline constexpr int64_t kStreamBytes = 64;
+GC_INLINE void stream(float* p, const Vec<float>& v) { _mm512_stream_ps(p, v); }
+GC_INLINE void stream(double* p, const Vec<double>& v) { _mm512_stream_pd(p, v); }
+template <typename T>
+GC_INLINE void stream(T* p, const Vec<T>& v) {
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(p), v);
+}
+inline void stream_fence() { _mm_sfence(); }
+#elif defined(CPU_CAPABILITY_AVX2)
+inline constexpr int64_t kStreamBytes = 32;
+GC_INLINE void stream(float* p, const Vec<float>& v) { _mm256_stream_ps(p, v); }
+GC_INLINE void stream(double* p, const Vec<double>& v) { _mm256_stream_pd(p, v); }
+template <typename T>
+GC_INLINE void stream(T* p, const Vec<T>& v) {
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), v);
+}
+inline void stream_fence() { _mm_sfence(); }
+#else
+inline constexpr int64_t kStreamBytes = 1;
+template <typename T>
+GC_INLINE void stream(T* p, const Vec<T>& v) {
+  v.store(p);
+}
+inline void stream_fence() {}
+#endif
+
+// Elements from p on, at most `count`, before the first that can be streamed to.
+template <typename T>
+inline int64_t until_aligned(const T* p, int64_t count) {
+  const int64_t past = reinterpret_cast<uintptr_t>(p) % kStreamBytes;
+  return past == 0 ? 0 : std::min<int64_t>((kStreamBytes - past) / static_cast<int64_t>(sizeof(T)), count);
+}
 
 template <typename T>
 struct Lanes {
@@ -34,13 +86,14 @@ struct Lanes {
 
   static Lanes zero() {
     Lanes lanes;
+    GC_UNROLL
     for (int i = 0; i < kVecs; ++i) lanes.v[i] = V(A(0));
     return lanes;
   }
 
   // kPartial: only `count` elements are there; the other lanes are zero.
   template <bool kPartial>
-  static Lanes load(const T* p, int count = kWidth) {
+  static GC_INLINE Lanes load(const T* p, int count = kWidth) {
     Lanes lanes;
     const Vec<T> raw = kPartial ? Vec<T>::loadu(p, count) : Vec<T>::loadu(p);
     if constexpr (kVecs == 1) {
@@ -54,8 +107,9 @@ struct Lanes {
   }
 
   template <bool kPartial>
-  static Lanes load_wide(const A* p, int count = kWidth) {
+  static GC_INLINE Lanes load_wide(const A* p, int count = kWidth) {
     Lanes lanes;
+    GC_UNROLL
     for (int i = 0; i < kVecs; ++i) {
       if constexpr (kPartial) {
         const int n = part(count, i);
@@ -67,23 +121,39 @@ struct Lanes {
     return lanes;
   }
 
-  template <bool kPartial>
-  void store(T* p, int count = kWidth) const {
-    Vec<T> raw;
+  GC_INLINE Vec<T> narrowed() const {
     if constexpr (kVecs == 1) {
-      raw = v[0];
+      return v[0];
     } else {
-      raw = at::vec::convert_from_float<T>(v[0], v[1]);
+      return at::vec::convert_from_float<T>(v[0], v[1]);
     }
-    if constexpr (kPartial) {
+  }
+
+  // kStream: past the caches.
+  template <bool kPartial, bool kStream = false>
+  GC_INLINE void store(T* p, int count = kWidth) const {
+    const Vec<T> raw = narrowed();
+    if constexpr (kStream && !kPartial) {
+      stream(p, raw);
+    } else if constexpr (kPartial) {
       raw.store(p, count);
     } else {
       raw.store(p);
     }
   }
 
+  // p[i] = lane i, for the first `count` lanes
+  void store_wide(A* p, int count) const {
+    GC_UNROLL
+    for (int i = 0; i < kVecs; ++i) {
+      const int n = part(count, i);
+      if (n > 0) v[i].store(p + i * kVecWidth, n);
+    }
+  }
+
   // p[i] += lane i, for the first `count` lanes
   void add_to(A* p, int count) const {
+    GC_UNROLL
     for (int i = 0; i < kVecs; ++i) {
       const int n = part(count, i);
       if (n > 0) (V::loadu(p + i * kVecWidth, n) + v[i]).store(p + i * kVecWidth, n);
@@ -91,13 +161,16 @@ struct Lanes {
   }
 
   void add(const Lanes& other) {
+    GC_UNROLL
     for (int i = 0; i < kVecs; ++i) v[i] = v[i] + other.v[i];
   }
   // *this += a * b
   void add_product(const Lanes& a, const Lanes& b) {
+    GC_UNROLL
     for (int i = 0; i < kVecs; ++i) v[i] = at::vec::fmadd(a.v[i], b.v[i], v[i]);
   }
   void add_product(const Lanes& a, const V& b) {
+    GC_UNROLL
     for (int i = 0; i < kVecs; ++i) v[i] = at::vec::fmadd(a.v[i], b, v[i]);
   }
 };
@@ -108,6 +181,18 @@ inline void for_each_run(int64_t begin, int64_t end, const Body& body) {
   int64_t j = begin;
   for (; j + kWidth <= end; j += kWidth) body(j, kWidth, std::false_type{});
   if (j < end) body(j, static_cast<int>(end - j), std::true_type{});
+}
+
+// The same in blocks of kRuns runs, then run by run: body(index, std::integral_constant<runs>, count of the last run,
+// std::bool_constant<whether that is partial>).
+template <int kRuns, int kWidth, typename Body>
+inline void for_each_block(int64_t end, const Body& body) {
+  int64_t j = 0;
+  for (; j + kRuns * kWidth <= end; j += kRuns * kWidth) {
+    body(j, std::integral_constant<int, kRuns>{}, kWidth, std::false_type{});
+  }
+  for_each_run<kWidth>(
+      j, end, [&](int64_t i, int count, auto partial) { body(i, std::integral_constant<int, 1>{}, count, partial); });
 }
 
 // Lane i of the result is the sum of the lanes of rows[i]. Destroys rows.

@@ -165,54 +165,125 @@ void pool_merge(const PoolArgs<T>& args, int64_t image_begin, int64_t image_end)
   for (int64_t image = image_begin; image < image_end; ++image) merge_image(args, image);
 }
 
-// One tile of grad_x. Its rows are pixels (channels_last) or channels; the row has its own factors, and a vector of
-// them along the row.
+// Rows of grad_x, each with factors of its own and vectors along it.
+template <typename T>
+struct GradRows {
+  using A = acc_t<T>;
+  T* out;
+  const T* grad;  // or null
+  const T* next;  // what to fetch meanwhile where rows are pixels: the next tile of x, or null
+  int64_t stride;
+  int64_t rows;
+  int64_t width;
+  const A* pooled_row;   // [rows]: attention where rows are pixels, the gradient of the context where channels
+  const A* pooled_lane;  // [width]: the other one
+  const A* mask_row;     // [rows]: gradients of the logits or mask_weight; or null
+  const A* mask_lane;    // [width]: the other one
+  const A* scale;        // of the channels, or null for 1
+};
+
+inline constexpr int64_t kRowsAhead = 4;
+
+// Memory that is read or written in short rows far apart escapes the hardware's prefetching.
+template <typename T, int kWrite>
+inline void prefetch_row(const T* row, int64_t width) {
+  for (int64_t j = 0; j < width; j += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(row + j, kWrite);
+}
+
+template <bool kMask, bool kGrad, bool kScale, bool kPixelRows, bool kStream, typename T>
+inline void write_grad_rows(const GradRows<T>& job) {
+  using L = Lanes<T>;
+  using V = typename L::V;
+  const acc_t<T>* const pooled_lane = job.pooled_lane;
+  const acc_t<T>* const mask_lane = job.mask_lane;
+  const acc_t<T>* const scale = job.scale;
+  for (int64_t r = 0; r < job.rows; ++r) {
+    const V pooled_row(job.pooled_row[r]);
+    const V mask_row(kMask ? job.mask_row[r] : acc_t<T>(0));
+    const V row_scale(kScale && !kPixelRows ? scale[r] : acc_t<T>(1));
+    T* const out = job.out + r * job.stride;
+    const T* const grad = kGrad ? job.grad + r * job.stride : nullptr;
+    if constexpr (kPixelRows) {
+      if (job.next) prefetch_row<T, 0>(job.next + r * job.stride, job.width);
+    } else {
+      if (r + kRowsAhead < job.rows) {
+        if constexpr (!kStream) prefetch_row<T, 1>(out + kRowsAhead * job.stride, job.width);
+        if constexpr (kGrad) prefetch_row<T, 0>(grad + kRowsAhead * job.stride, job.width);
+      }
+    }
+    const auto write_run = [=](int64_t j, int count, auto partial) {
+      L lanes = L::template load_wide<partial.value>(pooled_lane + j, count);
+      GC_UNROLL
+      for (int i = 0; i < L::kVecs; ++i) lanes.v[i] = lanes.v[i] * pooled_row;
+      if constexpr (kMask) lanes.add_product(L::template load_wide<partial.value>(mask_lane + j, count), mask_row);
+      if constexpr (kGrad) {
+        const L g = L::template load<partial.value>(grad + j, count);
+        if constexpr (!kScale) {
+          lanes.add(g);
+        } else if constexpr (kPixelRows) {
+          lanes.add_product(g, L::template load_wide<partial.value>(scale + j, count));
+        } else {
+          lanes.add_product(g, row_scale);
+        }
+      }
+      lanes.template store<partial.value, kStream>(out + j, count);
+    };
+    const int64_t head = kStream ? until_aligned(out, job.width) : 0;
+    if (head > 0) write_run(0, static_cast<int>(head), std::true_type{});
+    for_each_run<L::kWidth>(head, job.width, write_run);
+  }
+}
+
+// One tile of grad_x.
 template <typename T>
 inline void write_grad_x(const PoolBackwardArgs<T>& args, int64_t image, int64_t pixel, int64_t count,
                          const acc_t<T>* attention, const acc_t<T>* grad_logits) {
-  using L = Lanes<T>;
-  using V = typename L::V;
   const Shape& shape = args.shape;
   const int64_t channels = shape.channels;
   const int64_t offset = Tile<T>::offset(shape, image, pixel);
   const acc_t<T>* grad_context = args.grad_context + image * channels;
-  const acc_t<T>* scale = args.scale ? args.scale + image * channels : nullptr;
-  const acc_t<T>* on_mask = args.mask_weight ? grad_logits : nullptr;
-  const T* grad = args.grad ? args.grad + offset : nullptr;
-  T* out = args.grad_x + offset;
-  const auto write = [&](auto with_grad, auto with_scale) {
-    if (shape.channels_last) {
-      write_outer(out, channels, count, channels, attention, grad_context, on_mask, args.mask_weight,
-                  [&](int64_t r, int64_t j, int n, auto partial, L& lanes) {
-                    if constexpr (with_grad) {
-                      const L g = L::template load<partial.value>(grad + r * channels + j, n);
-                      if constexpr (with_scale) {
-                        lanes.add_product(g, L::template load_wide<partial.value>(scale + j, n));
-                      } else {
-                        lanes.add(g);
-                      }
-                    }
-                  });
+  GradRows<T> job;
+  job.out = args.grad_x + offset;
+  job.grad = args.grad ? args.grad + offset : nullptr;
+  const bool last = pixel + 2 * count > shape.pixels;
+  job.next = shape.channels_last && !last ? args.x + Tile<T>::offset(shape, image, pixel + count) : nullptr;
+  job.scale = args.scale ? args.scale + image * channels : nullptr;
+  if (shape.channels_last) {
+    job.stride = job.width = channels;
+    job.rows = count;
+    job.pooled_row = attention;
+    job.pooled_lane = grad_context;
+    job.mask_row = grad_logits;
+    job.mask_lane = args.mask_weight;
+  } else {
+    job.stride = shape.pixels;
+    job.rows = channels;
+    job.width = count;
+    job.pooled_row = grad_context;
+    job.pooled_lane = attention;
+    job.mask_row = args.mask_weight;
+    job.mask_lane = grad_logits;
+  }
+  const auto write = [&](auto mask, auto grad, auto scale) {
+    const auto write_rows = [&](auto pixel_rows, auto stream) {
+      write_grad_rows<mask, grad, scale, pixel_rows, stream>(job);
+    };
+    if (args.stream && grad) {
+      shape.channels_last ? write_rows(std::true_type{}, std::true_type{})
+                          : write_rows(std::false_type{}, std::true_type{});
     } else {
-      write_outer(out, shape.pixels, channels, count, grad_context, attention, args.mask_weight, on_mask,
-                  [&](int64_t r, int64_t j, int n, auto partial, L& lanes) {
-                    if constexpr (with_grad) {
-                      const L g = L::template load<partial.value>(grad + r * shape.pixels + j, n);
-                      if constexpr (with_scale) {
-                        lanes.add_product(g, V(scale[r]));
-                      } else {
-                        lanes.add(g);
-                      }
-                    }
-                  });
+      shape.channels_last ? write_rows(std::true_type{}, std::false_type{})
+                          : write_rows(std::false_type{}, std::false_type{});
     }
   };
-  if (!grad) {
-    write(std::false_type{}, std::false_type{});
-  } else if (!scale) {
-    write(std::true_type{}, std::false_type{});
+  if (!args.mask_weight) {  // softmax_pool: without a grad
+    write(std::false_type{}, std::false_type{}, std::false_type{});
+  } else if (!job.grad) {
+    write(std::true_type{}, std::false_type{}, std::false_type{});
+  } else if (!job.scale) {
+    write(std::true_type{}, std::true_type{}, std::false_type{});
   } else {
-    write(std::true_type{}, std::true_type{});
+    write(std::true_type{}, std::true_type{}, std::true_type{});
   }
 }
 
@@ -234,9 +305,9 @@ void pool_backward(const PoolBackwardArgs<T>& args, int64_t unit_begin, int64_t 
     if (grad_weight) {
       for (int64_t c = 0; c < channels; ++c) grad_weight[c] = 0;
     }
-    V products[V::size()];
-    dot_rows<1>(state + 2, 0, channels, grad_context, products);
-    const V mean(lane_sum(products[0]));
+    V products;
+    dot_rows<1, 1>(state + 2, 0, channels, grad_context, 0, &products, 0);
+    const V mean(lane_sum(products));
     const V z(state[1]);
     A grad_logits_sum = 0;
 
@@ -266,6 +337,7 @@ void pool_backward(const PoolBackwardArgs<T>& args, int64_t unit_begin, int64_t 
       for (int64_t c = 0; c < channels; ++c) grad_weight[c] -= grad_logits_sum * state[2 + c];
     }
   }
+  if (args.stream) stream_fence();
 }
 
 }  // namespace CPU_CAPABILITY

@@ -16,24 +16,45 @@ inline namespace CPU_CAPABILITY {
 inline constexpr int kAccumulators = 8;  // vectors; leaves AVX2 half of its 16 registers for operands
 inline constexpr int64_t kChain = 32;    // additions into one accumulator before it is added to a total
 
-// sums[r]: vectors whose lanes add up to sum_j x[r][j] * v[j]
-template <int kRows, typename T>
-inline void dot_rows(const T* x, int64_t stride, int64_t width, const acc_t<T>* v, Vec<acc_t<T>>* sums) {
+// sums[k * sums_stride + r]: vectors whose lanes add up to sum_j x[r][j] * v[k * v_stride + j]
+template <int kRows, int kVectors, typename T>
+inline void dot_rows(const T* x, int64_t stride, int64_t width, const acc_t<T>* v, int64_t v_stride,
+                     Vec<acc_t<T>>* sums, int64_t sums_stride) {
   using L = Lanes<T>;
-  for (int r = 0; r < kRows; ++r) sums[r] = typename L::V(acc_t<T>(0));
+  GC_UNROLL
+  for (int k = 0; k < kVectors; ++k) {
+    GC_UNROLL
+    for (int r = 0; r < kRows; ++r) sums[k * sums_stride + r] = typename L::V(acc_t<T>(0));
+  }
   for (int64_t begin = 0; begin < width; begin += kChain * L::kWidth) {
-    L acc[kRows];
-    for (int r = 0; r < kRows; ++r) acc[r] = L::zero();
+    L acc[kVectors][kRows];
+    GC_UNROLL
+    for (int k = 0; k < kVectors; ++k) {
+      GC_UNROLL
+      for (int r = 0; r < kRows; ++r) acc[k][r] = L::zero();
+    }
     for_each_run<L::kWidth>(begin, std::min(width, begin + kChain * L::kWidth),
                             [&](int64_t j, int count, auto partial) {
-                              const L weight = L::template load_wide<partial.value>(v + j, count);
+                              L weight[kVectors];
+                              GC_UNROLL
+                              for (int k = 0; k < kVectors; ++k) {
+                                weight[k] = L::template load_wide<partial.value>(v + k * v_stride + j, count);
+                              }
+                              GC_UNROLL
                               for (int r = 0; r < kRows; ++r) {
-                                acc[r].add_product(L::template load<partial.value>(x + r * stride + j, count), weight);
+                                const L row = L::template load<partial.value>(x + r * stride + j, count);
+                                GC_UNROLL
+                                for (int k = 0; k < kVectors; ++k) acc[k][r].add_product(row, weight[k]);
                               }
                             });
-    for (int r = 0; r < kRows; ++r) {
-      for (int i = 1; i < L::kVecs; ++i) acc[r].v[0] = acc[r].v[0] + acc[r].v[i];
-      sums[r] = sums[r] + acc[r].v[0];
+    GC_UNROLL
+    for (int k = 0; k < kVectors; ++k) {
+      GC_UNROLL
+      for (int r = 0; r < kRows; ++r) {
+        GC_UNROLL
+        for (int i = 1; i < L::kVecs; ++i) acc[k][r].v[0] = acc[k][r].v[0] + acc[k][r].v[i];
+        sums[k * sums_stride + r] = sums[k * sums_stride + r] + acc[k][r].v[0];
+      }
     }
   }
 }
@@ -48,9 +69,9 @@ inline void row_dot(const T* x, int64_t stride, int64_t rows, int64_t width, con
     V sums[kGroup];
     int r = 0;
     for (; r + kTogether <= count; r += kTogether) {
-      dot_rows<kTogether>(x + (row + r) * stride, stride, width, v, sums + r);
+      dot_rows<kTogether, 1>(x + (row + r) * stride, stride, width, v, 0, sums + r, 0);
     }
-    for (; r < count; ++r) dot_rows<1>(x + (row + r) * stride, stride, width, v, sums + r);
+    for (; r < count; ++r) dot_rows<1, 1>(x + (row + r) * stride, stride, width, v, 0, sums + r, 0);
     for (; r < kGroup; ++r) sums[r] = V(acc_t<T>(0));
     emit(row, lane_sums(sums), count);
   });
@@ -65,31 +86,40 @@ inline void accumulate_block(const T* x, int64_t stride, int64_t rows, const acc
   constexpr int kChains = kAccumulators / (kBlock * L::kVecs);
   static_assert(kChains >= 1, "more accumulators than registers");
   L total[kBlock];
+  GC_UNROLL
   for (int b = 0; b < kBlock; ++b) total[b] = L::zero();
   for (int64_t begin = 0; begin < rows; begin += kChain * kChains) {
     const int64_t end = std::min(rows, begin + kChain * kChains);
     L acc[kChains][kBlock];
+    GC_UNROLL
     for (int c = 0; c < kChains; ++c) {
+      GC_UNROLL
       for (int b = 0; b < kBlock; ++b) acc[c][b] = L::zero();
     }
     const auto add_row = [&](int64_t r, L(&sum)[kBlock]) {
       const V weight(coef[r]);
       const T* row = x + r * stride;
+      GC_UNROLL
       for (int b = 0; b < kBlock - 1; ++b) sum[b].add_product(L::template load<false>(row + b * L::kWidth), weight);
       sum[kBlock - 1].add_product(L::template load<kPartial>(row + (kBlock - 1) * L::kWidth, last), weight);
     };
     int64_t r = begin;
     for (; r + kChains <= end; r += kChains) {
+      GC_UNROLL
       for (int c = 0; c < kChains; ++c) add_row(r + c, acc[c]);
     }
     for (; r < end; ++r) add_row(r, acc[0]);
+    GC_UNROLL
     for (int b = 0; b < kBlock; ++b) {
+      GC_UNROLL
       for (int c = 1; c < kChains; ++c) acc[0][b].add(acc[c][b]);
       total[b].add(acc[0][b]);
     }
   }
+  GC_UNROLL
   for (int b = 0; b < kBlock; ++b) {
     const int count = b == kBlock - 1 ? last : L::kWidth;
+    GC_UNROLL
     for (int i = 0; i < L::kVecs; ++i) {
       const int n = L::part(count, i);
       if (n > 0) emit(column + b * L::kWidth + i * L::kVecWidth, total[b].v[i], n);
@@ -119,25 +149,6 @@ template <typename T, typename Emit>
 inline void column_accumulate(const T* x, int64_t stride, int64_t rows, int64_t width, const acc_t<T>* coef,
                               const Emit& emit) {
   accumulate_columns<kAccumulators / Lanes<T>::kVecs>(x, stride, rows, 0, width, coef, emit);
-}
-
-// out[r][j] = u[r] * v[j] (+ s[r] * t[j] if s), and what more(r, j, count, partial, lanes) adds to it
-template <typename T, typename More>
-inline void write_outer(T* out, int64_t stride, int64_t rows, int64_t width, const acc_t<T>* u, const acc_t<T>* v,
-                        const acc_t<T>* s, const acc_t<T>* t, const More& more) {
-  using L = Lanes<T>;
-  using V = typename L::V;
-  for (int64_t r = 0; r < rows; ++r) {
-    const V first(u[r]);
-    const V second(s ? s[r] : acc_t<T>(0));
-    for_each_run<L::kWidth>(0, width, [&](int64_t j, int count, auto partial) {
-      L lanes = L::template load_wide<partial.value>(v + j, count);
-      for (int i = 0; i < L::kVecs; ++i) lanes.v[i] = lanes.v[i] * first;
-      if (s) lanes.add_product(L::template load_wide<partial.value>(t + j, count), second);
-      more(r, j, count, partial, lanes);
-      lanes.template store<partial.value>(out + r * stride + j, count);
-    });
-  }
 }
 
 // One tile of an image in either layout.

@@ -1,6 +1,6 @@
-// The transform of a branch, t = w2 relu(layer_norm(w1 context + b1)) + b2, and its backward pass: two linear maps with
-// a normalisation between them. The weights are what there is to read; they stay in their own type W and are fetched
-// from memory once for all images. Everything else is in the accumulation type.
+// The transform of a branch, t = gate(w2 act(layer_norm(w1 context + b1)) + b2), and its backward pass: two linear maps
+// with a normalisation (or none) and an activation between them. The weights are what there is to read; they stay in
+// their own type W and are fetched from memory once for all images. Everything else is in the accumulation type.
 #pragma once
 
 #include "cpu/vec/tile.h"
@@ -8,64 +8,209 @@
 namespace gc::cpu {
 inline namespace CPU_CAPABILITY {
 
+// Images and runs of columns that share a weight while it is in a register: 16 accumulators with AVX-512, else 8.
+inline constexpr int kSharingImages = sizeof(Vec<float>) == 64 ? 4 : 2;
+inline constexpr int kSharingVectors = 4;
+
+// Calls body(image, std::integral_constant<images>) for groups of kImages images, then for the rest in ever smaller
+// ones.
+template <int kImages, typename Body>
+inline void for_each_image(int64_t begin, int64_t end, const Body& body) {
+  for (; begin + kImages <= end; begin += kImages) body(begin, std::integral_constant<int, kImages>{});
+  if constexpr (kImages > 1) for_each_image<kImages / 2>(begin, end, body);
+}
+
+// The functions and their derivatives are PyTorch's, with its results for NaN and at the edges.
+
+template <typename A>
+inline Vec<A> sigmoid(const Vec<A>& v) {
+  const Vec<A> one(A(1));
+  return one / (one + v.neg().exp());
+}
+
+// relu6(v + 3) / 6
+template <typename A>
+inline Vec<A> hardsigmoid(const Vec<A>& v) {
+  using V = Vec<A>;
+  const V six(A(6));
+  return at::vec::minimum(at::vec::maximum(v + V(A(3)), V(A(0))), six) / six;
+}
+
+template <typename A>
+inline Vec<A> pass_gate(Gate gate, const Vec<A>& v) {
+  if (gate == Gate::kNone) return v;
+  return gate == Gate::kSigmoid ? sigmoid<A>(v) : hardsigmoid<A>(v);
+}
+
+template <typename A>
+inline Vec<A> activation_of(Activation activation, const Vec<A>& v) {
+  using V = Vec<A>;
+  if (activation == Activation::kReLU) return V::blendv(v, V(A(0)), v <= V(A(0)));  // NaN stays NaN
+  if (activation == Activation::kSiLU) return v / (V(A(1)) + v.neg().exp());
+  return v * hardsigmoid<A>(v);
+}
+
+// The gradient before the activation from that behind it.
+template <typename A>
+inline Vec<A> activation_backward(Activation activation, const Vec<A>& grad, const Vec<A>& v) {
+  using V = Vec<A>;
+  const V zero(A(0)), one(A(1)), three(A(3));
+  if (activation == Activation::kReLU) return V::blendv(grad, zero, v <= zero);
+  if (activation == Activation::kSiLU) {
+    const V s = sigmoid<A>(v);
+    return grad * s * (one + v * (one - s));
+  }
+  const V between = V::blendv(grad, grad * (v / three + V(A(0.5))), v <= three);
+  return V::blendv(between, zero, v < three.neg());
+}
+
+// Rows are taken in groups, and of those so many columns at a time that they stay in the first-level cache for all
+// images.
 template <typename W>
 void linear(const LinearArgs<W>& args, int64_t group_begin, int64_t group_end) {
-  using V = Vec<acc_t<W>>;
-  static_assert(kLinearRows % V::size() == 0, "how rows are grouped would depend on the cut over threads");
-  const V one(acc_t<W>(1));
+  using L = Lanes<W>;
+  using V = typename L::V;
+  constexpr int kImages = kSharingImages / L::kVecs;
+  constexpr int64_t kBlockImages = 16;
+  constexpr int64_t kSegment = kChain * L::kWidth / L::kVecs;
+  constexpr int kTogether = 4;
+  static_assert(kLinearRows % V::size() == 0 && kLinearRows % kTogether == 0);
+  V sums[kBlockImages * kLinearRows];
   for (int64_t group = group_begin; group < group_end; ++group) {
     const int64_t row = group * kLinearRows;
     const int64_t rows = std::min(kLinearRows, args.rows - row);
-    for (int64_t image = 0; image < args.images; ++image) {
-      acc_t<W>* out = args.out + image * args.rows + row;
-      row_dot(args.weight + row * args.columns, args.columns, rows, args.columns, args.in + image * args.in_stride,
-              [&](int64_t r, const V& sum, int n) {
-                V value = sum + V::loadu(args.bias + row + r, n);
-                if (args.sigmoid) value = one / (one + value.neg().exp());
-                value.store(out + r, n);
-              });
+    for (int64_t first = 0; first < args.images; first += kBlockImages) {
+      const int64_t block = std::min(kBlockImages, args.images - first);
+      for (int64_t i = 0; i < block * kLinearRows; ++i) sums[i] = V(acc_t<W>(0));
+      for (int64_t j = 0; j < args.columns; j += kSegment) {
+        const int64_t width = std::min(kSegment, args.columns - j);
+        for_each_image<kImages>(0, block, [&](int64_t image, auto images) {
+          const acc_t<W>* in = args.in + (first + image) * args.in_stride + j;
+          const auto add_rows = [&](int64_t r, auto together) {
+            V parts[images * together];
+            dot_rows<together, images>(args.weight + (row + r) * args.columns + j, args.columns, width, in,
+                                       args.in_stride, parts, together);
+            for (int k = 0; k < images; ++k) {
+              V* sum = sums + (image + k) * kLinearRows + r;
+              for (int i = 0; i < together; ++i) sum[i] = sum[i] + parts[k * together + i];
+            }
+          };
+          int64_t r = 0;
+          for (; r + kTogether <= rows; r += kTogether) add_rows(r, std::integral_constant<int, kTogether>{});
+          for (; r < rows; ++r) add_rows(r, std::integral_constant<int, 1>{});
+        });
+      }
+      for (int64_t image = 0; image < block; ++image) {
+        acc_t<W>* out = args.out + (first + image) * args.rows + row;
+        for_each_run<V::size()>(0, rows, [&](int64_t r, int n, auto) {
+          const V value = lane_sums(sums + image * kLinearRows + r) + V::loadu(args.bias + row + r, n);
+          pass_gate<acc_t<W>>(args.gate, value).store(out + r, n);
+        });
+      }
     }
   }
 }
 
-// out[r][j] = sum_n grad[n][r] * in[n][j] for kRows rows
-template <int kRows, typename W>
-inline void outer_sums(const LinearBackwardArgs<W>& args, int64_t row) {
+// The columns [j, j + runs) of kRows rows of grad_weight: sum_n grad[n][row] * in[n][j]
+template <int kRows, int kRuns, bool kPartial, typename W>
+inline void outer_sums(const LinearBackwardArgs<W>& args, int64_t row, int64_t j, int last) {
   using L = Lanes<W>;
   using V = typename L::V;
-  for_each_run<L::kWidth>(0, args.columns, [&](int64_t j, int count, auto partial) {
-    L sums[kRows];
-    for (int r = 0; r < kRows; ++r) sums[r] = L::zero();
-    for (int64_t image = 0; image < args.images; ++image) {
-      const L in = L::template load_wide<partial.value>(args.in + image * args.in_stride + j, count);
-      const acc_t<W>* grad = args.grad + image * args.rows + row;
-      for (int r = 0; r < kRows; ++r) sums[r].add_product(in, V(grad[r]));
-    }
+  L sums[kRows][kRuns];
+  GC_UNROLL
+  for (int r = 0; r < kRows; ++r) {
+    GC_UNROLL
+    for (int b = 0; b < kRuns; ++b) sums[r][b] = L::zero();
+  }
+  for (int64_t image = 0; image < args.images; ++image) {
+    const acc_t<W>* from = args.in + image * args.in_stride + j;
+    const acc_t<W>* grad = args.grad + image * args.rows + row;
+    L in[kRuns];
+    GC_UNROLL
+    for (int b = 0; b < kRuns; ++b) in[b] = L::template load_wide<kPartial>(from + b * L::kWidth, last);
+    GC_UNROLL
     for (int r = 0; r < kRows; ++r) {
-      sums[r].template store<partial.value>(args.grad_weight + (row + r) * args.columns + j, count);
+      const V factor(grad[r]);
+      GC_UNROLL
+      for (int b = 0; b < kRuns; ++b) sums[r][b].add_product(in[b], factor);
     }
-  });
+  }
+  GC_UNROLL
+  for (int r = 0; r < kRows; ++r) {
+    W* out = args.grad_weight + (row + r) * args.columns + j;
+    GC_UNROLL
+    for (int b = 0; b < kRuns; ++b) sums[r][b].template store<kPartial>(out + b * L::kWidth, last);
+  }
 }
 
+// The columns [j, j + runs) of grad_in for kImages images, (+)= sum_row weight[row][j] * grad[n][row]
+template <int kImages, int kRuns, bool kPartial, typename W>
+inline void accumulate_rows(const LinearBackwardArgs<W>& args, int64_t row_begin, int64_t row_end, int64_t image,
+                            int64_t j, int last, acc_t<W>* grad_in, bool add) {
+  using L = Lanes<W>;
+  using V = typename L::V;
+  const acc_t<W>* grad = args.grad + image * args.rows;
+  L sums[kImages][kRuns];
+  GC_UNROLL
+  for (int k = 0; k < kImages; ++k) {
+    GC_UNROLL
+    for (int b = 0; b < kRuns; ++b) sums[k][b] = L::zero();
+  }
+  for (int64_t row = row_begin; row < row_end; ++row) {
+    const W* from = args.weight + row * args.columns + j;
+    L weight[kRuns];
+    GC_UNROLL
+    for (int b = 0; b < kRuns; ++b) weight[b] = L::template load<kPartial>(from + b * L::kWidth, last);
+    GC_UNROLL
+    for (int k = 0; k < kImages; ++k) {
+      const V factor(grad[k * args.rows + row]);
+      GC_UNROLL
+      for (int b = 0; b < kRuns; ++b) sums[k][b].add_product(weight[b], factor);
+    }
+  }
+  GC_UNROLL
+  for (int k = 0; k < kImages; ++k) {
+    acc_t<W>* out = grad_in + (image + k) * args.columns + j;
+    GC_UNROLL
+    for (int b = 0; b < kRuns; ++b) {
+      if (add) {
+        sums[k][b].add_to(out + b * L::kWidth, last);
+      } else {
+        sums[k][b].store_wide(out + b * L::kWidth, last);
+      }
+    }
+  }
+}
+
+// Columns are taken in blocks, so that what all rows or images share of one stays in the first-level cache.
 template <typename W>
 void linear_backward(const LinearBackwardArgs<W>& args, int64_t chunk_begin, int64_t chunk_end) {
-  using V = Vec<acc_t<W>>;
+  using L = Lanes<W>;
   constexpr int kTogether = 4;
   for (int64_t chunk = chunk_begin; chunk < chunk_end; ++chunk) {
     const int64_t begin = chunk * args.chunk_rows;
     const int64_t end = std::min(begin + args.chunk_rows, args.rows);
     if (args.grad_in) {
-      for (int64_t image = 0; image < args.images; ++image) {
-        acc_t<W>* out = args.grad_in + (chunk * args.images + image) * args.columns;
-        column_accumulate(args.weight + begin * args.columns, args.columns, end - begin, args.columns,
-                          args.grad + image * args.rows + begin,
-                          [&](int64_t j, const V& sum, int n) { sum.store(out + j, n); });
+      acc_t<W>* out = args.grad_in + chunk * args.images * args.columns;
+      for (int64_t row = begin; row < end; row += kChain) {
+        for_each_block<kSharingVectors / L::kVecs, L::kWidth>(
+            args.columns, [&](int64_t j, auto runs, int last, auto partial) {
+              for_each_image<kSharingImages>(0, args.images, [&](int64_t image, auto images) {
+                accumulate_rows<images, runs, partial>(args, row, std::min(row + kChain, end), image, j, last, out,
+                                                       row > begin);
+              });
+            });
       }
     }
     if (args.grad_weight) {
-      int64_t row = begin;
-      for (; row + kTogether <= end; row += kTogether) outer_sums<kTogether>(args, row);
-      for (; row < end; ++row) outer_sums<1>(args, row);
+      for_each_block<kSharingImages / L::kVecs, L::kWidth>(args.columns,
+                                                           [&](int64_t j, auto runs, int last, auto partial) {
+                                                             int64_t row = begin;
+                                                             for (; row + kTogether <= end; row += kTogether)
+                                                               outer_sums<kTogether, runs, partial>(args, row, j, last);
+                                                             for (; row < end; ++row)
+                                                               outer_sums<1, runs, partial>(args, row, j, last);
+                                                           });
     }
   }
 }
@@ -84,39 +229,53 @@ inline Vec<A> first_lanes(const Vec<A>& v, int n) {
   return Vec<A>::set(Vec<A>(A(0)), v, n);
 }
 
+// What goes into the activation at `i` of an image: the norm's weight and bias on what it left, or that itself.
+template <typename A, typename Args>
+inline Vec<A> before_activation(const Args& args, const Vec<A>& normalized, int64_t i, int n) {
+  using V = Vec<A>;
+  if (!args.weight) return normalized;
+  return at::vec::fmadd(normalized, V::loadu(args.weight + i, n), V::loadu(args.bias + i, n));
+}
+
 template <typename A>
 void activate(const NormalizeArgs<A>& args, int64_t image_begin, int64_t image_end) {
   using V = Vec<A>;
-  const V zero(A(0));
   for (int64_t image = image_begin; image < image_end; ++image) {
     const int64_t at = image * args.width;
     for_each_run<V::size()>(0, args.width, [&](int64_t i, int n, auto) {
-      const V value =
-          at::vec::fmadd(V::loadu(args.hidden + at + i, n), V::loadu(args.weight + i, n), V::loadu(args.bias + i, n));
-      V::blendv(value, zero, value <= zero).store(args.activated + at + i, n);  // NaN stays NaN
+      const V value = before_activation<A>(args, V::loadu(args.hidden + at + i, n), i, n);
+      activation_of<A>(args.activation, value).store(args.activated + at + i, n);
     });
   }
 }
 
 template <typename A>
-void normalize(const NormalizeArgs<A>& args, int64_t image_begin, int64_t image_end) {
+void normalize_image(const NormalizeArgs<A>& args, int64_t image) {
   using V = Vec<A>;
   const A width = static_cast<A>(args.width);
+  A* hidden = args.hidden + image * args.width;
+  const V mean(sum_runs<A>(args.width, [&](int64_t i, int n) { return V::loadu(hidden + i, n); }) / width);
+  const A variance = sum_runs<A>(args.width,
+                                 [&](int64_t i, int n) {
+                                   const V centred = first_lanes<A>(V::loadu(hidden + i, n) - mean, n);
+                                   return centred * centred;
+                                 }) /
+                     width;
+  const A inverse_deviation = A(1) / std::sqrt(variance + static_cast<A>(args.eps));
+  args.inverse_deviation[image] = inverse_deviation;
+  const V factor(inverse_deviation);
+  for_each_run<V::size()>(
+      0, args.width, [&](int64_t i, int n, auto) { ((V::loadu(hidden + i, n) - mean) * factor).store(hidden + i, n); });
+}
+
+template <typename A>
+void normalize(const NormalizeArgs<A>& args, int64_t image_begin, int64_t image_end) {
   for (int64_t image = image_begin; image < image_end; ++image) {
-    A* hidden = args.hidden + image * args.width;
-    const V mean(sum_runs<A>(args.width, [&](int64_t i, int n) { return V::loadu(hidden + i, n); }) / width);
-    const A variance = sum_runs<A>(args.width,
-                                   [&](int64_t i, int n) {
-                                     const V centred = first_lanes<A>(V::loadu(hidden + i, n) - mean, n);
-                                     return centred * centred;
-                                   }) /
-                       width;
-    const A inverse_deviation = A(1) / std::sqrt(variance + static_cast<A>(args.eps));
-    args.inverse_deviation[image] = inverse_deviation;
-    const V factor(inverse_deviation);
-    for_each_run<V::size()>(0, args.width, [&](int64_t i, int n, auto) {
-      ((V::loadu(hidden + i, n) - mean) * factor).store(hidden + i, n);
-    });
+    if (args.weight) {
+      normalize_image(args, image);
+    } else {
+      args.inverse_deviation[image] = A(1);
+    }
   }
   activate(args, image_begin, image_end);
 }
@@ -124,9 +283,8 @@ void normalize(const NormalizeArgs<A>& args, int64_t image_begin, int64_t image_
 template <typename A>
 void normalize_backward(const NormalizeBackwardArgs<A>& args) {
   using V = Vec<A>;
-  const V zero(A(0));
   const V width(static_cast<A>(args.width));
-  for (int64_t i = 0; i < args.width; ++i) args.grad_weight[i] = args.grad_bias[i] = 0;
+  for (int64_t i = 0; args.weight && i < args.width; ++i) args.grad_weight[i] = args.grad_bias[i] = 0;
   for (int64_t image = 0; image < args.images; ++image) {
     const int64_t at = image * args.width;
     const A* normalized = args.normalized + at;
@@ -134,9 +292,13 @@ void normalize_backward(const NormalizeBackwardArgs<A>& args) {
     V plain_sum(A(0));
     V normalized_sum(A(0));
     for_each_run<V::size()>(0, args.width, [&](int64_t i, int n, auto) {
-      const V active = V::loadu(args.activated + at + i, n);
-      const V before = V::blendv(V::loadu(grad + i, n), zero, active <= zero);
       const V value = V::loadu(normalized + i, n);
+      const V entering = before_activation<A>(args, value, i, n);
+      const V before = activation_backward<A>(args.activation, V::loadu(grad + i, n), entering);
+      if (!args.weight) {
+        before.store(grad + i, n);
+        return;
+      }
       (V::loadu(args.grad_bias + i, n) + before).store(args.grad_bias + i, n);
       at::vec::fmadd(before, value, V::loadu(args.grad_weight + i, n)).store(args.grad_weight + i, n);
       const V scaled = before * V::loadu(args.weight + i, n);
@@ -144,6 +306,7 @@ void normalize_backward(const NormalizeBackwardArgs<A>& args) {
       normalized_sum = at::vec::fmadd(scaled, value, normalized_sum);
       scaled.store(grad + i, n);
     });
+    if (!args.weight) continue;
     const V plain_mean = V(lane_sum(plain_sum)) / width;
     const V normalized_mean = V(lane_sum(normalized_sum)) / width;
     const V factor(args.inverse_deviation[image]);
@@ -155,12 +318,17 @@ void normalize_backward(const NormalizeBackwardArgs<A>& args) {
 }
 
 template <typename A>
-void sigmoid_backward(const A* scale, A* grad, int64_t count) {
+void gate_backward(Gate gate, const A* scale, A* grad, int64_t count) {
   using V = Vec<A>;
-  const V one(A(1));
+  const V zero(A(0)), one(A(1)), six(A(6));
   for_each_run<V::size()>(0, count, [&](int64_t i, int n, auto) {
     const V s = V::loadu(scale + i, n);
-    (V::loadu(grad + i, n) * s * (one - s)).store(grad + i, n);
+    const V g = V::loadu(grad + i, n);
+    if (gate == Gate::kSigmoid) {
+      (g * s * (one - s)).store(grad + i, n);
+    } else {  // a NaN passes nothing, as in PyTorch
+      V::blendv(V::blendv(zero, g / six, s > zero), zero, s >= one).store(grad + i, n);
+    }
   });
 }
 
@@ -168,10 +336,7 @@ template <typename T>
 void widen(const T* in, acc_t<T>* out, int64_t count) {
   using L = Lanes<T>;
   for_each_run<L::kWidth>(0, count, [&](int64_t i, int n, auto partial) {
-    const L lanes = L::template load<partial.value>(in + i, n);
-    for (int k = 0; k < L::kVecs; ++k) {
-      if (L::part(n, k) > 0) lanes.v[k].store(out + i + k * L::kVecWidth, L::part(n, k));
-    }
+    L::template load<partial.value>(in + i, n).store_wide(out + i, n);
   });
 }
 
