@@ -87,7 +87,7 @@ def test_non_local_like_mmcv(random, mode, sub_sample):
     ours.load_state_dict(theirs.state_dict(), strict=True)
     if mode == "concatenation":  # mmcv's divides in place what its ReLU has saved, and cannot be trained
         torch.testing.assert_close(ours(x), theirs(x), rtol=1e-11, atol=1e-11)
-        assert torch.autograd.gradcheck(ours, x.requires_grad_())
+        assert torch.autograd.gradcheck(ours, x[:1, :, :2, :4].clone().requires_grad_())
         return
     actual, expected = step(ours, x), step(theirs, x)
     # some gradients are zero, as a softmax does not feel a shift: what they are compared with is the largest
