@@ -127,7 +127,8 @@ check_cuda() {
   (cd / && "$python" "$root/tests/cuda_build_check.py")
   need "${test_needs[@]}" "${model_needs[@]}"
   say "testing the models of timm and torchvision"
-  (cd / && "$python" -m pytest -q -c "$root/pyproject.toml" -p no:cacheprovider "$root"/tests/test_{timm,torchvision}.py)
+  (cd / && "$python" -m pytest -q -c "$root/pyproject.toml" -p no:cacheprovider \
+    "$root"/tests/test_{timm,torchvision,readme}.py)
 }
 
 verb=${1:-build}

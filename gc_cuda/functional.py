@@ -23,13 +23,14 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from gc_cuda import _checks, _extension, _fake, reference
+from gc_cuda import _checks, _extension, _fake, _flops, reference
 from gc_cuda._block_function import Policy, whole_block
 from gc_cuda._double_backward import differentiable_gradients, graph_wanted
 from gc_cuda.reference import Transform
 
 if _extension.build_config() is not None:
     _fake.register()
+    _flops.register()
 
 
 def softmax_pool(x: Tensor, logits: Tensor) -> Tensor:
