@@ -65,7 +65,11 @@ def fused_forward(read: Callable[[Any], Recipe]) -> Forward:
 
 
 def _is_served(x: Any) -> bool:
-    """Not torch.fx's stand-in for a tensor, nor what the operators do not take; and no trace is recorded."""
+    """Not torch.fx's stand-in for a tensor, nor what the operators do not take; and neither a trace is
+    recorded nor a transform of torch.func under way, which needs more of an autograd.Function.
+    """
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return False
     return (
         isinstance(x, Tensor)
         and x.dim() == 4

@@ -65,8 +65,9 @@ def accelerate(model: nn.Module) -> Report:
     (loading one needs gc_cuda); accelerating twice is the same as once; :func:`restore` undoes it.
 
     A block is read anew in every call: if it is changed later into something that is not served, its own
-    forward runs. That also runs while a graph is traced (``torch.fx``, ``torch.jit.trace``), and for inputs
-    that the operators do not take, as on other devices.
+    forward runs. That also runs while a graph is traced (``torch.fx``, ``torch.jit.trace``), under the
+    transforms of ``torch.func``, and for inputs that the operators do not take, as on other devices.
+    ``torch.jit.script`` wants a restored model.
 
     Args:
         model: a block, or a module that has blocks anywhere inside.

@@ -301,6 +301,21 @@ def test_what_runs_by_the_own_forward(random):
     torch.testing.assert_close(traced(x), net(x), rtol=1e-12, atol=1e-12)
 
 
+def test_transforms_of_torch_func(random):
+    """They need more of an autograd.Function, and get the block's own forward."""
+    net = model()
+    parameters = dict(net.named_parameters())
+    x = random(2, 3, 7, 7)
+
+    def loss(parameters):
+        return torch.func.functional_call(net, parameters, (x,)).square().sum()
+
+    expected = torch.func.grad(loss)(parameters)
+    gc_cuda.accelerate(net)
+    for name, gradient in torch.func.grad(loss)(parameters).items():
+        assert torch.equal(gradient, expected[name])
+
+
 def test_compiles_as_one_graph(random):
     net = model()
     x = random(2, 3, 7, 7)

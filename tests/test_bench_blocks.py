@@ -38,7 +38,7 @@ def test_blocks(bench, tmp_path, capsys):
 def test_models(bench, capsys):
     pytest.importorskip("torchvision", reason="torchvision is not installed")
     models = bench("models")
-    options = ["--device", "cpu", "--batch", "1", "--size", "32", "--seconds", "0.001", "--rounds", "1"]
+    options = ["--device", "cpu", "--batch", "1", "--size", "64", "--seconds", "0.001", "--rounds", "1"]
     assert models.main([*options, "--models", "mobilenet_v3_large", "r16"]) == 0
     lines = [line.split(" | ")[:3] for line in capsys.readouterr().out.splitlines() if "→" in line]
     assert lines == [
