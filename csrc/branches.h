@@ -6,6 +6,7 @@
 #include <array>
 
 #include "checks.h"
+#include "kernels/policy.h"
 
 namespace gc {
 
@@ -17,20 +18,24 @@ inline constexpr int kMul = 1;
 // The transform of channel_add or channel_mul, P hidden units; hidden = 0 where it is absent.
 struct Branch {
   int64_t hidden = 0;
-  std::array<at::Tensor, kParameters> parameters;  // contiguous
+  std::array<at::Tensor, kParameters> parameters;  // contiguous; the norm's two are not defined without a layer norm
 
   Branch(at::TensorList given, const char* name, const std::array<const char*, kParameters>& names,
          const at::Tensor& x) {
     if (given.empty()) return;
-    TORCH_CHECK(given.size() == kParameters, name,
-                " must be empty or hold six tensors (w1, b1, norm_weight, norm_bias, w2, b2), got ", given.size());
+    const bool norm = given.size() == kParameters;
+    TORCH_CHECK(norm || given.size() == kParameters - 2, name,
+                " must be empty, or hold w1, b1, norm_weight, norm_bias, w2, b2, or those without the norm's two; got ",
+                given.size(), " tensors");
     const int64_t channels = x.size(1);
     hidden = given[kB1].numel();
     TORCH_CHECK(hidden > 0, names[kB1], " must have at least one element, got shape ", given[kB1].sizes());
     const int64_t sizes[kParameters] = {hidden * channels, hidden, hidden, hidden, channels * hidden, channels};
+    size_t next = 0;
     for (int i = 0; i < kParameters; ++i) {
-      check_companion(given[i], names[i], x, sizes[i]);
-      parameters[i] = given[i].contiguous();
+      if (!norm && (i == kNormWeight || i == kNormBias)) continue;
+      check_companion(given[next], names[i], x, sizes[i]);
+      parameters[i] = given[next++].contiguous();
     }
   }
 };
@@ -50,6 +55,24 @@ struct Branches {
   // Where a branch's part of `normalized` begins, per image; and its row of `inverse_deviation`.
   int64_t hidden_before(int b) const { return b == kAdd ? 0 : each[kAdd].hidden; }
   int64_t row(int b) const { return b == kMul && has(kAdd); }
+};
+
+// How both branches are activated, and what channel_mul's output goes through: the operators' numbers, checked.
+struct Kinds {
+  Activation activation;
+  Gate gate;
+
+  Kinds(int64_t activation_number, int64_t gate_number)
+      : activation(static_cast<Activation>(checked(activation_number, "activation", kActivations))),
+        gate(static_cast<Gate>(1 + checked(gate_number, "gate", kGates))) {}
+
+  Gate of(int branch) const { return branch == kMul ? gate : Gate::kNone; }
+
+ private:
+  static int checked(int64_t number, const char* name, int count) {
+    TORCH_CHECK(number >= 0 && number < count, name, " must be one of 0 to ", count - 1, ", got ", number);
+    return static_cast<int>(number);
+  }
 };
 
 // Which gradients a call of global_context_backward wants, numbered as the operator returns them, and what follows:

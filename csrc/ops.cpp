@@ -35,17 +35,22 @@ TORCH_LIBRARY(gc_cuda, m) {
       "broadcast_mul_backward(Tensor grad, Tensor x, Tensor scale) -> "
       "(Tensor grad_x, Tensor grad_scale, Tensor grad_term)");
 
-  // The whole block: pooling (the mean without mask_weight), the transforms t of the branches, out = x * sigmoid(t_mul)
-  // + t_add. add and mul are empty or (w1, b1, norm_weight, norm_bias, w2, b2). normalized: what leaves the layer norms
-  // before their weight and bias, [N, P] of add, then of mul; inverse_deviation [branches, N]; scale = sigmoid(t_mul).
+  // The whole block: pooling (the mean without mask_weight), the transforms t of the branches, out = x * gate(t_mul) +
+  // t_add. add and mul are empty, or (w1, b1, norm_weight, norm_bias, w2, b2), or the same without a norm. normalized:
+  // what leaves the layer norms before their weight and bias (without a norm, what would enter it), [N, P] of add, then
+  // of mul; inverse_deviation [branches, N]; scale = gate(t_mul). activation: 0 ReLU, 1 SiLU, 2 Hardswish; gate: 0
+  // sigmoid, 1 hardsigmoid.
   m.def(
-      "global_context(Tensor x, Tensor? mask_weight, Tensor? mask_bias, Tensor[] add, Tensor[] mul, float eps) -> "
+      "global_context(Tensor x, Tensor? mask_weight, Tensor? mask_bias, Tensor[] add, Tensor[] mul, float eps, "
+      "int activation, int gate) -> "
       "(Tensor out, Tensor logits, Tensor state, Tensor normalized, Tensor inverse_deviation, Tensor scale)");
   // The gradients of x, mask_weight, add's six and mul's six: those that are needed, the others empty. x may be None
   // where nothing that is needed depends on it.
   m.def(
       "global_context_backward(Tensor grad, Tensor? x, Tensor? mask_weight, Tensor[] add, Tensor[] mul, "
-      "Tensor logits, Tensor state, Tensor normalized, Tensor inverse_deviation, Tensor scale, bool[14] needed) -> "
+      "Tensor logits, Tensor state, Tensor normalized, Tensor inverse_deviation, Tensor scale, int activation, int "
+      "gate, "
+      "bool[14] needed) -> "
       "Tensor[]");
 }
 

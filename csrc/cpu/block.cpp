@@ -10,9 +10,10 @@
 #include <tuple>
 #include <vector>
 
-#include "cpu/branches.h"
+#include "branches.h"
 #include "cpu/feature_map.h"
 #include "cpu/run.h"
+#include "cpu/transform.h"
 
 namespace gc::cpu {
 
@@ -20,9 +21,6 @@ namespace {
 
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
-
-constexpr int kAdd = 0;
-constexpr int kMul = 1;
 
 template <typename T>
 acc_t<T> scalar(const Tensor& tensor) {
@@ -75,7 +73,7 @@ void pool_attention(const FeatureMap& x, const Tensor& mask_weight, const Option
 
 template <typename T>
 Forward run_forward(const FeatureMap& x, const OptionalTensor& mask_weight, const OptionalTensor& mask_bias,
-                    const Branches& branches, double eps) {
+                    const Branches& branches, double eps, Kinds kinds) {
   using A = acc_t<T>;
   const int64_t images = x.shape.images, channels = x.shape.channels;
   const at::TensorOptions options = x.accumulation();
@@ -91,12 +89,12 @@ Forward run_forward(const FeatureMap& x, const OptionalTensor& mask_weight, cons
     pool_average<T>(x, state, scratch);
   }
 
-  result.normalized = at::empty({images * branches.planes()}, options);
+  result.normalized = at::empty({images * branches.hidden()}, options);
   result.inverse_deviation = at::empty({branches.count(), images}, options);
   result.scale = branches.has(kMul) ? at::empty({images, channels}, options) : at::empty({0}, options);
   A* const applied[] = {branches.has(kAdd) ? scratch.take(images * channels) : nullptr,
                         branches.has(kMul) ? result.scale.data_ptr<A>() : nullptr};
-  A* activated = scratch.take(images * branches.planes());
+  A* activated = scratch.take(images * branches.hidden());
 
   std::vector<Share> first, second;
   std::vector<NormalizeArgs<A>> between;
@@ -104,19 +102,19 @@ Forward run_forward(const FeatureMap& x, const OptionalTensor& mask_weight, cons
     if (!branches.has(b)) continue;
     const Branch& branch = branches.each[b];
     const auto vector = [&](Parameter which) { return scratch.template widened<T>(branch.parameters[which]); };
-    const int64_t planes = branch.planes;
-    const int64_t start = images * branches.planes_before(b);
+    const int64_t units = branch.hidden;
+    const int64_t start = images * branches.hidden_before(b);
     A* hidden = result.normalized.data_ptr<A>() + start;
-    first.push_back(linear_share<T>(branch.parameters[kW1], vector(kB1), state + 2, channels + 2, hidden, images,
-                                    planes, channels, false));
+    first.push_back(linear_share<T>(branch.parameters[kW1], vector(kB1), state + 2, channels + 2, hidden, images, units,
+                                    channels, Gate::kNone));
     between.push_back({hidden, result.inverse_deviation.data_ptr<A>() + branches.row(b) * images, vector(kNormWeight),
-                       vector(kNormBias), activated + start, planes, eps});
-    second.push_back(linear_share<T>(branch.parameters[kW2], vector(kB2), activated + start, planes, applied[b], images,
-                                     channels, planes, b == kMul));
+                       vector(kNormBias), activated + start, units, eps, kinds.activation});
+    second.push_back(linear_share<T>(branch.parameters[kW2], vector(kB2), activated + start, units, applied[b], images,
+                                     channels, units, kinds.of(b)));
   }
   run_together(first, kLinearRows * channels * images);
   for (const NormalizeArgs<A>& args : between) kernels<A>().normalize(args, 0, images);
-  run_together(second, kLinearRows * branches.planes() * images);
+  run_together(second, kLinearRows * branches.hidden() * images);
 
   result.out = x.like();
   run(BroadcastArgs<T>{x.shape, x.tensor.data_ptr<T>(), applied[kMul], applied[kAdd], result.out.data_ptr<T>(),
@@ -124,49 +122,38 @@ Forward run_forward(const FeatureMap& x, const OptionalTensor& mask_weight, cons
   return result;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> global_context(const Tensor& x,
-                                                                          const OptionalTensor& mask_weight,
-                                                                          const OptionalTensor& mask_bias,
-                                                                          at::TensorList add, at::TensorList mul,
-                                                                          double eps) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> global_context(
+    const Tensor& x, const OptionalTensor& mask_weight, const OptionalTensor& mask_bias, at::TensorList add,
+    at::TensorList mul, double eps, int64_t activation, int64_t gate) {
   const FeatureMap map(x, "x");
   if (mask_weight) check_companion(*mask_weight, "mask_weight", x, map.shape.channels);
   if (mask_bias) check_companion(*mask_bias, "mask_bias", x, 1);
   const Branches branches(add, mul, x);
   Forward result;
-  dispatch(x.scalar_type(),
-           [&](auto zero) { result = run_forward<decltype(zero)>(map, mask_weight, mask_bias, branches, eps); });
+  dispatch(x.scalar_type(), [&](auto zero) {
+    result = run_forward<decltype(zero)>(map, mask_weight, mask_bias, branches, eps, Kinds(activation, gate));
+  });
   return {result.out, result.logits, result.state, result.normalized, result.inverse_deviation, result.scale};
 }
 
-// What a call of the backward operator is about. Gradients are numbered as the operator returns them.
+// What a call of the backward operator is about.
 struct Backward {
-  static constexpr int kX = 0;
-  static constexpr int kMaskWeight = 1;
-  static constexpr int kCount = 2 + 2 * kParameters;
-  static int index(int branch, Parameter which) { return 2 + kParameters * branch + which; }
-
   const FeatureMap& map;  // of x, or of grad where x is None
   const Tensor& grad;     // in the layout of map
-  bool has_x;
   const OptionalTensor& mask_weight;
   const Branches& branches;
+  const Kinds& kinds;
+  const Needs& needs;
   const Tensor& logits;
   const Tensor& state;
   const Tensor& normalized;
   const Tensor& inverse_deviation;
   const Tensor& scale;
-  std::array<bool, kCount> needed;
 
-  bool needs_context() const { return needed[kX] || (mask_weight && needed[kMaskWeight]); }
-  bool needs(int branch, Parameter which) const { return needed[index(branch, which)]; }
-  bool needs_hidden(int b) const { return needs_context() || needs(b, kW1) || needs(b, kB1); }
-  bool needs_activated(int b) const { return needs_hidden(b) || needs(b, kNormWeight) || needs(b, kNormBias); }
-  bool runs(int b) const { return branches.has(b) && (needs_activated(b) || needs(b, kW2) || needs(b, kB2)); }
-  bool reads_x() const { return runs(kMul) || (mask_weight && needs_context()); }
+  bool runs(int b) const { return needs.branch(branches, b); }
 };
 
-// The gradients of the transforms' results before the sigmoid, [N, C] each.
+// The gradients of the transforms' results before the gate, [N, C] each.
 struct TermGradients {
   Tensor add;
   Tensor mul;
@@ -189,7 +176,7 @@ TermGradients reduce_grad(const Backward& problem) {
   if (add) out.add = sum_members<T>(term_parts);
   if (mul) {
     out.mul = sum_members<T>(scale_parts);
-    kernels<A>().sigmoid_backward(problem.scale.data_ptr<A>(), out.mul.data_ptr<A>(), out.mul.numel());
+    kernels<A>().gate_backward(problem.kinds.gate, problem.scale.data_ptr<A>(), out.mul.data_ptr<A>(), out.mul.numel());
   }
   return out;
 }
@@ -220,17 +207,17 @@ const acc_t<T>* run_transform_backward(const Backward& problem, const TermGradie
                                        Scratch<acc_t<T>>& scratch) {
   using A = acc_t<T>;
   const int64_t images = problem.map.shape.images, channels = problem.map.shape.channels;
-  const bool needs_context = problem.needs_context();
+  const bool needs_context = problem.needs.context();
   const auto fresh = [&](int b, Parameter which) {
     const Tensor& parameter = problem.branches.each[b].parameters[which];
-    Tensor& grad = grads[Backward::index(b, which)];
-    if (problem.needs(b, which)) grad = at::empty(parameter.sizes(), parameter.options());
-    return problem.needs(b, which) ? grad : Tensor();
+    Tensor& grad = grads[Needs::index(b, which)];
+    if (problem.needs.parameter(b, which)) grad = at::empty(parameter.sizes(), parameter.options());
+    return problem.needs.parameter(b, which) ? grad : Tensor();
   };
 
   struct Live {
     int b;
-    int64_t planes;
+    int64_t hidden;
     const A* grad_term;  // [N, C]
     A* activated;        // [N, P]
     A* grad_parts;       // [chunks, N, P]
@@ -242,64 +229,66 @@ const acc_t<T>* run_transform_backward(const Backward& problem, const TermGradie
   for (const int b : {kAdd, kMul}) {
     if (!problem.runs(b)) continue;
     const Branch& branch = problem.branches.each[b];
-    Live one{b, branch.planes, (b == kAdd ? terms.add : terms.mul).data_ptr<A>()};
-    if (problem.needs(b, kB2)) {
-      grads[Backward::index(b, kB2)] = summed<T>(one.grad_term, images, branch.parameters[kB2], scratch);
+    Live one{b, branch.hidden, (b == kAdd ? terms.add : terms.mul).data_ptr<A>()};
+    if (problem.needs.parameter(b, kB2)) {
+      grads[Needs::index(b, kB2)] = summed<T>(one.grad_term, images, branch.parameters[kB2], scratch);
     }
-    if (problem.needs_activated(b) || problem.needs(b, kW2)) {
-      one.activated = scratch.take(images * one.planes);
-      A* hidden = problem.normalized.data_ptr<A>() + images * problem.branches.planes_before(b);
+    if (problem.needs.activated(b) || problem.needs.parameter(b, kW2)) {
+      one.activated = scratch.take(images * one.hidden);
+      A* hidden = problem.normalized.data_ptr<A>() + images * problem.branches.hidden_before(b);
       kernels<A>().activate({hidden, nullptr, scratch.template widened<T>(branch.parameters[kNormWeight]),
-                             scratch.template widened<T>(branch.parameters[kNormBias]), one.activated, one.planes, 0},
+                             scratch.template widened<T>(branch.parameters[kNormBias]), one.activated, one.hidden, 0,
+                             problem.kinds.activation},
                             0, images);
       one.chunks = chunks(branch.parameters[kW2], channels);
-      if (problem.needs_activated(b)) one.grad_parts = scratch.take(one.chunks * images * one.planes);
-      shares.push_back(linear_backward_share<T>(branch.parameters[kW2], one.grad_term, one.activated, one.planes,
+      if (problem.needs.activated(b)) one.grad_parts = scratch.take(one.chunks * images * one.hidden);
+      shares.push_back(linear_backward_share<T>(branch.parameters[kW2], one.grad_term, one.activated, one.hidden,
                                                 fresh(b, kW2), one.grad_parts, images, channels));
     }
     live.push_back(one);
   }
   int64_t work = 0;
-  for (const Live& one : live) work = std::max(work, one.planes * channels / std::max<int64_t>(one.chunks, 1));
+  for (const Live& one : live) work = std::max(work, one.hidden * channels / std::max<int64_t>(one.chunks, 1));
   run_together(shares, work * images);
 
   shares.clear();
   int64_t context_chunks = 0;
   for (Live& one : live) {
-    if (!problem.needs_activated(one.b)) continue;
+    if (!problem.needs.activated(one.b)) continue;
     const Branch& branch = problem.branches.each[one.b];
-    const int64_t start = images * problem.branches.planes_before(one.b);
-    one.grad_hidden = scratch.take(images * one.planes);
-    run<T>(ReduceArgs<A>{one.grad_parts, one.grad_hidden, 1, one.chunks, images * one.planes});
-    A* grad_weight = scratch.take(one.planes);
-    A* grad_bias = scratch.take(one.planes);
+    const int64_t start = images * problem.branches.hidden_before(one.b);
+    one.grad_hidden = scratch.take(images * one.hidden);
+    run<T>(ReduceArgs<A>{one.grad_parts, one.grad_hidden, 1, one.chunks, images * one.hidden});
+    A* grad_weight = scratch.take(one.hidden);
+    A* grad_bias = scratch.take(one.hidden);
     kernels<A>().normalize_backward({problem.normalized.data_ptr<A>() + start,
                                      problem.inverse_deviation.data_ptr<A>() + problem.branches.row(one.b) * images,
-                                     scratch.template widened<T>(branch.parameters[kNormWeight]), one.activated,
-                                     one.grad_hidden, grad_weight, grad_bias, images, one.planes});
+                                     scratch.template widened<T>(branch.parameters[kNormWeight]),
+                                     scratch.template widened<T>(branch.parameters[kNormBias]), one.grad_hidden,
+                                     grad_weight, grad_bias, images, one.hidden, problem.kinds.activation});
     const auto keep = [&](Parameter which, const A* grad) {
-      if (problem.needs(one.b, which)) {
-        grads[Backward::index(one.b, which)] = narrowed<T>(grad, branch.parameters[which]);
+      if (problem.needs.parameter(one.b, which) && branch.parameters[which].defined()) {
+        grads[Needs::index(one.b, which)] = narrowed<T>(grad, branch.parameters[which]);
       }
     };
     keep(kNormWeight, grad_weight);
     keep(kNormBias, grad_bias);
-    if (problem.needs(one.b, kB1)) {
-      grads[Backward::index(one.b, kB1)] = summed<T>(one.grad_hidden, images, branch.parameters[kB1], scratch);
+    if (problem.needs.parameter(one.b, kB1)) {
+      grads[Needs::index(one.b, kB1)] = summed<T>(one.grad_hidden, images, branch.parameters[kB1], scratch);
     }
-    context_chunks += chunks(branch.parameters[kW1], one.planes);
+    context_chunks += chunks(branch.parameters[kW1], one.hidden);
   }
 
   A* context_parts = needs_context ? scratch.take(context_chunks * images * channels) : nullptr;
   int64_t chunk = 0;
   for (const Live& one : live) {
-    if (!needs_context && !problem.needs(one.b, kW1)) continue;
+    if (!needs_context && !problem.needs.parameter(one.b, kW1)) continue;
     const Tensor& w1 = problem.branches.each[one.b].parameters[kW1];
     A* parts = needs_context ? context_parts + chunk * images * channels : nullptr;
     shares.push_back(linear_backward_share<T>(w1, one.grad_hidden, problem.state.data_ptr<A>() + 2, channels + 2,
-                                              fresh(one.b, kW1), parts, images, one.planes));
-    chunk += chunks(w1, one.planes);
-    work = one.planes * channels / chunks(w1, one.planes);
+                                              fresh(one.b, kW1), parts, images, one.hidden));
+    chunk += chunks(w1, one.hidden);
+    work = one.hidden * channels / chunks(w1, one.hidden);
   }
   run_together(shares, work * images);
   if (!needs_context) return nullptr;
@@ -316,11 +305,11 @@ void run_backward(const Backward& problem, std::vector<Tensor>& grads) {
   const int64_t images = map.shape.images, channels = map.shape.channels, pixels = map.shape.pixels;
   Scratch<A> scratch(map.accumulation());
   const A* grad_context = run_transform_backward<T>(problem, reduce_grad<T>(problem), grads, scratch);
-  if (!problem.needs_context()) return;
+  if (!problem.needs.context()) return;
   const A* scale = problem.branches.has(kMul) ? problem.scale.data_ptr<A>() : nullptr;
-  const bool needs_x = problem.needed[Backward::kX];
-  if (needs_x) grads[Backward::kX] = map.like();
-  T* grad_x = needs_x ? grads[Backward::kX].data_ptr<T>() : nullptr;
+  const bool needs_x = problem.needs.x();
+  if (needs_x) grads[Needs::kX] = map.like();
+  T* grad_x = needs_x ? grads[Needs::kX].data_ptr<T>() : nullptr;
   const T* grad = problem.grad.data_ptr<T>();
   if (!problem.mask_weight) {
     A* term = scratch.take(images * channels);
@@ -330,41 +319,36 @@ void run_backward(const Backward& problem, std::vector<Tensor>& grads) {
     return;
   }
   const Plan plan = make_plan(map.shape, sizeof(T));
-  const bool needs_weight = problem.needed[Backward::kMaskWeight];
+  const bool needs_weight = problem.needs.mask_weight();
   const int64_t units = images * plan.splits;
   A* parts = needs_weight ? scratch.take(units * channels) : nullptr;
   run(PoolBackwardArgs<T>{map.shape, plan, grad_context, map.tensor.data_ptr<T>(), needs_x ? grad : nullptr, scale,
                           scratch.template widened<T>(*problem.mask_weight), problem.logits.data_ptr<A>(),
                           problem.state.data_ptr<A>(), grad_x, nullptr, parts, past_caches(map)});
   if (needs_weight) {
-    grads[Backward::kMaskWeight] = summed<T>(parts, units, *problem.mask_weight, scratch);
+    grads[Needs::kMaskWeight] = summed<T>(parts, units, *problem.mask_weight, scratch);
   }
 }
 
 std::vector<Tensor> global_context_backward(const Tensor& grad, const OptionalTensor& x,
                                             const OptionalTensor& mask_weight, at::TensorList add, at::TensorList mul,
                                             const Tensor& logits, const Tensor& state, const Tensor& normalized,
-                                            const Tensor& inverse_deviation, const Tensor& scale,
-                                            std::array<bool, Backward::kCount> needed) {
+                                            const Tensor& inverse_deviation, const Tensor& scale, int64_t activation,
+                                            int64_t gate, std::array<bool, Needs::kCount> needed) {
   const FeatureMap map(x ? *x : grad, x ? "x" : "grad");
   const Tensor& like = map.tensor;
-  const int64_t images = map.shape.images, channels = map.shape.channels, pixels = map.shape.pixels;
   check_like(grad, "grad", like);
-  if (mask_weight) check_companion(*mask_weight, "mask_weight", like, channels);
+  if (mask_weight) check_companion(*mask_weight, "mask_weight", like, map.shape.channels);
   const Branches branches(add, mul, like);
-  check_companion(logits, "logits", like, mask_weight ? images * pixels : 0);
-  check_companion(state, "state", like, images * (channels + 2));
-  check_companion(normalized, "normalized", like, images * branches.planes());
-  check_companion(inverse_deviation, "inverse_deviation", like, images * branches.count());
-  check_companion(scale, "scale", like, branches.has(kMul) ? images * channels : 0);
-  const Tensor same_grad = grad.contiguous(map.format);
-  const Tensor wide[] = {accumulated(logits, map), accumulated(state, map), accumulated(normalized, map),
-                         accumulated(inverse_deviation, map), accumulated(scale, map)};
-  const Backward problem{map,     same_grad, x.has_value(), mask_weight, branches, wide[0],
-                         wide[1], wide[2],   wide[3],       wide[4],     needed};
-  TORCH_CHECK(problem.has_x || !problem.reads_x(),
+  const Kinds kinds(activation, gate);
+  const Needs needs{needed, mask_weight.has_value()};
+  check_saved(like, mask_weight.has_value(), branches, logits, state, normalized, inverse_deviation, scale);
+  TORCH_CHECK(x || !needs.reads_x(branches),
               "x must be given for the gradients of x or mask_weight and for a mul branch, got None");
-  std::vector<Tensor> grads(Backward::kCount);
+  const Tensor same_grad = grad.contiguous(map.format);
+  const Backward problem{map,    same_grad, mask_weight, branches,          kinds, needs,
+                         logits, state,     normalized,  inverse_deviation, scale};
+  std::vector<Tensor> grads(Needs::kCount);
   dispatch(like.scalar_type(), [&](auto zero) { run_backward<decltype(zero)>(problem, grads); });
   for (Tensor& one : grads) {
     if (!one.defined()) one = at::empty({0}, like.options());

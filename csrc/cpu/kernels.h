@@ -12,6 +12,7 @@
 #include <type_traits>
 
 #include "cpu/plan.h"
+#include "kernels/policy.h"
 
 namespace gc::cpu {
 
@@ -88,7 +89,7 @@ struct LinearArgs {
   int64_t rows;
   int64_t columns;
   int64_t in_stride;
-  bool sigmoid;
+  Gate gate;  // of out
 };
 
 // grad_weight = sum_n grad[n] (x) in[n], grad_in[n] = weight^T grad[n]; either may be absent (null). The rows are cut
@@ -107,29 +108,32 @@ struct LinearBackwardArgs {
   int64_t chunk_rows;
 };
 
-// normalized = (hidden - mean) * inverse_deviation, activated = relu(weight * normalized + bias), image by image
+// normalized = (hidden - mean) * inverse_deviation, activated = act(weight * normalized + bias), image by image;
+// without a norm, normalized is hidden and activated = act(hidden)
 template <typename A>
 struct NormalizeArgs {
   A* hidden;             // [images, width]; becomes normalized
   A* inverse_deviation;  // [images]
-  const A* weight;       // [width]
+  const A* weight;       // [width], or null: no norm
   const A* bias;         // [width]
   A* activated;          // [images, width]
   int64_t width;
   double eps;
+  Activation activation;
 };
 
 template <typename A>
 struct NormalizeBackwardArgs {
   const A* normalized;         // [images, width]
   const A* inverse_deviation;  // [images]
-  const A* weight;             // [width]
-  const A* activated;          // [images, width]
+  const A* weight;             // [width], or null: no norm
+  const A* bias;               // [width]
   A* grad;                     // [images, width]: of activated; becomes that of hidden
-  A* grad_weight;              // [width]
-  A* grad_bias;                // [width]
+  A* grad_weight;              // [width], with a norm
+  A* grad_bias;                // [width], with a norm
   int64_t images;
   int64_t width;
+  Activation activation;
 };
 
 // out[group][i] = sum over the group's members, in their order
@@ -159,8 +163,8 @@ struct Kernels {
   void (*normalize)(const NormalizeArgs<acc_t<T>>&, int64_t image_begin, int64_t image_end);
   void (*activate)(const NormalizeArgs<acc_t<T>>&, int64_t image_begin, int64_t image_end);  // from normalized
   void (*normalize_backward)(const NormalizeBackwardArgs<acc_t<T>>&);
-  // grad[i] *= scale[i] * (1 - scale[i])
-  void (*sigmoid_backward)(const acc_t<T>* scale, acc_t<T>* grad, int64_t count);
+  // grad[i], of what left the gate as scale[i], becomes that of what entered it.
+  void (*gate_backward)(Gate gate, const acc_t<T>* scale, acc_t<T>* grad, int64_t count);
   void (*widen)(const T* in, acc_t<T>* out, int64_t count);
   void (*narrow)(const acc_t<T>* in, T* out, int64_t count);
 };

@@ -58,7 +58,7 @@ void* rows_from(const Tensor& tensor, Int first, int64_t width) {
 void* context_in(const Tensor& state) { return rows_from(state, 2, 1); }
 
 // outs: [N, C] of each branch.
-void run_transform_forward(const FeatureMap& x, const Branches& branches, const Tensor& state, double eps,
+void run_transform_forward(const FeatureMap& x, const Branches& branches, Kinds kinds, const Tensor& state, double eps,
                            const Tensor& normalized, const Tensor& inverse_deviation,
                            const std::array<Tensor, 2>& outs) {
   std::vector<int> live;
@@ -75,6 +75,7 @@ void run_transform_forward(const FeatureMap& x, const Branches& branches, const 
   args.channels = static_cast<int>(x.channels());
   args.branches = problem.branches;
   args.eps = eps;
+  args.activation = kinds.activation;
   args.context = context_in(state);
   args.context_stride = x.channels() + 2;
   for (size_t i = 0; i < live.size(); ++i) {
@@ -88,7 +89,7 @@ void run_transform_forward(const FeatureMap& x, const Branches& branches, const 
                       given(kNormBias),
                       given(kW2),
                       given(kB2),
-                      b == kMul,
+                      kinds.of(b),
                       rows_from(products, branches.hidden_before(b), x.images()),
                       rows_from(normalized, branches.hidden_before(b), x.images()),
                       rows_from(inverse_deviation, branches.row(b), x.images()),
@@ -97,11 +98,9 @@ void run_transform_forward(const FeatureMap& x, const Branches& branches, const 
   C10_CUDA_CHECK(launch_transform_forward(plan, args, x.stream()));
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> global_context(const Tensor& x,
-                                                                          const OptionalTensor& mask_weight,
-                                                                          const OptionalTensor& mask_bias,
-                                                                          at::TensorList add, at::TensorList mul,
-                                                                          double eps) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> global_context(
+    const Tensor& x, const OptionalTensor& mask_weight, const OptionalTensor& mask_bias, at::TensorList add,
+    at::TensorList mul, double eps, int64_t activation, int64_t gate) {
   const FeatureMap map(x, "x");
   if (mask_weight.has_value()) check_companion(*mask_weight, "mask_weight", x, map.channels());
   if (mask_bias.has_value()) check_companion(*mask_bias, "mask_bias", x, 1);
@@ -122,7 +121,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> global_context(const 
     } else {
       run_pool(map, Weighting::kUniform, {}, {}, 1.0 / static_cast<double>(map.pixels()), {{}, {}, state});
     }
-    run_transform_forward(map, branches, state, eps, normalized, inverse_deviation, {term, scale});
+    run_transform_forward(map, branches, Kinds(activation, gate), state, eps, normalized, inverse_deviation,
+                          {term, scale});
     run_broadcast(map, branches.has(kMul) ? scale : Tensor(), term, out);
   }
   return {out, logits, state, normalized, inverse_deviation, scale};
@@ -135,9 +135,9 @@ struct Saved {
 
 // Gradients of the branches' parameters into `grads`, and that of the context times `factor` into grad_context (if
 // defined). grad_outs: [N, C] of each branch.
-void run_transform_backward(const FeatureMap& x, const Branches& branches, const Needs& needs, const Saved& saved,
-                            const std::array<Tensor, 2>& grad_outs, double factor, const Tensor& grad_context,
-                            const std::vector<Tensor>& grads) {
+void run_transform_backward(const FeatureMap& x, const Branches& branches, Kinds kinds, const Needs& needs,
+                            const Saved& saved, const std::array<Tensor, 2>& grad_outs, double factor,
+                            const Tensor& grad_context, const std::vector<Tensor>& grads) {
   std::vector<int> live;
   TransformDepth depth = TransformDepth::kLastLayer;
   for (const int b : {kAdd, kMul}) {
@@ -158,6 +158,7 @@ void run_transform_backward(const FeatureMap& x, const Branches& branches, const
   args.context = context_in(saved.state);
   args.context_stride = x.channels() + 2;
   args.factor = factor;
+  args.activation = kinds.activation;
   args.grad_context = pointer(grad_context);
   int64_t taken = 0;
   const auto take = [&](int64_t elements) {
@@ -170,7 +171,9 @@ void run_transform_backward(const FeatureMap& x, const Branches& branches, const
     const Branch& branch = branches.each[b];
     const auto given = [&](Parameter which) { return companion(branch.parameters[which], x.tensor()); };
     const auto out = [&](Parameter which) {
-      return needs.parameter(b, which) ? companion_out(grads[Needs::index(b, which)], x.tensor()) : CompanionOut{};
+      return needs.parameter(b, which) && branch.parameters[which].defined()
+                 ? companion_out(grads[Needs::index(b, which)], x.tensor())
+                 : CompanionOut{};
     };
     const TransformWorkspace own = backward_workspace(problem, plan, static_cast<int>(i));
     args.branch[i] = {static_cast<int>(branch.hidden),
@@ -181,6 +184,7 @@ void run_transform_backward(const FeatureMap& x, const Branches& branches, const
                       rows_from(saved.normalized, branches.hidden_before(b), x.images()),
                       rows_from(saved.inverse_deviation, branches.row(b), x.images()),
                       grad_outs[b].data_ptr(),
+                      kinds.of(b),
                       b == kMul ? saved.scale.data_ptr() : nullptr,
                       out(kW1),
                       out(kB1),
@@ -212,8 +216,8 @@ std::array<Tensor, 2> sum_gradients(const FeatureMap& x, const Tensor& grad, boo
 std::vector<Tensor> global_context_backward(const Tensor& grad, const OptionalTensor& x,
                                             const OptionalTensor& mask_weight, at::TensorList add, at::TensorList mul,
                                             const Tensor& logits, const Tensor& state, const Tensor& normalized,
-                                            const Tensor& inverse_deviation, const Tensor& scale,
-                                            std::array<bool, Needs::kCount> needed) {
+                                            const Tensor& inverse_deviation, const Tensor& scale, int64_t activation,
+                                            int64_t gate, std::array<bool, Needs::kCount> needed) {
   const bool attention = mask_weight.has_value();
   const FeatureMap map(x.has_value() ? *x : grad, x.has_value() ? "x" : "grad");
   const Tensor& like = map.tensor();
@@ -233,11 +237,10 @@ std::vector<Tensor> global_context_backward(const Tensor& grad, const OptionalTe
   };
   if (needs.x()) grads[Needs::kX] = map.empty_like();
   if (needs.mask_weight()) want(Needs::kMaskWeight, *mask_weight);
-  const std::array<at::TensorList, 2> given = {add, mul};
   for (const int b : {kAdd, kMul}) {
-    for (int which = 0; which < kParameters && branches.has(b); ++which) {
-      const auto parameter = static_cast<Parameter>(which);
-      if (needs.parameter(b, parameter)) want(Needs::index(b, parameter), given[b][which]);
+    for (const Parameter which : {kW1, kB1, kNormWeight, kNormBias, kW2, kB2}) {
+      const Tensor& parameter = branches.each[b].parameters[which];
+      if (parameter.defined() && needs.parameter(b, which)) want(Needs::index(b, which), parameter);
     }
   }
   const bool with_add = needs.branch(branches, kAdd), with_mul = needs.branch(branches, kMul);
@@ -246,7 +249,8 @@ std::vector<Tensor> global_context_backward(const Tensor& grad, const OptionalTe
   const Tensor same_grad = map.in_my_layout(grad);
   const std::array<Tensor, 2> grad_outs = sum_gradients(map, same_grad, with_add, with_mul);
   const Tensor grad_context = needs.context() ? map.empty_accumulation({map.images(), map.channels()}) : Tensor();
-  run_transform_backward(map, branches, needs, {logits, state, normalized, inverse_deviation, scale}, grad_outs,
+  run_transform_backward(map, branches, Kinds(activation, gate), needs,
+                         {logits, state, normalized, inverse_deviation, scale}, grad_outs,
                          attention ? 1.0 : 1.0 / static_cast<double>(map.pixels()), grad_context, grads);
   if (!needs.context()) return grads;
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "geometry.h"
+#include "policy.h"
 
 namespace gc {
 
@@ -98,13 +99,13 @@ struct PhaseGrid {
 // One branch of the context block, channel_add or channel_mul, with P = hidden units.
 struct TransformBranch {
   int hidden;
-  Companion w1;                          // [P, C]
-  Companion b1;                          // [P]
-  Companion norm_weight;                 // [P]
-  Companion norm_bias;                   // [P]
-  Companion w2;                          // [C, P]
-  Companion b2;                          // [C]
-  bool gate;                             // `out` goes through a sigmoid
+  Companion w1;           // [P, C]
+  Companion b1;           // [P]
+  Companion norm_weight;  // [P], or absent: no layer norm
+  Companion norm_bias;    // [P]
+  Companion w2;           // [C, P]
+  Companion b2;           // [C]
+  Gate gate;
   void* products;                        // A [N, P] workspace: W1 . context + b1
   void *normalized, *inverse_deviation;  // A [N, P], [N] out
   void* out;                             // A [N, C] out
@@ -116,6 +117,7 @@ struct TransformForwardArgs {
   int images, channels, branches;
   int images_at_once;  // whose hidden units share a block's memory in the second phase
   double eps;
+  Activation activation;
   const void* context;  // A, image n's from n * context_stride on
   long long context_stride;
   TransformBranch branch[2];
@@ -126,7 +128,8 @@ struct TransformGradients {
   Companion w1, norm_weight, norm_bias, w2;                                           // as in TransformBranch
   const void *normalized, *inverse_deviation;                                         // A [N, P], [N]
   const void* grad_out;                                                               // A [N, C]
-  const void* gate;                                                                   // A [N, C], the sigmoid, or null
+  Gate gate;                                                                          // that the output went through
+  const void* gate_out;                                                               // A [N, C], what left it, or null
   CompanionOut grad_w1, grad_b1, grad_norm_weight, grad_norm_bias, grad_w2, grad_b2;  // out, or null
   void* partial_y;                                                                    // A [slabs of C, N, P] workspace
   void* grad_y;                                                                       // A [N, P]             workspace
@@ -141,7 +144,8 @@ struct TransformBackwardArgs {
   int slab_steps;       // a block takes slabs of slab_steps * kSlabStep rows of a weight matrix
   const void* context;  // A, image n's from n * context_stride on
   long long context_stride;
-  double factor;       // of grad_context
+  double factor;  // of grad_context
+  Activation activation;
   void* grad_context;  // A [N, C] out, or null
   TransformGradients branch[2];
 };

@@ -1,9 +1,9 @@
 // Backward of the transform, for one or two branches, in one launch. From grad_out, the gradient of each branch's
-// output (for a gate that of the scale, after the sigmoid), with dt the gradient before the sigmoid:
+// output behind its gate, with dt that before the gate and v what goes into the activation:
 //
-//   grad_b2 = sum_n dt                  grad_w2 = sum_n dt (x) y                 dy = W2^T dt, where y > 0
-//   grad_norm_weight = sum_n dy * normalized      grad_norm_bias = sum_n dy      dn = norm_weight * dy
-//   dh = inverse_deviation * (dn - mean dn - normalized * mean(dn * normalized))
+//   grad_b2 = sum_n dt                  grad_w2 = sum_n dt (x) y                 dv = act'(v) * W2^T dt
+//   grad_norm_weight = sum_n dv * normalized      grad_norm_bias = sum_n dv      dn = norm_weight * dv
+//   dh = inverse_deviation * (dn - mean dn - normalized * mean(dn * normalized)), or dv without a norm
 //   grad_b1 = sum_n dh                  grad_w1 = sum_n dh (x) context           grad_context = factor * W1^T dh
 //
 // the last one summed over the branches. normalized and inverse_deviation are the forward pass's.
@@ -137,7 +137,7 @@ GC_DEVICE void for_each_piece(int steps, int rows, int columns, int first, int s
   }
 }
 
-// grad_hidden and, behind the ReLU, grad_y of one image of a branch.
+// grad_y (dv above) and grad_hidden of one image of a branch.
 template <typename T>
 GC_DEVICE void norm_backward(const TransformBackwardArgs& args, const TransformGradients& branch, int n, int slabs,
                              Acc<T>* scratch) {
@@ -147,19 +147,25 @@ GC_DEVICE void norm_backward(const TransformBackwardArgs& args, const TransformG
   const A* const normalized = static_cast<const A*>(branch.normalized) + n0;
   const A* const partial_y = static_cast<const A*>(branch.partial_y) + n0;
   A* const grad_y = static_cast<A*>(branch.grad_y) + n0;
+  A* const grad_hidden = static_cast<A*>(branch.grad_hidden) + n0;
+  const bool with_norm = branch.norm_weight.data != nullptr;
   A sum = 0;          // of dn
   A product_sum = 0;  // of dn * normalized
   for (int p = thread; p < branch.hidden; p += kTransformThreads) {
     A dy = 0;
     GC_UNROLL_BY(4)
     for (int k = 0; k < slabs; ++k) dy += partial_y[static_cast<long long>(k) * args.images * branch.hidden + p];
-    const A weight = read<T>(branch.norm_weight, p);
-    const A y = activate(normalized[p], weight, read<T>(branch.norm_bias, p));
-    dy = y <= A(0) ? A(0) : dy;
+    dy = activate_backward(args.activation, dy, before_activation<T>(branch, normalized[p], p));
     grad_y[p] = dy;
-    sum += weight * dy;
-    product_sum += weight * dy * normalized[p];
+    if (!with_norm) {
+      grad_hidden[p] = dy;
+      continue;
+    }
+    const A dn = read<T>(branch.norm_weight, p) * dy;
+    sum += dn;
+    product_sum += dn * normalized[p];
   }
+  if (!with_norm) return;
   sum = warp_sum(sum);
   product_sum = warp_sum(product_sum);
   if (thread % kWarp == 0) {
@@ -176,7 +182,6 @@ GC_DEVICE void norm_backward(const TransformBackwardArgs& args, const TransformG
   const A mean = sum / static_cast<A>(branch.hidden);
   const A product_mean = product_sum / static_cast<A>(branch.hidden);
   const A inverse_deviation = static_cast<const A*>(branch.inverse_deviation)[n];
-  A* const grad_hidden = static_cast<A*>(branch.grad_hidden) + n0;
   for (int p = thread; p < branch.hidden; p += kTransformThreads) {
     const A dn = read<T>(branch.norm_weight, p) * grad_y[p];
     grad_hidden[p] = inverse_deviation * (dn - mean - normalized[p] * product_mean);
@@ -190,13 +195,12 @@ GC_DEVICE void output_backward(const TransformBackwardArgs& args, const Transfor
   const auto grad_out = [&](int n, int c) {
     const long long i = static_cast<long long>(n) * args.channels + c;
     const A grad = static_cast<const A*>(branch.grad_out)[i];
-    if (branch.gate == nullptr) return grad;
-    const A gate = static_cast<const A*>(branch.gate)[i];
-    return grad * gate * (A(1) - gate);
+    if (branch.gate == Gate::kNone) return grad;
+    return gate_backward(branch.gate, grad, static_cast<const A*>(branch.gate_out)[i]);
   };
   const auto y = [&](int n, int p) {
     const A normalized = static_cast<const A*>(branch.normalized)[static_cast<long long>(n) * branch.hidden + p];
-    return activate(normalized, read<T>(branch.norm_weight, p), read<T>(branch.norm_bias, p));
+    return activate(args.activation, before_activation<T>(branch, normalized, p));
   };
   A* const partial = args.grid.phases > 1 ? static_cast<A*>(branch.partial_y) : nullptr;
   const Linear<T, decltype(y), decltype(grad_out)> linear{branch.w2, args.channels, branch.hidden, args.images,

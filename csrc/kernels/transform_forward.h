@@ -1,7 +1,9 @@
 // The bottleneck of the context block, for one or two branches that read the same context, in one launch:
 //
-//   h = W1 . context + b1;  normalized = (h - mean h) / sqrt(var h + eps);  y = relu(norm_weight * normalized +
-//   norm_bias) out = W2 . y + b2, through a sigmoid for a gate (channel_mul)
+//   h = W1 . context + b1;  normalized = (h - mean h) / sqrt(var h + eps);  y = act(norm_weight * normalized +
+//   norm_bias) out = gate(W2 . y + b2)
+//
+// Without a norm (Squeeze-and-Excitation), normalized is h and y = act(h).
 //
 // context [N, C] -> out [N, C] a branch; W1 [P, C], W2 [C, P]. All sums in the accumulation type.
 //
@@ -104,16 +106,19 @@ GC_DEVICE void normalize(const TransformForwardArgs& args, const TransformBranch
     const long long row0 = static_cast<long long>(n0 + n) * branch.hidden;
     const A* const h = static_cast<const A*>(branch.products) + row0;
     A mean = 0;
-    for (int p = lane; p < branch.hidden; p += kWarp) mean += h[p];
-    mean = warp_sum(mean) / static_cast<A>(branch.hidden);
-    A variance = 0;
-    for (int p = lane; p < branch.hidden; p += kWarp) variance += (h[p] - mean) * (h[p] - mean);
-    variance = warp_sum(variance) / static_cast<A>(branch.hidden);
-    const A inverse_deviation = A(1) / port::sqrt(variance + static_cast<A>(args.eps));
+    A inverse_deviation = 1;
+    if (branch.norm_weight.data != nullptr) {
+      for (int p = lane; p < branch.hidden; p += kWarp) mean += h[p];
+      mean = warp_sum(mean) / static_cast<A>(branch.hidden);
+      A variance = 0;
+      for (int p = lane; p < branch.hidden; p += kWarp) variance += (h[p] - mean) * (h[p] - mean);
+      variance = warp_sum(variance) / static_cast<A>(branch.hidden);
+      inverse_deviation = A(1) / port::sqrt(variance + static_cast<A>(args.eps));
+    }
     const bool writer = (n0 + n) % phase.blocks() == phase.block();  // every block has them; one writes them down
     for (int p = lane; p < branch.hidden; p += kWarp) {
       const A normalized = (h[p] - mean) * inverse_deviation;
-      y[n * branch.hidden + p] = activate(normalized, read<T>(branch.norm_weight, p), read<T>(branch.norm_bias, p));
+      y[n * branch.hidden + p] = activate(args.activation, before_activation<T>(branch, normalized, p));
       if (writer) static_cast<A*>(branch.normalized)[row0 + p] = normalized;
     }
     if (writer && lane == 0) static_cast<A*>(branch.inverse_deviation)[n0 + n] = inverse_deviation;
@@ -159,9 +164,7 @@ transform_forward(const TransformForwardArgs args) {
       for (int c = first; c < args.channels; c += warps) {
         const A bias = read<T>(branch.b2, c);
         matrix_row_dots<T, kWidth>(branch.w2, c, branch.hidden, y, branch.hidden, images, [&](int n, A sum) {
-          const A t = sum + bias;
-          out[static_cast<long long>(n) * args.channels + c] =
-              branch.gate ? A(1) / (A(1) + port::exp2(-t * A(1.4426950408889634074))) : t;
+          out[static_cast<long long>(n) * args.channels + c] = pass_gate(branch.gate, sum + bias);
         });
       }
     }

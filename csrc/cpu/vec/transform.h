@@ -1,6 +1,6 @@
-// The transform of a branch, t = w2 relu(layer_norm(w1 context + b1)) + b2, and its backward pass: two linear maps with
-// a normalisation between them. The weights are what there is to read; they stay in their own type W and are fetched
-// from memory once for all images. Everything else is in the accumulation type.
+// The transform of a branch, t = gate(w2 act(layer_norm(w1 context + b1)) + b2), and its backward pass: two linear maps
+// with a normalisation (or none) and an activation between them. The weights are what there is to read; they stay in
+// their own type W and are fetched from memory once for all images. Everything else is in the accumulation type.
 #pragma once
 
 #include "cpu/vec/tile.h"
@@ -20,6 +20,50 @@ inline void for_each_image(int64_t begin, int64_t end, const Body& body) {
   if constexpr (kImages > 1) for_each_image<kImages / 2>(begin, end, body);
 }
 
+// The functions and their derivatives are PyTorch's, with its results for NaN and at the edges.
+
+template <typename A>
+inline Vec<A> sigmoid(const Vec<A>& v) {
+  const Vec<A> one(A(1));
+  return one / (one + v.neg().exp());
+}
+
+// relu6(v + 3) / 6
+template <typename A>
+inline Vec<A> hardsigmoid(const Vec<A>& v) {
+  using V = Vec<A>;
+  const V six(A(6));
+  return at::vec::minimum(at::vec::maximum(v + V(A(3)), V(A(0))), six) / six;
+}
+
+template <typename A>
+inline Vec<A> pass_gate(Gate gate, const Vec<A>& v) {
+  if (gate == Gate::kNone) return v;
+  return gate == Gate::kSigmoid ? sigmoid<A>(v) : hardsigmoid<A>(v);
+}
+
+template <typename A>
+inline Vec<A> activation_of(Activation activation, const Vec<A>& v) {
+  using V = Vec<A>;
+  if (activation == Activation::kReLU) return V::blendv(v, V(A(0)), v <= V(A(0)));  // NaN stays NaN
+  if (activation == Activation::kSiLU) return v / (V(A(1)) + v.neg().exp());
+  return v * hardsigmoid<A>(v);
+}
+
+// The gradient before the activation from that behind it.
+template <typename A>
+inline Vec<A> activation_backward(Activation activation, const Vec<A>& grad, const Vec<A>& v) {
+  using V = Vec<A>;
+  const V zero(A(0)), one(A(1)), three(A(3));
+  if (activation == Activation::kReLU) return V::blendv(grad, zero, v <= zero);
+  if (activation == Activation::kSiLU) {
+    const V s = sigmoid<A>(v);
+    return grad * s * (one + v * (one - s));
+  }
+  const V between = V::blendv(grad, grad * (v / three + V(A(0.5))), v <= three);
+  return V::blendv(between, zero, v < three.neg());
+}
+
 // Rows are taken in groups, and of those so many columns at a time that they stay in the first-level cache for all
 // images.
 template <typename W>
@@ -31,7 +75,6 @@ void linear(const LinearArgs<W>& args, int64_t group_begin, int64_t group_end) {
   constexpr int64_t kSegment = kChain * L::kWidth / L::kVecs;
   constexpr int kTogether = 4;
   static_assert(kLinearRows % V::size() == 0 && kLinearRows % kTogether == 0);
-  const V one(acc_t<W>(1));
   V sums[kBlockImages * kLinearRows];
   for (int64_t group = group_begin; group < group_end; ++group) {
     const int64_t row = group * kLinearRows;
@@ -60,9 +103,8 @@ void linear(const LinearArgs<W>& args, int64_t group_begin, int64_t group_end) {
       for (int64_t image = 0; image < block; ++image) {
         acc_t<W>* out = args.out + (first + image) * args.rows + row;
         for_each_run<V::size()>(0, rows, [&](int64_t r, int n, auto) {
-          V value = lane_sums(sums + image * kLinearRows + r) + V::loadu(args.bias + row + r, n);
-          if (args.sigmoid) value = one / (one + value.neg().exp());
-          value.store(out + r, n);
+          const V value = lane_sums(sums + image * kLinearRows + r) + V::loadu(args.bias + row + r, n);
+          pass_gate<acc_t<W>>(args.gate, value).store(out + r, n);
         });
       }
     }
@@ -187,39 +229,53 @@ inline Vec<A> first_lanes(const Vec<A>& v, int n) {
   return Vec<A>::set(Vec<A>(A(0)), v, n);
 }
 
+// What goes into the activation at `i` of an image: the norm's weight and bias on what it left, or that itself.
+template <typename A, typename Args>
+inline Vec<A> before_activation(const Args& args, const Vec<A>& normalized, int64_t i, int n) {
+  using V = Vec<A>;
+  if (!args.weight) return normalized;
+  return at::vec::fmadd(normalized, V::loadu(args.weight + i, n), V::loadu(args.bias + i, n));
+}
+
 template <typename A>
 void activate(const NormalizeArgs<A>& args, int64_t image_begin, int64_t image_end) {
   using V = Vec<A>;
-  const V zero(A(0));
   for (int64_t image = image_begin; image < image_end; ++image) {
     const int64_t at = image * args.width;
     for_each_run<V::size()>(0, args.width, [&](int64_t i, int n, auto) {
-      const V value =
-          at::vec::fmadd(V::loadu(args.hidden + at + i, n), V::loadu(args.weight + i, n), V::loadu(args.bias + i, n));
-      V::blendv(value, zero, value <= zero).store(args.activated + at + i, n);  // NaN stays NaN
+      const V value = before_activation<A>(args, V::loadu(args.hidden + at + i, n), i, n);
+      activation_of<A>(args.activation, value).store(args.activated + at + i, n);
     });
   }
 }
 
 template <typename A>
-void normalize(const NormalizeArgs<A>& args, int64_t image_begin, int64_t image_end) {
+void normalize_image(const NormalizeArgs<A>& args, int64_t image) {
   using V = Vec<A>;
   const A width = static_cast<A>(args.width);
+  A* hidden = args.hidden + image * args.width;
+  const V mean(sum_runs<A>(args.width, [&](int64_t i, int n) { return V::loadu(hidden + i, n); }) / width);
+  const A variance = sum_runs<A>(args.width,
+                                 [&](int64_t i, int n) {
+                                   const V centred = first_lanes<A>(V::loadu(hidden + i, n) - mean, n);
+                                   return centred * centred;
+                                 }) /
+                     width;
+  const A inverse_deviation = A(1) / std::sqrt(variance + static_cast<A>(args.eps));
+  args.inverse_deviation[image] = inverse_deviation;
+  const V factor(inverse_deviation);
+  for_each_run<V::size()>(
+      0, args.width, [&](int64_t i, int n, auto) { ((V::loadu(hidden + i, n) - mean) * factor).store(hidden + i, n); });
+}
+
+template <typename A>
+void normalize(const NormalizeArgs<A>& args, int64_t image_begin, int64_t image_end) {
   for (int64_t image = image_begin; image < image_end; ++image) {
-    A* hidden = args.hidden + image * args.width;
-    const V mean(sum_runs<A>(args.width, [&](int64_t i, int n) { return V::loadu(hidden + i, n); }) / width);
-    const A variance = sum_runs<A>(args.width,
-                                   [&](int64_t i, int n) {
-                                     const V centred = first_lanes<A>(V::loadu(hidden + i, n) - mean, n);
-                                     return centred * centred;
-                                   }) /
-                       width;
-    const A inverse_deviation = A(1) / std::sqrt(variance + static_cast<A>(args.eps));
-    args.inverse_deviation[image] = inverse_deviation;
-    const V factor(inverse_deviation);
-    for_each_run<V::size()>(0, args.width, [&](int64_t i, int n, auto) {
-      ((V::loadu(hidden + i, n) - mean) * factor).store(hidden + i, n);
-    });
+    if (args.weight) {
+      normalize_image(args, image);
+    } else {
+      args.inverse_deviation[image] = A(1);
+    }
   }
   activate(args, image_begin, image_end);
 }
@@ -227,9 +283,8 @@ void normalize(const NormalizeArgs<A>& args, int64_t image_begin, int64_t image_
 template <typename A>
 void normalize_backward(const NormalizeBackwardArgs<A>& args) {
   using V = Vec<A>;
-  const V zero(A(0));
   const V width(static_cast<A>(args.width));
-  for (int64_t i = 0; i < args.width; ++i) args.grad_weight[i] = args.grad_bias[i] = 0;
+  for (int64_t i = 0; args.weight && i < args.width; ++i) args.grad_weight[i] = args.grad_bias[i] = 0;
   for (int64_t image = 0; image < args.images; ++image) {
     const int64_t at = image * args.width;
     const A* normalized = args.normalized + at;
@@ -237,9 +292,13 @@ void normalize_backward(const NormalizeBackwardArgs<A>& args) {
     V plain_sum(A(0));
     V normalized_sum(A(0));
     for_each_run<V::size()>(0, args.width, [&](int64_t i, int n, auto) {
-      const V active = V::loadu(args.activated + at + i, n);
-      const V before = V::blendv(V::loadu(grad + i, n), zero, active <= zero);
       const V value = V::loadu(normalized + i, n);
+      const V entering = before_activation<A>(args, value, i, n);
+      const V before = activation_backward<A>(args.activation, V::loadu(grad + i, n), entering);
+      if (!args.weight) {
+        before.store(grad + i, n);
+        return;
+      }
       (V::loadu(args.grad_bias + i, n) + before).store(args.grad_bias + i, n);
       at::vec::fmadd(before, value, V::loadu(args.grad_weight + i, n)).store(args.grad_weight + i, n);
       const V scaled = before * V::loadu(args.weight + i, n);
@@ -247,6 +306,7 @@ void normalize_backward(const NormalizeBackwardArgs<A>& args) {
       normalized_sum = at::vec::fmadd(scaled, value, normalized_sum);
       scaled.store(grad + i, n);
     });
+    if (!args.weight) continue;
     const V plain_mean = V(lane_sum(plain_sum)) / width;
     const V normalized_mean = V(lane_sum(normalized_sum)) / width;
     const V factor(args.inverse_deviation[image]);
@@ -258,12 +318,17 @@ void normalize_backward(const NormalizeBackwardArgs<A>& args) {
 }
 
 template <typename A>
-void sigmoid_backward(const A* scale, A* grad, int64_t count) {
+void gate_backward(Gate gate, const A* scale, A* grad, int64_t count) {
   using V = Vec<A>;
-  const V one(A(1));
+  const V zero(A(0)), one(A(1)), six(A(6));
   for_each_run<V::size()>(0, count, [&](int64_t i, int n, auto) {
     const V s = V::loadu(scale + i, n);
-    (V::loadu(grad + i, n) * s * (one - s)).store(grad + i, n);
+    const V g = V::loadu(grad + i, n);
+    if (gate == Gate::kSigmoid) {
+      (g * s * (one - s)).store(grad + i, n);
+    } else {  // a NaN passes nothing, as in PyTorch
+      V::blendv(V::blendv(zero, g / six, s > zero), zero, s >= one).store(grad + i, n);
+    }
   });
 }
 

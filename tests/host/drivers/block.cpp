@@ -104,7 +104,7 @@ struct Block {
   TransformProblem problem() const {
     return {kShape.images, kShape.channels, branches, {kHidden, kHidden}, Element<T>::type, true};
   }
-  bool is_gate(int b) const { return fusion.mul && b == branches - 1; }
+  Gate gate_of(int b) const { return fusion.mul && b == branches - 1 ? Gate::kSigmoid : Gate::kNone; }
   static Companion wide(const A* data) { return {data, true}; }
   static CompanionOut wide_out(A* data) { return {data, true}; }
   Companion scale() const { return fusion.mul ? wide(branch[branches - 1].out) : Companion{}; }
@@ -137,7 +137,7 @@ struct Block {
       const Branch& own = branch[b];
       transform.branch[b] = {
           kHidden,      wide(own.w1), wide(own.b1), wide(own.norm_weight), wide(own.norm_bias),   wide(own.w2),
-          wide(own.b2), is_gate(b),   own.products, own.normalized,        own.inverse_deviation, own.out};
+          wide(own.b2), gate_of(b),   own.products, own.normalized,        own.inverse_deviation, own.out};
     }
     const TransformPlan small_plan = make_transform_forward_plan(problem(), kDevice);
     run_transform(small_plan, schedule, [&] { return launch_transform_forward(small_plan, transform, nullptr); });
@@ -176,7 +176,8 @@ struct Block {
                              own.normalized,
                              own.inverse_deviation,
                              own.grad_out,
-                             is_gate(b) ? own.out : nullptr,
+                             gate_of(b),
+                             own.out,
                              wide_out(own.grad_w1),
                              wide_out(own.grad_b1),
                              wide_out(own.grad_norm_weight),

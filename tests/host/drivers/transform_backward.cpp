@@ -33,9 +33,11 @@ struct Branch {
   using A = Acc<T>;
 
   Wanted wanted;
-  int images, channels, hidden;
-  bool wide, gated;
-  std::string name = gated ? "mul_" : "add_";
+  TransformCase on;
+  int images = on.images, channels = on.channels, hidden;
+  bool wide;
+  Gate gate;
+  std::string name = gate != Gate::kNone ? "mul_" : "add_";
 
   std::size_t matrix = static_cast<std::size_t>(hidden) * channels;
   std::size_t units = static_cast<std::size_t>(images) * hidden;
@@ -47,7 +49,7 @@ struct Branch {
   Buffer<A> normalized{name + "normalized", units, Use::kInput};
   Buffer<A> inverse_deviation{name + "inverse_deviation", static_cast<std::size_t>(images), Use::kInput};
   Buffer<A> grad_out{name + "grad_out", outputs, Use::kInput};
-  Buffer<A> gate{name + "gate", outputs, Use::kInput};
+  Buffer<A> gate_out{name + "gate_out", outputs, Use::kInput};
 
   SmallVector<T> grad_w1{name + "grad_w1", matrix, wide, Use::kOutput};
   SmallVector<T> grad_b1{name + "grad_b1", static_cast<std::size_t>(hidden), !wide, Use::kOutput};
@@ -62,16 +64,10 @@ struct Branch {
   Buffer<A> partial_context{name + "partial_context", static_cast<std::size_t>(workspace.partial_context),
                             Use::kOutput};
 
-  Branch(const Wanted& wanted_, const TransformCase& on, int hidden_, bool wide_, bool gated_,
+  Branch(const Wanted& wanted_, const TransformCase& on_, int hidden_, bool wide_, Gate gate_,
          const TransformWorkspace& workspace_)
-      : wanted(wanted_),
-        images(on.images),
-        channels(on.channels),
-        hidden(hidden_),
-        wide(wide_),
-        gated(gated_),
-        workspace(workspace_) {
-    Numbers numbers(gated ? 9 : 10);
+      : wanted(wanted_), on(on_), hidden(hidden_), wide(wide_), gate(gate_), workspace(workspace_) {
+    Numbers numbers(gate != Gate::kNone ? 9 : 10);
     w1.fill(numbers, 1);
     norm_weight.fill(numbers, 2);
     norm_bias.fill(numbers, 1);
@@ -80,32 +76,40 @@ struct Branch {
     for (int n = 0; n < images; ++n) inverse_deviation[n] = static_cast<A>(1.5 + numbers(1));
     for (std::size_t i = 0; i < outputs; ++i) {
       grad_out[i] = static_cast<A>(numbers(1));
-      gate[i] = static_cast<A>(0.5 + numbers(0.5));
+      gate_out[i] = static_cast<A>(std::min(std::max(0.5 + numbers(0.6), 0.0), 1.0));
     }
     for (std::size_t i = 0; i < units; ++i) {
       const int p = static_cast<int>(i % hidden);
       double value = numbers(2);
-      // Rounding must not decide on which side of the ReLU a unit lies; unit 0 of image 0 is exactly on the edge.
-      while (std::abs(norm_weight[p] * value + norm_bias[p]) < 1e-3) value += 0.3;
+      // Rounding must not decide on which side of an edge a unit lies; unit 0 of image 0 is exactly on ReLU's.
+      const auto near_edge = [&] {
+        const double v = before(p, value);
+        return std::min({std::abs(v), std::abs(v - 3), std::abs(v + 3)}) < 1e-3;
+      };
+      while (near_edge()) value += 0.3;
       normalized[i] = static_cast<A>(i == 0 ? 0 : value);
     }
   }
+
+  // What goes into the activation.
+  double before(int p, double value) const { return on.norm ? norm_weight[p] * value + norm_bias[p] : value; }
 
   TransformGradients args() {
     const auto out = [](bool want, SmallVector<T>& vector) { return want ? vector.out() : CompanionOut{}; };
     return {hidden,
             w1.companion(),
-            norm_weight.companion(),
-            norm_bias.companion(),
+            on.norm ? norm_weight.companion() : Companion{},
+            on.norm ? norm_bias.companion() : Companion{},
             w2.companion(),
             normalized.data(),
             inverse_deviation.data(),
             grad_out.data(),
-            gated ? gate.data() : nullptr,
+            gate,
+            gate_out.data(),
             out(wanted.weights, grad_w1),
             out(wanted.vectors, grad_b1),
-            out(wanted.vectors, grad_norm_weight),
-            out(wanted.vectors, grad_norm_bias),
+            out(wanted.vectors && on.norm, grad_norm_weight),
+            out(wanted.vectors && on.norm, grad_norm_bias),
             out(wanted.weights, grad_w2),
             out(wanted.vectors, grad_b2),
             partial_y.data(),
@@ -114,12 +118,13 @@ struct Branch {
             partial_context.data()};
   }
 
-  double y(int n, int p) const {
-    return std::max(0.0, norm_weight[p] * normalized[static_cast<std::size_t>(n) * hidden + p] + norm_bias[p]);
+  double before_activation(int n, int p) const {
+    return before(p, normalized[static_cast<std::size_t>(n) * hidden + p]);
   }
+  double y(int n, int p) const { return activate_of(on.activation, before_activation(n, p)); }
   double dt(int n, int c) const {
     const std::size_t i = static_cast<std::size_t>(n) * channels + c;
-    return gated ? grad_out[i] * gate[i] * (1.0 - gate[i]) : grad_out[i];
+    return grad_out[i] * gate_slope_of(gate, gate_out[i]);
   }
 
   // Checks the gradients, and adds this branch's share to grad_context [N, C] (with its error).
@@ -132,6 +137,8 @@ struct Branch {
       const auto unit = [&](int n) { return static_cast<std::size_t>(n) * hidden + p; };
       if (deep && wanted.vectors) {
         check_sum(grad_b1, p, [&](int n) { return dh[unit(n)]; });
+      }
+      if (deep && wanted.vectors && on.norm) {
         check_sum(grad_norm_bias, p, [&](int n) { return dy[unit(n)]; });
         check_sum(grad_norm_weight, p, [&](int n) { return times(dy[unit(n)], normalized[unit(n)]); });
       }
@@ -142,7 +149,7 @@ struct Branch {
         }
         if (wanted.weights) {
           check_sum(grad_w2, static_cast<std::size_t>(c) * hidden + p, [&](int n) {
-            return Bounded{dt(n, c) * y(n, p), 8 * roundoff * std::abs(dt(n, c)) * (y(n, p) + 2)};
+            return Bounded{dt(n, c) * y(n, p), 8 * roundoff * std::abs(dt(n, c)) * (2 * std::abs(y(n, p)) + 2)};
           });
         }
         for (int n = 0; n < images; ++n) {
@@ -180,10 +187,17 @@ struct Branch {
     Bounded mean, product_mean;
     for (int p = 0; p < hidden; ++p) {
       dy[p] = {};
-      for (int c = 0; c < channels && y(n, p) > 0; ++c) {
+      const double v = before_activation(n, p), slope = slope_of(on.activation, v);
+      for (int c = 0; c < channels; ++c) {
         const double part = w2[static_cast<std::size_t>(c) * hidden + p] * dt(n, c);
-        dy[p].value += part;
-        dy[p].error += (sum_error<T>(channels) + 4 * roundoff) * std::abs(part);
+        dy[p].value += slope * part;
+        dy[p].error += (sum_error<T>(channels) + 4 * roundoff) * std::abs(slope * part);
+        // The slope's own error; ReLU has none.
+        if (on.activation != Activation::kReLU) dy[p].error += 8 * roundoff * (1 + std::abs(v)) * std::abs(part);
+      }
+      if (!on.norm) {
+        dh[p] = dy[p];
+        continue;
       }
       const Bounded dn = times(dy[p], norm_weight[p]);
       const Bounded product = times(dn, normalized[static_cast<std::size_t>(n) * hidden + p]);
@@ -192,7 +206,7 @@ struct Branch {
       product_mean.value += product.value / hidden;
       product_mean.error += (product.error + sum_error<T>(hidden) * std::abs(product.value)) / hidden;
     }
-    for (int p = 0; p < hidden; ++p) {
+    for (int p = 0; p < hidden && on.norm; ++p) {
       const double x = normalized[static_cast<std::size_t>(n) * hidden + p];
       const Bounded dn = times(dy[p], norm_weight[p]);
       const Bounded product = times(product_mean, x);
@@ -224,14 +238,14 @@ void run(const Wanted& wanted, const TransformCase& on, bool wide, SameBits& bit
   args.context = context.data();
   args.context_stride = stride;
   args.factor = kFactor;
+  args.activation = on.activation;
   const bool with_context = wanted.depth == TransformDepth::kContext;
   if (with_context) args.grad_context = grad_context.data();
   std::int64_t workspace = 0;
   for (int b = 0; b < on.branches(); ++b) {
     const TransformWorkspace own = backward_workspace(problem_of(on, Element<T>::type), plan, b);
     workspace += own.total();
-    const bool gated = on.branches() > 1 ? b == 1 : wide;  // a branch alone is channel_add or channel_mul in turn
-    branches.push_back(std::make_unique<Branch<T>>(wanted, on, on.hidden[b], wide, gated, own));
+    branches.push_back(std::make_unique<Branch<T>>(wanted, on, on.hidden[b], wide, gate_of(on, b, wide), own));
     args.branch[b] = branches[b]->args();
   }
   host::require(plan.workspace == workspace, "workspace of " + plan.to_string());

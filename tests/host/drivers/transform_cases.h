@@ -2,6 +2,7 @@
 #pragma once
 
 #include "feature_map.h"
+#include "kernels/args.h"
 #include "kernels/transform_geometry.h"
 
 namespace gc::drivers {
@@ -13,12 +14,17 @@ struct TransformCase {
   bool all_types;           // float64 and bfloat16 too
   bool misaligned;          // weights one element off an even address
   const char* reason;
+  bool norm = true;
+  Activation activation = Activation::kReLU;
+  Gate gate = Gate::kSigmoid;  // of channel_mul
 
   int branches() const { return static_cast<int>(hidden.size()); }
   std::string to_string() const {
     std::string text = std::to_string(images) + "x" + std::to_string(channels);
     for (const int units : hidden) text += "-" + std::to_string(units);
-    return text + (misaligned ? "+1" : "");
+    const char* const activations[] = {"relu", "silu", "hardswish"};
+    text += std::string(norm ? "-norm-" : "-") + activations[static_cast<int>(activation)];
+    return text + (gate == Gate::kHardsigmoid ? "-hardsigmoid" : "") + (misaligned ? "+1" : "");
   }
 };
 
@@ -34,8 +40,42 @@ inline const std::vector<TransformCase>& transform_cases() {
       {9, 36, {12}, 4, false, false, "more images than a slab takes at a time"},
       {37, 24, {6}, 4, false, false, "more images than one fetch of a weight serves"},
       {5, 16, {3000}, 2, false, false, "more hidden units than shared memory holds for all images at once"},
+      {3, 64, {16}, 4, true, false, "Squeeze-and-Excitation of a ResNet: no norm", false},
+      {3, 40, {10}, 4, true, false, "that of an EfficientNet", false, Activation::kSiLU},
+      {3, 72, {24}, 4, true, false, "that of a MobileNetV3", false, Activation::kReLU, Gate::kHardsigmoid},
+      {3, 64, {6, 8}, 4, false, false, "both branches without a norm", false, Activation::kHardswish},
+      {2, 64, {8}, 4, false, false, "a norm before another activation", true, Activation::kSiLU},
+      {2, 64, {8}, 4, false, false, "and before one with edges", true, Activation::kHardswish, Gate::kHardsigmoid},
   };
   return cases;
+}
+
+// A branch alone is channel_add or channel_mul in turn, as its weights are wide or not.
+inline Gate gate_of(const TransformCase& on, int branch, bool wide) {
+  const bool mul = on.branches() > 1 ? branch == 1 : wide || !on.norm;
+  return mul ? on.gate : Gate::kNone;
+}
+
+// The functions and their derivatives (gradients for that of 1), after PyTorch's definitions.
+inline double activate_of(Activation activation, double v) {
+  if (activation == Activation::kReLU) return std::max(v, 0.0);
+  if (activation == Activation::kSiLU) return v / (1 + std::exp(-v));
+  return v * std::min(std::max(v + 3, 0.0), 6.0) / 6;
+}
+inline double slope_of(Activation activation, double v) {
+  if (activation == Activation::kReLU) return v > 0 ? 1 : 0;
+  const double s = 1 / (1 + std::exp(-v));
+  if (activation == Activation::kSiLU) return s * (1 + v * (1 - s));
+  return v < -3 ? 0 : v <= 3 ? v / 3 + 0.5 : 1;
+}
+inline constexpr double kSteepest = 1.5;  // of the activations
+inline double pass_gate_of(Gate gate, double t) {
+  if (gate == Gate::kNone) return t;
+  return gate == Gate::kSigmoid ? 1 / (1 + std::exp(-t)) : std::min(std::max(t + 3, 0.0), 6.0) / 6;
+}
+inline double gate_slope_of(Gate gate, double out) {
+  if (gate == Gate::kNone) return 1;
+  return gate == Gate::kSigmoid ? out * (1 - out) : out > 0 && out < 1 ? 1.0 / 6 : 0;
 }
 
 inline TransformProblem problem_of(const TransformCase& on, ElementType type) {

@@ -10,10 +10,12 @@ template <typename T>
 struct Branch {
   using A = Acc<T>;
 
-  int images, channels, hidden;
-  bool wide, gate;
-  int misaligned;
-  std::string name = gate ? "mul_" : "add_";
+  TransformCase on;
+  int images = on.images, channels = on.channels, hidden;
+  bool wide;
+  Gate gate;
+  int misaligned = on.misaligned;
+  std::string name = gate != Gate::kNone ? "mul_" : "add_";
 
   SmallVector<T> w1{name + "w1", static_cast<std::size_t>(hidden) * channels, wide, Use::kInput, misaligned};
   SmallVector<T> b1{name + "b1", static_cast<std::size_t>(hidden), !wide, Use::kInput};
@@ -27,9 +29,9 @@ struct Branch {
   Buffer<A> inverse_deviation{name + "inverse_deviation", static_cast<std::size_t>(images), Use::kOutput};
   Buffer<A> out{name + "out", static_cast<std::size_t>(images) * channels, Use::kOutput};
 
-  Branch(const TransformCase& on, int hidden_, bool wide_, bool gate_)
-      : images(on.images), channels(on.channels), hidden(hidden_), wide(wide_), gate(gate_), misaligned(on.misaligned) {
-    Numbers numbers(gate ? 7 : 8);
+  Branch(const TransformCase& on_, int hidden_, bool wide_, Gate gate_)
+      : on(on_), hidden(hidden_), wide(wide_), gate(gate_) {
+    Numbers numbers(gate != Gate::kNone ? 7 : 8);
     w1.fill(numbers, 2 / std::sqrt(channels));
     b1.fill(numbers, 1);
     norm_weight.fill(numbers, 2);
@@ -42,8 +44,8 @@ struct Branch {
     return {hidden,
             w1.companion(),
             b1.companion(),
-            norm_weight.companion(),
-            norm_bias.companion(),
+            on.norm ? norm_weight.companion() : Companion{},
+            on.norm ? norm_bias.companion() : Companion{},
             w2.companion(),
             b2.companion(),
             gate,
@@ -69,17 +71,21 @@ struct Branch {
       mean += h[p] / hidden;
     }
     for (int p = 0; p < hidden; ++p) variance += (h[p] - mean) * (h[p] - mean) / hidden;
-    const double inverse = 1 / std::sqrt(variance + kEps);
+    const double inverse = on.norm ? 1 / std::sqrt(variance + kEps) : 1;
+    if (!on.norm) mean = 0;
     for (int p = 0; p < hidden; ++p) most = std::max(most, std::abs(h[p] - mean) * inverse);
     const double relative = 2 * h_error * inverse * (1 + most) + sum_error<T>(hidden);
-    host::require_close("inverse_deviation", inverse_deviation[n], inverse, relative * inverse);
-    const double error = relative * (1 + most);
+    host::require_close("inverse_deviation", inverse_deviation[n], inverse, on.norm ? relative * inverse : 0);
+    const double error = on.norm ? relative * (1 + most) : h_error;
     double y_error = 0;
     for (int p = 0; p < hidden; ++p) {
       const double value = (h[p] - mean) * inverse;
       host::require_close("normalized", normalized[static_cast<std::size_t>(n) * hidden + p], value, error);
-      y[p] = std::max(0.0, norm_weight[p] * value + norm_bias[p]);
-      y_error = std::max(y_error, std::abs(norm_weight[p]) * error + 4 * roundoff * std::abs(norm_bias[p]));
+      const double weight = on.norm ? norm_weight[p] : 1, bias = on.norm ? norm_bias[p] : 0;
+      const double v = weight * value + bias;
+      y[p] = activate_of(on.activation, v);
+      const double v_error = std::abs(weight) * error + 4 * roundoff * (std::abs(bias) + std::abs(v));
+      y_error = std::max(y_error, kSteepest * v_error + roundoff * (4 + std::abs(v)) * std::abs(y[p]));
     }
     for (int c = 0; c < channels; ++c) {
       double t = b2[c], size = std::abs(b2[c]), weights = 0;
@@ -90,9 +96,10 @@ struct Branch {
         weights += std::abs(weight);
       }
       const double t_error = weights * y_error + sum_error<T>(hidden) * size;
-      const double want = gate ? 1 / (1 + std::exp(-t)) : t;
-      const double tolerance = gate ? t_error / 4 + roundoff * (4 + std::abs(t)) : t_error;
-      host::require_close(gate ? "scale" : "term", out[static_cast<std::size_t>(n) * channels + c], want, tolerance);
+      const double want = pass_gate_of(gate, t);
+      const double tolerance = gate == Gate::kNone ? t_error : t_error / 4 + roundoff * (4 + std::abs(t));
+      host::require_close(gate == Gate::kNone ? "term" : "scale", out[static_cast<std::size_t>(n) * channels + c], want,
+                          tolerance);
     }
   }
 };
@@ -107,8 +114,7 @@ void run(const TransformCase& on, bool wide, SameBits& bits, const host::Schedul
   for (std::size_t i = 0; i < state.size(); ++i) state[i] = static_cast<A>(numbers(1) + 0.25);
   std::vector<std::unique_ptr<Branch<T>>> branches;
   for (int b = 0; b < on.branches(); ++b) {
-    // A branch alone is channel_add or channel_mul in turn.
-    branches.push_back(std::make_unique<Branch<T>>(on, on.hidden[b], wide, on.branches() > 1 ? b == 1 : wide));
+    branches.push_back(std::make_unique<Branch<T>>(on, on.hidden[b], wide, gate_of(on, b, wide)));
   }
 
   const TransformProblem problem = problem_of(on, Element<T>::type);
@@ -120,6 +126,7 @@ void run(const TransformCase& on, bool wide, SameBits& bits, const host::Schedul
   args.channels = on.channels;
   args.branches = on.branches();
   args.eps = kEps;
+  args.activation = on.activation;
   args.context = state.data() + 2;
   args.context_stride = stride;
   std::size_t products = 0;
