@@ -4,7 +4,8 @@
 #   ./compile.sh               prints the environment report
 #   ./compile.sh bench [ARG…]  runs the benchmark (bench/latency.py; try --help)
 #   ./compile.sh test [ARG…]   runs the tests; the arguments go to pytest
-#   ./compile.sh cuda          compiles the CUDA kernels in an environment of their own, .venv-cuda; needs nvcc, no GPU
+#   ./compile.sh cuda          compiles the CUDA kernels in an environment of their own, .venv-cuda, and tests the models
+#                              of timm and torchvision there, on the CPU; needs nvcc, no GPU
 #
 # An active virtual or conda environment is used as it is: a torch >= 2.4 that is there stays. Without one, .venv is made
 # with the interpreter $PYTHON (default: python3). FORCE_CUDA=1 demands CUDA kernels, FORCE_CUDA=0 refuses them;
@@ -19,6 +20,9 @@ test_needs=(pytest)
 # For the comparison with mmcv. Installed without dependencies, which would bring a second OpenCV and perhaps a torch.
 mmcv_needs=(mmcv-lite==2.2.0 mmengine==0.10.7 addict pyyaml rich termcolor yapf packaging opencv-python-headless
   markdown-it-py mdurl pygments platformdirs Pillow)
+
+# This torchvision wants exactly that torch, so that no other comes with it.
+model_needs=(timm==1.0.31 torchvision==0.28.0)
 
 say() { printf '==> %s\n' "$*"; }
 die() {
@@ -121,6 +125,10 @@ check_cuda() {
   pip_install --no-index --no-deps --force-reinstall build/wheel-cuda/*.whl
   say "checking it from outside the source folder"
   (cd / && "$python" "$root/tests/cuda_build_check.py")
+  need "${test_needs[@]}" "${model_needs[@]}"
+  say "testing the models of timm and torchvision"
+  (cd / && "$python" -m pytest -q -c "$root/pyproject.toml" -p no:cacheprovider \
+    "$root"/tests/test_{timm,torchvision,readme}.py)
 }
 
 verb=${1:-build}

@@ -6,7 +6,9 @@ same in plain PyTorch. ``python -m gc_cuda`` reports the build.
 """
 
 from gc_cuda import reference
+from gc_cuda.accelerate import Report, accelerate, restore
 from gc_cuda.blocks import ContextBlock
+from gc_cuda.convert import convert_state_dict
 from gc_cuda.functional import (
     attention_pool,
     average_pool,
@@ -16,19 +18,25 @@ from gc_cuda.functional import (
     global_context,
     softmax_pool,
 )
+from gc_cuda.insert import insert
 from gc_cuda.reference import Transform
 
 __version__ = "0.1.0"
 
 __all__ = [
     "ContextBlock",
+    "Report",
     "Transform",
+    "accelerate",
     "attention_pool",
     "average_pool",
     "broadcast_add",
     "broadcast_mul",
     "broadcast_mul_add",
+    "convert_state_dict",
     "global_context",
+    "insert",
     "reference",
+    "restore",
     "softmax_pool",
 ]

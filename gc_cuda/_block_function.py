@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +14,21 @@ from gc_cuda._double_backward import differentiable_gradients, graph_wanted
 from gc_cuda.reference import Transform
 
 _ABSENT = (None,) * 6  # the six tensors of a branch that is not there
+# The operators' numbers.
+_ACTIVATION = {name: number for number, name in enumerate(reference.ACTIVATIONS)}
+_GATE = {name: number for number, name in enumerate(reference.GATES)}
+
+
+class Policy(NamedTuple):
+    """What the block computes besides its tensors."""
+
+    eps: float
+    activation: str
+    gate: str
+
+    def numbers(self) -> tuple[int, int]:
+        """The operators' arguments activation and gate."""
+        return _ACTIVATION[self.activation], _GATE[self.gate]
 
 
 def whole_block(
@@ -22,23 +37,25 @@ def whole_block(
     mask_bias: Tensor | None,
     add: Transform | None,
     mul: Transform | None,
-    eps: float,
+    policy: Policy,
 ) -> Tensor:
     """The output for arguments that fit."""
     if torch.is_grad_enabled():
-        out, _ = _WholeBlock.apply(x, mask_weight, mask_bias, eps, *(add or _ABSENT), *(mul or _ABSENT))
+        out, _ = _WholeBlock.apply(x, mask_weight, mask_bias, policy, *(add or _ABSENT), *(mul or _ABSENT))
     else:  # a Function of 16 arguments would take as long as the operator does on a small map
-        add_list, mul_list = list(add or ()), list(mul or ())
-        out, *_ = torch.ops.gc_cuda.global_context.default(x, mask_weight, mask_bias, add_list, mul_list, eps)
+        branches = _present(add or ()), _present(mul or ())
+        out, *_ = torch.ops.gc_cuda.global_context.default(
+            x, mask_weight, mask_bias, *branches, policy.eps, *policy.numbers()
+        )
     return out
 
 
 class _WholeBlock(Function):
-    """Inputs: x, mask_weight, mask_bias, eps, then the six tensors of add and of mul, or six None.
+    """Inputs: x, mask_weight, mask_bias, policy, then the six tensors of add and of mul, or six None.
 
     Outputs: out, and the operator's state, which is there for the second derivatives of average pooling with
     add alone: their first gradients depend on x by the context only, so x is not saved, and what flows back
-    into the context reaches x through the state.
+    into the context reaches x through the state. A branch without a layer norm has None for its two.
     """
 
     @staticmethod
@@ -47,14 +64,16 @@ class _WholeBlock(Function):
         x: Tensor,
         mask_weight: Tensor | None,
         mask_bias: Tensor | None,
-        eps: float,
+        policy: Policy,
         *branches: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         add, mul = _present(branches[:6]), _present(branches[6:])
-        out, *rest = torch.ops.gc_cuda.global_context.default(x, mask_weight, mask_bias, add, mul, eps)
+        out, *rest = torch.ops.gc_cuda.global_context.default(
+            x, mask_weight, mask_bias, add, mul, policy.eps, *policy.numbers()
+        )
         state = rest[1]
         needs_x, needs_weight, needs_bias, _, *needs_branches = ctx.needs_input_grad
-        ctx.eps, ctx.size, ctx.dtype = eps, x.shape, x.dtype
+        ctx.policy, ctx.size, ctx.dtype = policy, x.shape, x.dtype
         # Without gradients for the rest of them, x and the parameters need not outlive the call.
         ctx.only_bias = not (needs_x or needs_weight or any(needs_branches))
         bias = mask_bias if needs_bias else None
@@ -85,6 +104,10 @@ def _present(branch: Sequence[Tensor | None]) -> list[Tensor]:
     return [tensor for tensor in branch if tensor is not None]
 
 
+def _as_transform(branch: Sequence[Tensor | None]) -> Transform | None:
+    return None if branch[0] is None else Transform(*branch)  # type: ignore[arg-type]
+
+
 def _needed(ctx: Any) -> list[bool]:
     """Which of x, mask_weight, add's six and mul's six tensors need a gradient."""
     needs_x, needs_weight, _, _, *needs_branches = ctx.needs_input_grad
@@ -96,7 +119,14 @@ def _fused(
 ) -> list[Tensor | None]:
     needed = _needed(ctx)
     gradients = torch.ops.gc_cuda.global_context_backward.default(
-        grad, x, mask_weight, _present(saved[:6]), _present(saved[6:12]), *saved[12:], needed
+        grad,
+        x,
+        mask_weight,
+        _present(saved[:6]),
+        _present(saved[6:12]),
+        *saved[12:],
+        *ctx.policy.numbers(),
+        needed,
     )
     return [gradient if wanted else None for gradient, wanted in zip(gradients, needed)]
 
@@ -111,14 +141,13 @@ def _differentiable(
         return _differentiable_without_x(ctx, grad, state, branches[:6])
 
     def definition(x: Tensor, mask_weight: Tensor | None, *branches: Tensor | None) -> Tensor:
-        add, mul = _present(branches[:6]), _present(branches[6:])
         return reference.global_context(
             x,
             mask_weight,
-            add=Transform(*add) if add else None,
-            mul=Transform(*mul) if mul else None,
+            add=_as_transform(branches[:6]),
+            mul=_as_transform(branches[6:]),
             pooling_type="avg" if mask_weight is None else "att",
-            eps=ctx.eps,
+            **ctx.policy._asdict(),
         )
 
     return differentiable_gradients(definition, grad, x, mask_weight, *branches)
@@ -131,8 +160,10 @@ def _differentiable_without_x(
     needs_x = ctx.needs_input_grad[0]
     context = state[:, 2:] if needs_x else state[:, 2:].detach()
 
-    def definition(context: Tensor, *add: Tensor) -> Tensor:
-        return reference.transform(context, Transform(*add), ctx.eps)
+    def definition(context: Tensor, *add: Tensor | None) -> Tensor:
+        branch = _as_transform(add)
+        assert branch is not None
+        return reference.transform(context, branch, ctx.policy.eps, ctx.policy.activation)
 
     grad_term = grad.sum((2, 3), dtype=context.dtype)
     grad_context, *grad_add = differentiable_gradients(definition, grad_term, context, *add)

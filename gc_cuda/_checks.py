@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gc_cuda import _extension
-from gc_cuda.reference import POOLING_TYPES, Transform
+from gc_cuda.reference import ACTIVATIONS, GATES, POOLING_TYPES, Transform
 
 # The type in which sums over x are kept; the tensors that travel with x may have it too.
 _ACCUMULATION = {
@@ -115,28 +115,35 @@ def branches(add: Transform | None, mul: Transform | None, x: Tensor) -> None:
 
 
 def _transform(branch: Transform, name: str, x: Tensor) -> None:
-    """Demand six tensors: P from b1, C from x."""
+    """Demand six tensors, or None for those of the norm: P from b1, C from x."""
     if not isinstance(branch, (tuple, list)):
         raise TypeError(f"{name} must be a gc_cuda.Transform or None, got {type(branch).__name__}")
     if len(branch) != len(Transform._fields):
         raise TypeError(f"{name} must have the tensors {_FIELDS}, got {len(branch)} of them")
-    for tensor, field in zip(branch, Transform._fields):
-        if not _travels(tensor, x):
-            _companion(tensor, f"{name}.{field}", x)
     w1, b1, norm_weight, norm_bias, w2, b2 = branch
+    if (norm_weight is None) != (norm_bias is None):
+        raise TypeError(
+            f"{name}.norm_weight and {name}.norm_bias must both be tensors or both None (no layer norm), got "
+            f"{type(norm_weight).__name__} and {type(norm_bias).__name__}"
+        )
+    for tensor, field in zip(branch, Transform._fields):
+        if not _travels(tensor, x) and not (tensor is None and field in _NORM):
+            _companion(tensor, f"{name}.{field}", x)
     c, p = x.shape[1], b1.numel()
     if p == 0:
         raise ValueError(f"{name}.b1 must have at least one element (a hidden unit), got shape {_shape(b1)}")
     if not (_is_matrix(w1, p, c) and _is_matrix(w2, c, p)):
         _matrix(w1, f"{name}.w1", p, c, "P of b1, C of x")
         _matrix(w2, f"{name}.w2", c, p, "C of x, P of b1")
-    if norm_weight.numel() != p or norm_bias.numel() != p or b2.numel() != c:
+    if norm_weight is not None and norm_bias is not None:
         _vector(norm_weight, f"{name}.norm_weight", p, "P of b1")
         _vector(norm_bias, f"{name}.norm_bias", p, "P of b1")
+    if b2.numel() != c:
         _vector(b2, f"{name}.b2", c, "C of x")
 
 
 _FIELDS = ", ".join(Transform._fields)
+_NORM = ("norm_weight", "norm_bias")
 
 
 def _is_matrix(tensor: Tensor, rows: int, columns: int) -> bool:
@@ -156,6 +163,14 @@ def _vector(tensor: Tensor, name: str, count: int, meaning: str) -> None:
         raise ValueError(f"{name} must have {count} elements ({meaning}), got shape {_shape(tensor)}")
 
 
+def policy(activation: str, gate: str) -> None:
+    """Demand an activation and a gate that there are."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {tuple(ACTIVATIONS)}, got {activation!r}")
+    if gate not in GATES:
+        raise ValueError(f"gate must be one of {tuple(GATES)}, got {gate!r}")
+
+
 def epsilon(eps: float) -> None:
     """Demand a number that is not negative."""
     if not isinstance(eps, (int, float)):
@@ -164,7 +179,7 @@ def epsilon(eps: float) -> None:
         raise ValueError(f"eps must be 0 or more, got {eps}")
 
 
-def _travels(tensor: Tensor, x: Tensor) -> bool:
+def _travels(tensor: Tensor | None, x: Tensor) -> bool:
     """What :func:`_companion` demands."""
     return (
         isinstance(tensor, Tensor)
@@ -174,7 +189,7 @@ def _travels(tensor: Tensor, x: Tensor) -> bool:
     )
 
 
-def _companion(tensor: Tensor, name: str, x: Tensor) -> None:
+def _companion(tensor: Tensor | None, name: str, x: Tensor) -> None:
     """Demand a dense tensor on x's device, in x's dtype or that of its sums."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")

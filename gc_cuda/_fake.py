@@ -75,6 +75,8 @@ def global_context(
     add: Sequence[Tensor],
     mul: Sequence[Tensor],
     eps: float,
+    activation: int,
+    gate: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     n, c, h, w = x.shape
     wide = _accumulation(x)
@@ -100,15 +102,23 @@ def global_context_backward(
     normalized: Tensor,
     inverse_deviation: Tensor,
     scale: Tensor,
+    activation: int,
+    gate: int,
     needed: Sequence[bool],
 ) -> list[Tensor]:
     like_x = grad if x is None else x
-    absent = (None,) * 6
-    small = (mask_weight, *(add or absent), *(mul or absent))
+    small = (mask_weight, *_numbered(add), *_numbered(mul))
     gradients = [_feature_map_like(like_x) if needed[0] else like_x.new_empty(0)]
     for tensor, wanted in zip(small, needed[1:]):
         gradients.append(like_x.new_empty(0) if tensor is None or not wanted else _dense_like(tensor))
     return gradients
+
+
+def _numbered(branch: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    """w1, b1, norm_weight, norm_bias, w2, b2, None for what is not there."""
+    if len(branch) == 4:
+        return *branch[:2], None, None, *branch[2:]
+    return tuple(branch) or (None,) * 6
 
 
 _KERNELS = (

@@ -23,13 +23,14 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from gc_cuda import _checks, _extension, _fake, reference
-from gc_cuda._block_function import whole_block
+from gc_cuda import _checks, _extension, _fake, _flops, reference
+from gc_cuda._block_function import Policy, whole_block
 from gc_cuda._double_backward import differentiable_gradients, graph_wanted
 from gc_cuda.reference import Transform
 
 if _extension.build_config() is not None:
     _fake.register()
+    _flops.register()
 
 
 def softmax_pool(x: Tensor, logits: Tensor) -> Tensor:
@@ -136,20 +137,22 @@ def global_context(
     mul: Transform | None = None,
     *,
     pooling_type: str = "att",
+    activation: str = "relu",
+    gate: str = "sigmoid",
     eps: float = 1e-5,
 ) -> Tensor:
     """The global context block: pool, transform, broadcast back; one operator forward, one backward.
 
-    out = x * sigmoid(t_mul(context)) if there is a ``mul``, then + t_add(context) if there is an ``add``:
+    out = x * gate(t_mul(context)) if there is a ``mul``, then + t_add(context) if there is an ``add``:
 
         context    = sum_s softmax(logits)[s] * x[:, s], logits[s] = mask_weight . x[:, s] + mask_bias,
                      for "att"; the mean of the pixels for "avg"
-        t(context) = w2 relu(norm_weight * (h - mean h) / sqrt(var h + eps) + norm_bias) + b2,
-                     h = w1 context + b1, mean and (biased) variance over the P hidden units
+        t(context) = w2 act(norm_weight * (h - mean h) / sqrt(var h + eps) + norm_bias) + b2,
+                     h = w1 context + b1, mean and (biased) variance over the P hidden units;
+                     w2 act(h) + b2 where norm_weight and norm_bias are None
 
-    "att" with ``add`` is the block of Cao et al., GCNet (https://arxiv.org/abs/1904.11492). The gate is that
-    of Hu et al., Squeeze-and-Excitation (https://arxiv.org/abs/1709.01507), with a layer norm inside; it
-    pools by "avg".
+    "att" with ``add`` is the block of Cao et al., GCNet (https://arxiv.org/abs/1904.11492); "avg" with
+    ``mul`` and no layer norm that of Hu et al., Squeeze-and-Excitation (https://arxiv.org/abs/1709.01507).
 
     Three passes over memory: x is read twice, out is written; backward four (five with ``mul``). Between the
     pixels of x and those of out nothing is rounded below float32. The gradient of mask_bias is an exact 0.
@@ -163,17 +166,20 @@ def global_context(
             "avg".
         mask_bias: one element, or None.
         add: a Transform (w1, b1, norm_weight, norm_bias, w2, b2) with w1 [P, C], w2 [C, P], b1, norm_weight
-            and norm_bias of P elements and b2 of C; trailing dimensions of size 1 do not matter. Or None.
+            and norm_bias of P elements (or both None) and b2 of C; trailing dimensions of size 1 do not
+            matter. Or None.
         mul: the same, with a P of its own. One of the two must be given.
         pooling_type: "att" or "avg".
+        activation: act of both branches: "relu", "silu" or "hardswish".
+        gate: of ``mul``: "sigmoid" or "hardsigmoid", which is relu6(t + 3) / 6.
         eps: of the layer norms, not negative.
 
     Returns:
         out, [N, C, H, W] in the dtype and memory format of x; it may be changed in place.
 
     Raises:
-        ValueError: for a shape or device that does not fit, an unknown pooling_type, a mask_weight that is
-            missing or of no use, no branch at all, or a negative eps.
+        ValueError: for a shape or device that does not fit, an unknown pooling_type, activation or gate, a
+            mask_weight that is missing or of no use, no branch at all, or a negative eps.
         TypeError: for a dtype that does not fit, or for what is no dense tensor or no Transform.
         ImportError: where the extension is missing or lacks CUDA; it says what to run.
     """
@@ -181,8 +187,9 @@ def global_context(
     _checks.feature_map(x)
     _checks.pooling(pooling_type, mask_weight, mask_bias, x)
     _checks.branches(add, mul, x)
+    _checks.policy(activation, gate)
     _checks.epsilon(eps)
-    return whole_block(x, mask_weight, mask_bias, add, mul, eps)
+    return whole_block(x, mask_weight, mask_bias, add, mul, Policy(eps, activation, gate))
 
 
 class _SoftmaxPool(Function):

@@ -11,7 +11,7 @@ computed in that dtype and rounded to that of ``x`` at the end.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import reduce
 from typing import NamedTuple
 
@@ -22,18 +22,30 @@ from torch.nn import functional
 POOLING_TYPES = ("avg", "att")
 FUSION_TYPES = ("channel_add", "channel_mul")
 
+# The order of each is that of the operators' numbers.
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": functional.relu,
+    "silu": functional.silu,
+    "hardswish": functional.hardswish,
+}
+GATES: dict[str, Callable[[Tensor], Tensor]] = {
+    "sigmoid": torch.sigmoid,
+    "hardsigmoid": functional.hardsigmoid,
+}
+
 
 class Transform(NamedTuple):
-    """The parameters of t(context) = W2 ReLU(LN(W1 context + b1)) + b2 with P hidden units.
+    """The parameters of t(context) = W2 act(LN(W1 context + b1)) + b2 with P hidden units.
 
+    norm_weight and norm_bias both None: there is no layer norm, t(context) = W2 act(W1 context + b1) + b2.
     Trailing dimensions of size 1 do not matter: the weights of 1x1 convolutions and of a layer norm over
     [P, 1, 1] fit as they are.
     """
 
     w1: Tensor  # [P, C]
     b1: Tensor  # [P]
-    norm_weight: Tensor  # [P]
-    norm_bias: Tensor  # [P]
+    norm_weight: Tensor | None  # [P]
+    norm_bias: Tensor | None  # [P]
     w2: Tensor  # [C, P]
     b2: Tensor  # [C]
 
@@ -97,13 +109,19 @@ def _per_channel(tensor: Tensor) -> Tensor:
     return tensor.reshape(*tensor.shape[:2], 1, 1)
 
 
-def transform(context: Tensor, branch: Transform, eps: float = 1e-5) -> Tensor:
-    """t = W2 ReLU(LN(W1 context + b1)) + b2: [N, C] -> [N, C], in the widest dtype of the arguments."""
+def transform(context: Tensor, branch: Transform, eps: float = 1e-5, activation: str = "relu") -> Tensor:
+    """t = W2 act(LN(W1 context + b1)) + b2: [N, C] -> [N, C], in the widest dtype of the arguments.
+
+    Without norm_weight and norm_bias there is no LN.
+    """
     dtype = _widest((context, *branch))
-    w1, b1, norm_weight, norm_bias, w2, b2 = (tensor.to(dtype) for tensor in branch)
+    w1, b1, norm_weight, norm_bias, w2, b2 = (None if t is None else t.to(dtype) for t in branch)
+    assert w1 is not None and b1 is not None and w2 is not None and b2 is not None
     hidden = functional.linear(context.to(dtype), w1.flatten(1), b1.flatten())
-    hidden = functional.layer_norm(hidden, hidden.shape[1:], norm_weight.flatten(), norm_bias.flatten(), eps)
-    return functional.linear(functional.relu(hidden), w2.flatten(1), b2.flatten())
+    if norm_weight is not None and norm_bias is not None:
+        norm_weight, norm_bias = norm_weight.flatten(), norm_bias.flatten()
+        hidden = functional.layer_norm(hidden, hidden.shape[1:], norm_weight, norm_bias, eps)
+    return functional.linear(ACTIVATIONS[activation](hidden), w2.flatten(1), b2.flatten())
 
 
 def global_context(
@@ -114,9 +132,11 @@ def global_context(
     mul: Transform | None = None,
     *,
     pooling_type: str = "att",
+    activation: str = "relu",
+    gate: str = "sigmoid",
     eps: float = 1e-5,
 ) -> Tensor:
-    """out = x * sigmoid(t_mul(context)) if ``mul``, then + t_add(context) if ``add``.
+    """out = x * gate(t_mul(context)) if ``mul``, then + t_add(context) if ``add``.
 
     context = attention_pool(x, mask_weight, mask_bias), or average_pool(x) for pooling_type "avg"; for t see
     :func:`transform`.
@@ -128,27 +148,28 @@ def global_context(
         add: the parameters of t_add, or None.
         mul: the parameters of t_mul, or None.
         pooling_type: "att" or "avg".
+        activation: of the transforms, one of ``ACTIVATIONS``.
+        gate: one of ``GATES``.
         eps: of the layer norms.
 
     Returns:
         [N, C, H, W] in the dtype of ``x``.
     """
-    tensors = (x, mask_weight, mask_bias, *(add or ()), *(mul or ()))
-    out = x.to(_widest(tensor for tensor in tensors if tensor is not None))
+    out = x.to(_widest((x, mask_weight, mask_bias, *(add or ()), *(mul or ()))))
     if pooling_type == "att":
         assert mask_weight is not None, 'pooling_type "att" needs a mask_weight'
         context = attention_pool(out, mask_weight, mask_bias)
     else:
         context = average_pool(out)
     if mul is not None:
-        out = broadcast_mul(out, torch.sigmoid(transform(context, mul, eps)))
+        out = broadcast_mul(out, GATES[gate](transform(context, mul, eps, activation)))
     if add is not None:
-        out = broadcast_add(out, transform(context, add, eps))
+        out = broadcast_add(out, transform(context, add, eps, activation))
     return out.to(x.dtype)
 
 
-def _widest(tensors: Iterable[Tensor]) -> torch.dtype:
-    return reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
+def _widest(tensors: Iterable[Tensor | None]) -> torch.dtype:
+    return reduce(torch.promote_types, (tensor.dtype for tensor in tensors if tensor is not None))
 
 
 class ContextBlock(nn.Module):

@@ -232,6 +232,22 @@ BAD_BLOCKS = {
     ),
     "negative eps": ({"eps": -1e-5}, ValueError, "eps must be 0 or more, got -1e-05"),
     "eps, a NaN": ({"eps": float("nan")}, ValueError, "eps must be 0 or more, got nan"),
+    "unknown activation": (
+        {"activation": "gelu"},
+        ValueError,
+        "activation must be one of ('relu', 'silu', 'hardswish'), got 'gelu'",
+    ),
+    "unknown gate": (
+        {"gate": "tanh"},
+        ValueError,
+        "gate must be one of ('sigmoid', 'hardsigmoid'), got 'tanh'",
+    ),
+    "half a norm": (
+        {"add": TRANSFORM._replace(norm_bias=None)},
+        TypeError,
+        "add.norm_weight and add.norm_bias must both be tensors or both None (no layer norm), got Tensor and "
+        "NoneType",
+    ),
     "eps, a tensor": ({"eps": BIAS}, TypeError, "eps must be a number, got Tensor"),
     "add, a tensor": ({"add": WEIGHT}, TypeError, "add must be a gc_cuda.Transform or None, got Tensor"),
     "mul of five tensors": (

@@ -75,26 +75,42 @@ def test_operators_of_the_whole_block_on_views(random, view):
     check_operators_of_the_whole_block(random, WHOLE, view, torch.float64)
 
 
-def check_operators_of_the_whole_block(random, configuration, view, dtype):
+@pytest.mark.parametrize("configuration", CONFIGURATIONS, ids=str)
+def test_operators_without_a_norm(random, configuration):
+    """Four tensors to a branch, SiLU and the hard sigmoid."""
+    check_operators_of_the_whole_block(
+        random, configuration, VIEWS["channels_last"], torch.float16, norm=False, policy=(1, 1)
+    )
+
+
+def check_operators_of_the_whole_block(random, configuration, view, dtype, norm=True, policy=(0, 0)):
     """Forward, and backward for everything, without x as far as that goes, and for x alone."""
     x, grad = (view(random(3, 6, 4, 5, dtype=dtype)) for _ in range(2))
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     inputs = draw_inputs(random, configuration, tuple(x.shape), dtype=wide)
     add, mul = (
-        [tensor for name, tensor in inputs.items() if name.startswith(branch)] for branch in ("add.", "mul.")
+        [t for name, t in inputs.items() if name.startswith(branch) and (norm or "norm" not in name)]
+        for branch in ("add.", "mul.")
     )
     weight, bias = inputs.get("mask_weight"), inputs.get("mask_bias")
-    opcheck(torch.ops.gc_cuda.global_context.default, (x, weight, bias, add, mul, 1e-5))
+    arguments = (x, weight, bias, add, mul, 1e-5, *policy)
+    opcheck(torch.ops.gc_cuda.global_context.default, arguments)
 
-    _, *saved = torch.ops.gc_cuda.global_context(x, weight, bias, add, mul, 1e-5)
-    present = [True, weight is not None, *[bool(add)] * 6, *[bool(mul)] * 6]
+    _, *saved = torch.ops.gc_cuda.global_context(*arguments)
+    in_branch = [True, True, norm, norm, True, True]
+    present = [
+        True,
+        weight is not None,
+        *(b and bool(add) for b in in_branch),
+        *(b and bool(mul) for b in in_branch),
+    ]
     backward = torch.ops.gc_cuda.global_context_backward.default
-    opcheck(backward, (grad, x, weight, add, mul, *saved, present))
+    opcheck(backward, (grad, x, weight, add, mul, *saved, *policy, present))
     without_x = [False, False, *present[2:]]
     x_or_none = x if mul else None
-    opcheck(backward, (grad, x_or_none, weight, add, mul, *saved, without_x))
+    opcheck(backward, (grad, x_or_none, weight, add, mul, *saved, *policy, without_x))
     if weight is None:
-        opcheck(backward, (grad, x_or_none, None, add, mul, *saved, [True] + [False] * 13))
+        opcheck(backward, (grad, x_or_none, None, add, mul, *saved, *policy, [True] + [False] * 13))
 
 
 @pytest.mark.parametrize("configuration", CONFIGURATIONS, ids=str)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,9 +22,28 @@ def test_the_readme_has_what_is_tested_here():
     assert {"compile.sh", "bench/gpu.sh", "csrc/kernels/"} <= set(FILES)
 
 
+@contextlib.contextmanager
+def registry_kept():
+    """An example replaces mmcv's block for the whole process."""
+    try:
+        import mmcv.cnn
+        from mmengine.registry import MODELS
+    except ImportError:
+        yield
+        return
+    try:
+        sys.modules.pop("gc_cuda.integrations.mmcv", None)
+        yield
+    finally:
+        MODELS.register_module(name="ContextBlock", force=True, module=mmcv.cnn.ContextBlock)
+
+
 @pytest.mark.parametrize("source", EXAMPLES, ids=range(len(EXAMPLES)))
 def test_example(source, capsys):
-    exec(compile(source, "README.md", "exec"), {})
+    for framework in re.findall(r"^(?:import|from) (timm|torchvision|mmcv)\b", source, re.MULTILINE):
+        pytest.importorskip(framework, reason=f"{framework} is not installed")
+    with registry_kept():
+        exec(compile(source, "README.md", "exec"), {})
     printed = "".join(f"# {line}\n" for line in capsys.readouterr().out.splitlines())
     assert printed in source, "what an example prints stands in a comment below it"
 

@@ -1,0 +1,80 @@
+"""How many operations the operators are worth to torch.utils.flop_counter, which counts products as 2 each.
+
+They are those that PyTorch's convolutions and matrix products would have for the same; sums, softmax,
+norms and broadcasts do not count there either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+Shape = Sequence[int]
+
+
+def _branches(x: Shape, *branches: Sequence[Shape]) -> int:
+    """Both products of every transform."""
+    return sum(4 * x[0] * x[1] * prod(branch[1]) for branch in branches if branch)
+
+
+def softmax_pool(x: Shape, *args: Any, **kwargs: Any) -> int:
+    return 2 * prod(x)
+
+
+def softmax_pool_backward(grad: Shape, x: Shape, *args: Any, **kwargs: Any) -> int:
+    return 4 * prod(x)
+
+
+def attention_pool(x: Shape, *args: Any, **kwargs: Any) -> int:
+    return 4 * prod(x)
+
+
+def attention_pool_backward(grad: Shape, x: Shape, *args: Any, **kwargs: Any) -> int:
+    return 8 * prod(x)
+
+
+def global_context(
+    x: Shape,
+    mask_weight: Shape | None,
+    mask_bias: Shape | None,
+    add: Sequence[Shape],
+    mul: Sequence[Shape],
+    *args: Any,
+    **kwargs: Any,
+) -> int:
+    pooling = 0 if mask_weight is None else 4 * prod(x)
+    return pooling + _branches(x, add, mul)
+
+
+def global_context_backward(
+    grad: Shape,
+    x: Shape | None,
+    mask_weight: Shape | None,
+    add: Sequence[Shape],
+    mul: Sequence[Shape],
+    *args: Any,
+    **kwargs: Any,
+) -> int:
+    """Where every gradient is needed."""
+    pooling = 0 if mask_weight is None else 8 * prod(grad)
+    return pooling + 2 * _branches(grad, add, mul)
+
+
+_FORMULAS = (
+    softmax_pool,
+    softmax_pool_backward,
+    attention_pool,
+    attention_pool_backward,
+    global_context,
+    global_context_backward,
+)
+
+
+def register() -> None:
+    """Enter every formula of this file for the operator of its name."""
+    for formula in _FORMULAS:
+        register_flop_formula(getattr(torch.ops.gc_cuda, formula.__name__))(formula)

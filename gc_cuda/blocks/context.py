@@ -1,0 +1,46 @@
+"""The global context block."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from gc_cuda import _checks, reference
+from gc_cuda._recipe import Branch, Recipe, run
+
+
+class ContextBlock(reference.ContextBlock):
+    """The global context block of GCNet (https://arxiv.org/abs/1904.11492) on one fused operation.
+
+    Constructor, parameter names and shapes, initial values and errors are those of mmcv's ``ContextBlock``,
+    so a ``state_dict`` passes strictly both ways; the definition is :class:`gc_cuda.reference.ContextBlock`.
+    Cropped and strided feature maps work too. The output may be changed in place.
+
+    Args:
+        in_channels: C, the channels of the feature map.
+        ratio: hidden units per channel; int(in_channels * ratio) of them.
+        pooling_type: "att" or "avg".
+        fusion_types: a list or tuple of "channel_add" and "channel_mul", at least one.
+        eps: of the layer norms.
+
+    Raises:
+        AssertionError: for an unknown pooling or fusion, or fusion types that are no list or tuple.
+        ValueError: when no hidden unit is left.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] -> the same shape, dtype and memory format."""
+        _checks.feature_map(x)
+        if x.shape[1] != self.in_channels:
+            raise ValueError(
+                f"x must have {self.in_channels} channels (in_channels of the block), "
+                f"got shape {list(x.shape)}"
+            )
+        add, mul = _branch(self.channel_add_conv), _branch(self.channel_mul_conv)
+        return run(Recipe(self.conv_mask, add, mul, eps=self.eps), x)
+
+
+def _branch(transform: nn.Sequential | None) -> Branch | None:
+    if transform is None:
+        return None
+    first, norm, _, last = transform
+    return Branch(first, norm, last)

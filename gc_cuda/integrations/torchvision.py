@@ -1,0 +1,50 @@
+"""torchvision's squeeze-and-excitation, and the bottleneck of its ResNets."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from gc_cuda._recipe import Branch, Kind, Recipe, activation, convolution, gate, plain
+
+
+def _read(block: Any) -> Recipe:
+    plain(block.avgpool, "avgpool")
+    branch = Branch(convolution(block.fc1, "fc1"), None, convolution(block.fc2, "fc2"))
+    return Recipe(
+        None,
+        None,
+        branch,
+        activation(block.activation, "activation"),
+        gate(block.scale_activation, "scale_activation"),
+    )
+
+
+SLOT = "context_block"  # mmdetection's name
+
+
+def bottleneck_class() -> Any:
+    """torchvision's Bottleneck, or None before anyone has imported it."""
+    module = sys.modules.get("torchvision.models.resnet")
+    return None if module is None else module.Bottleneck
+
+
+def _bottleneck_forward() -> Callable[..., Tensor]:
+    """The forward of a Bottleneck with a block in its slot."""
+
+    def forward(self: Any, own_forward: Callable[..., Tensor], x: Tensor) -> Tensor:
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.relu(self.bn2(self.conv2(out)))
+        out = self.context_block(self.bn3(self.conv3(out)))
+        out += x if self.downsample is None else self.downsample(x)
+        return self.relu(out)
+
+    return forward
+
+
+BOTTLENECK_FORWARD = _bottleneck_forward
+
+KINDS = {"torchvision.ops.misc.SqueezeExcitation": Kind(_read, ("forward", "_scale"))}

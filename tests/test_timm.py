@@ -1,0 +1,153 @@
+"""timm's real models: accelerated and restored, blocks inserted, checkpoints converted.
+
+Needs timm and torchvision (./compile.sh cuda installs them beside a torch with CUDA); skipped where they are
+absent.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from models import FLOAT32_CONSTANT, FLOAT64, assert_runs_fused, assert_same, awake, check_accelerated, step
+from torch import nn
+
+import gc_cuda
+
+timm = pytest.importorskip("timm", reason="timm is not installed")
+
+from timm.layers import GlobalContext, SEModule  # noqa: E402
+from timm.models._efficientnet_blocks import SqueezeExcite  # noqa: E402
+
+# timm's name of the model, its blocks, the bound
+MODELS = {
+    "gcresnet50t": (16, FLOAT64),
+    "seresnet50": (16, FLOAT64),
+    "legacy_seresnet18": (8, FLOAT64),
+    "regnety_002": (13, FLOAT64),
+    "efficientnet_b0": (16, FLOAT64),
+    "mobilenetv3_small_100": (9, FLOAT32_CONSTANT),
+}
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models(random, name):
+    blocks, relative = MODELS[name]
+    model = timm.create_model(name, num_classes=5).eval()
+    check_accelerated(model, random(2, 3, 64, 48), blocks, relative)
+
+
+def test_training_mode(random):
+    """With batch statistics and running averages."""
+    model = timm.create_model("regnety_002", num_classes=5).train()
+    check_accelerated(model, random(4, 3, 64, 64), 13, 1e-8)
+
+
+@pytest.mark.parametrize("use_attn", [True, False], ids=["attention", "mean"])
+@pytest.mark.parametrize("fuse", [(True, False), (False, True), (True, True)], ids=["add", "scale", "both"])
+@pytest.mark.parametrize("gate", ["sigmoid", "hard_sigmoid"])
+def test_global_context(random, use_attn, fuse, gate, layout):
+    """Any hidden width, and timm's own eps of 1e-6."""
+    fuse_add, fuse_scale = fuse
+    block = GlobalContext(
+        24, use_attn=use_attn, fuse_add=fuse_add, fuse_scale=fuse_scale, rd_channels=5, gate_layer=gate
+    )
+    relative = FLOAT32_CONSTANT if gate == "hard_sigmoid" else FLOAT64
+    check_accelerated(nn.Sequential(block), random(2, 24, 9, 7, layout=layout), 1, relative)
+
+
+@pytest.mark.parametrize("act", [nn.ReLU, nn.SiLU, nn.Hardswish], ids=lambda act: act.__name__)
+@pytest.mark.parametrize("kind", [SEModule, SqueezeExcite], ids=lambda kind: kind.__name__)
+def test_squeeze_excite(random, kind, act, layout):
+    for gate in ("sigmoid", "hard_sigmoid"):
+        block = kind(24, rd_channels=6, act_layer=act, gate_layer=gate)
+        check_accelerated(nn.Sequential(block), random(2, 24, 9, 7, layout=layout), 1, FLOAT32_CONSTANT)
+
+
+@pytest.mark.parametrize(
+    ("block", "reason"),
+    [
+        (lambda: GlobalContext(24, act_layer=nn.GELU), "activation GELU"),
+        (lambda: GlobalContext(24, gate_layer="tanh"), "gate Tanh"),
+        (lambda: SEModule(24, add_maxpool=True), "it pools by the maximum too"),
+        (lambda: SEModule(24, bias=False), "fc1 has no bias"),
+        (lambda: SEModule(24, norm_layer=nn.BatchNorm2d), "norm BatchNorm2d"),
+        (lambda: SEModule(24, act_layer=nn.Mish), "activation Mish"),
+        (lambda: SqueezeExcite(24, gate_layer=nn.Softplus), "gate Softplus"),
+    ],
+)
+def test_left_alone(block, reason):
+    assert gc_cuda.accelerate(block()).left_alone == {"": reason}
+
+
+@pytest.mark.parametrize("fuse", [(True, False), (True, True)], ids=["add", "both"])
+def test_convert_state_dict(random, fuse):
+    """timm's parameters in our block and back, bit for bit."""
+    fuse_add, fuse_scale = fuse
+    theirs = awake(GlobalContext(32, fuse_add=fuse_add, fuse_scale=fuse_scale, rd_ratio=1 / 4))
+    fusions = ("channel_add", "channel_mul")[: 1 + fuse_scale]
+    ours = gc_cuda.ContextBlock(32, 1 / 4, "att", fusions, eps=1e-6).double()
+    converted = gc_cuda.convert_state_dict(theirs.state_dict(), source="timm")
+    ours.load_state_dict(converted, strict=True)
+    x = random(2, 32, 9, 7)
+    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-11, atol=1e-11)
+    back = gc_cuda.convert_state_dict(ours.state_dict(), source="gc_cuda", target="timm")
+    assert list(back) == list(gc_cuda.convert_state_dict(converted, "mmcv", "timm"))
+    theirs.load_state_dict(back, strict=True)
+    assert all(torch.equal(back[name], tensor) for name, tensor in theirs.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["resnet50", "resnext50_32x4d"])
+def test_insert(random, name):
+    model = timm.create_model(name, num_classes=5).eval().double()
+    x = random(1, 3, 64, 64)
+    checkpoint, expected = copy.deepcopy(model.state_dict()), model(x)
+    names = gc_cuda.insert(model)
+    assert len(names) == 13
+    assert names[0] == "layer2.0.se"
+    assert torch.equal(model(x), expected), "a new block is the identity"
+    missing, unexpected = model.load_state_dict(checkpoint, strict=False)
+    assert unexpected == []
+    assert all(".se." in key for key in missing)
+    with pytest.raises(ValueError, match=r"layer2\.0\.se is taken by a ContextBlock"):
+        gc_cuda.insert(model)
+
+
+def test_insert_stands_after_the_norm(random):
+    bottleneck = timm.create_model("resnet50").layer2[1].eval()
+    model = nn.ModuleDict({"layer2": nn.Sequential(bottleneck)})
+    assert gc_cuda.insert(model, ["layer2"], ratio=1 / 4, fusion_types=["channel_mul"]) == ["layer2.0.se"]
+    awake(model)
+    x = random(1, 512, 7, 6)
+    normed = bottleneck.bn3(
+        bottleneck.conv3(bottleneck.bn2(bottleneck.conv2(bottleneck.bn1(bottleneck.conv1(x)).relu())).relu())
+    )
+    torch.testing.assert_close(bottleneck(x), (bottleneck.se(normed) + x).relu(), rtol=1e-12, atol=1e-12)
+
+
+def test_insert_refuses():
+    with pytest.raises(ValueError, match=r"layer2\.0\.se is taken by a SEModule"):
+        gc_cuda.insert(timm.create_model("seresnet50"))
+    with pytest.raises(ValueError, match="made of \\['BasicBlock'\\]"):
+        gc_cuda.insert(timm.create_model("resnet18"))
+
+
+def test_an_inserted_model_is_accelerated_too(random):
+    """Its own blocks need no help; gc_cuda's are no entry of the report."""
+    model = timm.create_model("resnet50", num_classes=5).eval()
+    gc_cuda.insert(model, ["layer4"])
+    assert gc_cuda.accelerate(model).entries == ()
+
+
+def test_copies(random):
+    model = awake(timm.create_model("gcresnext26ts", num_classes=5).eval())
+    gc_cuda.accelerate(model)
+    twin, x = copy.deepcopy(model), random(1, 3, 64, 64)
+    assert_runs_fused(twin.stages[0][0].attn)
+    assert_same(step(twin, x), step(model, x), 0)

@@ -1,0 +1,133 @@
+"""torchvision's real models: accelerated and restored, blocks inserted.
+
+Needs torchvision (./compile.sh cuda installs it beside a torch with CUDA); skipped where it is absent.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import torch
+from models import FLOAT32_CONSTANT, FLOAT64, awake, check_accelerated, step
+from torch import nn
+
+import gc_cuda
+
+torchvision = pytest.importorskip("torchvision", reason="torchvision is not installed")
+
+from torchvision.models.feature_extraction import create_feature_extractor  # noqa: E402
+from torchvision.ops.misc import SqueezeExcitation  # noqa: E402
+
+# the model, its blocks, the bound
+MODELS = {
+    "efficientnet_b0": (16, FLOAT64),
+    "mobilenet_v3_small": (9, FLOAT32_CONSTANT),
+    "regnet_y_400mf": (16, FLOAT64),
+}
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models(random, name):
+    blocks, relative = MODELS[name]
+    model = torchvision.models.get_model(name, num_classes=5).eval()
+    check_accelerated(model, random(2, 3, 64, 48), blocks, relative)
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.SiLU, nn.Hardswish], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("gate", [nn.Sigmoid, nn.Hardsigmoid], ids=lambda kind: kind.__name__)
+def test_squeeze_excitation(random, activation, gate, layout):
+    block = SqueezeExcitation(24, 7, activation=activation, scale_activation=gate)
+    check_accelerated(nn.Sequential(block), random(2, 24, 9, 7, layout=layout), 1, FLOAT32_CONSTANT)
+
+
+class WithScale(SqueezeExcitation):
+    def _scale(self, input):
+        return super()._scale(input) * 2
+
+
+def test_left_alone():
+    blocks = nn.ModuleList([SqueezeExcitation(24, 7, activation=nn.Mish), WithScale(24, 7)])
+    assert gc_cuda.accelerate(blocks).left_alone == {
+        "0": "activation Mish",
+        "1": "WithScale overrides _scale of SqueezeExcitation",
+    }
+
+
+def test_feature_extractor_of_an_accelerated_model(random):
+    """torch.fx records PyTorch's own operators."""
+    model = awake(torchvision.models.mobilenet_v3_small(num_classes=5).eval())
+    x = random(1, 3, 64, 64)
+    expected = create_feature_extractor(model, ["features.12"])(x)
+    gc_cuda.accelerate(model)
+    actual = create_feature_extractor(model, ["features.12"])(x)
+    torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("name", ["resnet50", "resnext50_32x4d"])
+def test_insert(random, name):
+    model = torchvision.models.get_model(name, num_classes=5).eval().double()
+    x = random(1, 3, 64, 64)
+    checkpoint, expected = copy.deepcopy(model.state_dict()), model(x)
+    before = sum(parameter.numel() for parameter in model.parameters())
+    names = gc_cuda.insert(model)
+    assert len(names) == 13
+    assert names[0] == "layer2.0.context_block"
+    assert torch.equal(model(x), expected), "a new block is the identity"
+    missing, unexpected = model.load_state_dict(checkpoint, strict=False)
+    assert unexpected == []
+    assert all(".context_block." in key for key in missing)
+    assert sum(p.numel() for p in model.parameters()) - before == 2_521_741, "the published 2.522 M"
+    with pytest.raises(ValueError, match=r"layer2\.0\.context_block is taken by a ContextBlock"):
+        gc_cuda.insert(model)
+
+
+def test_insert_stands_after_the_norm(random):
+    model = torchvision.models.resnet50().eval()
+    gc_cuda.insert(model, ["layer2"], ratio=1 / 4, pooling_type="avg", fusion_types=["channel_mul"])
+    b = awake(model).layer2[0]
+    x = random(1, 256, 10, 8)
+    normed = b.bn3(b.conv3(b.bn2(b.conv2(b.bn1(b.conv1(x)).relu())).relu()))
+    expected = (b.context_block(normed) + b.downsample(x)).relu()
+    torch.testing.assert_close(b(x), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_copies_of_an_inserted_model(random):
+    model = torchvision.models.resnet50(num_classes=5).eval()
+    gc_cuda.insert(model, ["layer4"])
+    awake(model)
+    x = random(1, 3, 64, 64)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    for twin in (copy.deepcopy(model), torch.load(file, weights_only=False)):
+        assert type(twin.layer4[0]) is type(model.layer4[0])
+        assert torch.equal(twin(x), model(x))
+    assert "gradient of x" in step(model, x)
+
+
+def test_insert_takes_device_dtype_and_mode():
+    model = torchvision.models.resnet50().half().to("meta").eval()
+    gc_cuda.insert(model, ["layer3"])
+    block = model.layer3[0].context_block
+    assert not block.training
+    assert {(p.dtype, p.device.type) for p in block.parameters()} == {(torch.float16, "meta")}
+
+
+def test_insert_refuses_and_leaves_everything():
+    model = torchvision.models.resnet50()
+    kind = type(model.layer2[0])
+    with pytest.raises(ValueError, match="stages names 'layer5', which the model does not have; it has"):
+        gc_cuda.insert(model, ["layer2", "layer5"])
+    with pytest.raises(ValueError, match="stage 'fc' has no bottleneck"):
+        gc_cuda.insert(model, ["layer2", "fc"])
+    with pytest.raises(ValueError, match="at least one hidden unit"):
+        gc_cuda.insert(model, ratio=1e-9)
+    assert type(model.layer2[0]) is kind
+    assert not hasattr(model.layer2[0], "context_block")
