@@ -16,8 +16,8 @@ import types
 import pytest
 import torch
 from block_cases import Spy
-from models import assert_same, awake, step
 from torch import nn
+from whole_models import assert_same, awake, step
 
 import gc_cuda
 from gc_cuda import _extension, reference

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,11 @@ BENCH = Path(__file__).parents[1] / "bench"
 
 @pytest.fixture
 def bench(monkeypatch):
+    """Import one of the benchmark's modules."""
     monkeypatch.syspath_prepend(str(BENCH))
-    return importlib.import_module
+    yield importlib.import_module
+    for path in BENCH.glob("*.py"):
+        sys.modules.pop(path.stem, None)
 
 
 def test_blocks(bench, tmp_path, capsys):
@@ -49,6 +53,6 @@ def test_models(bench, capsys):
 
 
 def test_models_without_a_framework(bench, capsys, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "timm", None)
+    monkeypatch.setitem(sys.modules, "timm", None)
     assert bench("models").main(["--device", "cpu", "--models", "gcresnet50t"]) == 1
     assert "left out" in capsys.readouterr().out

@@ -12,10 +12,10 @@ import sys
 
 import pytest
 import torch
-from models import check_accelerated
 from test_blocks import FUSIONS, POOLINGS, randomised, run
 from tolerance import assert_close_to_truth
 from torch import nn
+from whole_models import check_accelerated
 
 import gc_cuda
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import assert_same, awake, step
 from torch import nn
 from torch.nn import functional
+from whole_models import assert_same, awake, step
 
 from gc_cuda.blocks import NonLocalBlock, SEBlock, SimplifiedNonLocalBlock
 from gc_cuda.blocks.non_local import MODES

@@ -10,8 +10,16 @@ import copy
 
 import pytest
 import torch
-from models import FLOAT32_CONSTANT, FLOAT64, assert_runs_fused, assert_same, awake, check_accelerated, step
 from torch import nn
+from whole_models import (
+    FLOAT32_CONSTANT,
+    FLOAT64,
+    assert_runs_fused,
+    assert_same,
+    awake,
+    check_accelerated,
+    step,
+)
 
 import gc_cuda
 

@@ -10,8 +10,8 @@ import io
 
 import pytest
 import torch
-from models import FLOAT32_CONSTANT, FLOAT64, awake, check_accelerated, step
 from torch import nn
+from whole_models import FLOAT32_CONSTANT, FLOAT64, awake, check_accelerated, step
 
 import gc_cuda
 
