@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gc_cuda import _checks, reference
+from gc_cuda._tracing import node_of, standard_operators_wanted
 from gc_cuda.functional import global_context
 from gc_cuda.reference import Transform
 
@@ -33,12 +34,15 @@ class ContextBlock(reference.ContextBlock):
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, C, H, W] -> the same shape, dtype and memory format."""
-        _checks.feature_map(x)
-        if x.shape[1] != self.in_channels:
-            raise ValueError(
-                f"x must have {self.in_channels} channels (in_channels of the block), "
-                f"got shape {list(x.shape)}"
-            )
+        if isinstance(x, torch.fx.Proxy):
+            return node_of(self, x)
+        if not standard_operators_wanted():  # a tracer would take the sizes that are compared for constants
+            _checks.feature_map(x)
+            if x.shape[1] != self.in_channels:
+                raise ValueError(
+                    f"x must have {self.in_channels} channels (in_channels of the block), "
+                    f"got shape {list(x.shape)}"
+                )
         x = _as_autocast_promotes(x)
         mask_weight = mask_bias = None
         if self.conv_mask is not None:

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from gc_cuda._tracing import constant_count, promoted
+
 POOLING_TYPES = ("avg", "att")
 FUSION_TYPES = ("channel_add", "channel_mul")
 
@@ -49,7 +51,7 @@ def softmax_pool(x: Tensor, logits: Tensor) -> Tensor:
         [N, C] in the dtype of ``x``.
     """
     n, c, h, w = x.shape
-    dtype = torch.promote_types(x.dtype, logits.dtype)
+    dtype = promoted(x.dtype, logits.dtype)
     attention = functional.softmax(logits.to(dtype).reshape(n, 1, h * w), dim=2).unsqueeze(-1)  # [N, 1, S, 1]
     pixels = x.to(dtype).reshape(n, c, h * w).unsqueeze(1)  # [N, 1, C, S]
     return torch.matmul(pixels, attention).reshape(n, c).to(x.dtype)
@@ -67,7 +69,7 @@ def attention_pool(x: Tensor, mask_weight: Tensor, mask_bias: Tensor | None = No
         [N, C] in the dtype of ``x``.
     """
     c = x.shape[1]
-    dtype = torch.promote_types(x.dtype, mask_weight.dtype)
+    dtype = promoted(x.dtype, mask_weight.dtype)
     bias = None if mask_bias is None else mask_bias.to(dtype).reshape(1)
     logits = functional.conv2d(x.to(dtype), mask_weight.to(dtype).reshape(1, c, 1, 1), bias)
     return softmax_pool(x, logits)
@@ -102,7 +104,9 @@ def transform(context: Tensor, branch: Transform, eps: float = 1e-5) -> Tensor:
     dtype = _widest((context, *branch))
     w1, b1, norm_weight, norm_bias, w2, b2 = (tensor.to(dtype) for tensor in branch)
     hidden = functional.linear(context.to(dtype), w1.flatten(1), b1.flatten())
-    hidden = functional.layer_norm(hidden, hidden.shape[1:], norm_weight.flatten(), norm_bias.flatten(), eps)
+    hidden = functional.layer_norm(
+        hidden, (constant_count(b1),), norm_weight.flatten(), norm_bias.flatten(), eps
+    )
     return functional.linear(functional.relu(hidden), w2.flatten(1), b2.flatten())
 
 
@@ -148,7 +152,7 @@ def global_context(
 
 
 def _widest(tensors: Iterable[Tensor]) -> torch.dtype:
-    return reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
+    return reduce(promoted, (tensor.dtype for tensor in tensors))
 
 
 class ContextBlock(nn.Module):
