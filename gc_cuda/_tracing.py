@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.jit._trace import TracerWarning, is_tracing
 
 
 def standard_operators_wanted() -> bool:
@@ -18,29 +19,32 @@ def standard_operators_wanted() -> bool:
     ``torch.compile`` keeps the operators.
     """
     if torch.compiler.is_compiling():
-        return _is_exporting()
+        return _is_exporting() or (_MODERN and torch._C._are_functorch_transforms_active())
     return torch._C._are_functorch_transforms_active() or torch._C._is_tracing()
 
 
 def _without_is_exporting() -> bool:
-    # torch before it could be asked: only torch.export's own tracing compiles without Dynamo.
+    # Only torch.export's own tracing compiles without Dynamo.
     return not torch.compiler.is_dynamo_compiling()
 
 
+# A compiler that says whether it exports also understands the question for transforms; an older one would
+# break the graph at it.
+_MODERN = hasattr(torch.compiler, "is_exporting")
 _is_exporting = getattr(torch.compiler, "is_exporting", _without_is_exporting)
 
 
-def node_of(module: nn.Module, x: torch.fx.Proxy) -> Any:
+def node_of(module: nn.Module, x: Any) -> Any:
     """The call of ``module`` as one node of a torch.fx graph, as torch.fx does it for modules of torch.nn."""
     return x.tracer.create_proxy("call_module", x.tracer.path_of_module(module), (x,), {})
 
 
 def constant_count(parameter: Tensor) -> int:
     """How many elements it has: a plain number in a recorded trace too, where ONNX demands one."""
-    if not torch.jit.is_tracing():
+    if not is_tracing():
         return parameter.numel()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        warnings.simplefilter("ignore", TracerWarning)
         return int(parameter.numel())
 
 

