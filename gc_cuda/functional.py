@@ -12,7 +12,8 @@ CUDA.
 
 Saved for the backward pass are x and small vectors, never the output. Differentiating twice
 (``create_graph=True``) works: the gradients are then computed by plain PyTorch as in
-:mod:`gc_cuda.reference`.
+:mod:`gc_cuda.reference`. While a model is exported (``torch.export``, ``torch.onnx.export``,
+``torch.jit.trace``) and under ``torch.func`` transforms, every function is its reference.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from torch.autograd import Function
 from gc_cuda import _checks, _extension, _fake, _flops, reference
 from gc_cuda._block_function import Policy, whole_block
 from gc_cuda._double_backward import differentiable_gradients, graph_wanted
+from gc_cuda._tracing import standard_operators_wanted
 from gc_cuda.reference import Transform
 
 if _extension.build_config() is not None:
@@ -45,6 +47,8 @@ def softmax_pool(x: Tensor, logits: Tensor) -> Tensor:
     Returns:
         context, [N, C].
     """
+    if standard_operators_wanted():
+        return reference.softmax_pool(x, logits)
     _extension.require()
     _checks.feature_map(x)
     _checks.logits(logits, x)
@@ -64,6 +68,8 @@ def attention_pool(x: Tensor, mask_weight: Tensor, mask_bias: Tensor | None = No
     Returns:
         context, [N, C].
     """
+    if standard_operators_wanted():
+        return reference.attention_pool(x, mask_weight, mask_bias)
     _extension.require()
     _checks.feature_map(x)
     _checks.mask_weight(mask_weight, x)
@@ -74,6 +80,8 @@ def attention_pool(x: Tensor, mask_weight: Tensor, mask_bias: Tensor | None = No
 
 def average_pool(x: Tensor) -> Tensor:
     """context[n, c] = mean of x[n, c] over the pixels: [N, C, H, W] -> [N, C]. One read of x."""
+    if standard_operators_wanted():
+        return reference.average_pool(x)
     _extension.require()
     _checks.feature_map(x)
     return _AveragePool.apply(x)
@@ -89,6 +97,8 @@ def broadcast_add(x: Tensor, term: Tensor) -> Tensor:
     Returns:
         out, [N, C, H, W] in the memory format of x.
     """
+    if standard_operators_wanted():
+        return reference.broadcast_add(x, term)
     _extension.require()
     _checks.feature_map(x)
     _checks.per_channel(term, "term", x)
@@ -105,6 +115,8 @@ def broadcast_mul(x: Tensor, scale: Tensor) -> Tensor:
     Returns:
         out, [N, C, H, W] in the memory format of x.
     """
+    if standard_operators_wanted():
+        return reference.broadcast_mul(x, scale)
     _extension.require()
     _checks.feature_map(x)
     _checks.per_channel(scale, "scale", x)
@@ -122,6 +134,8 @@ def broadcast_mul_add(x: Tensor, scale: Tensor, term: Tensor) -> Tensor:
     Returns:
         out, [N, C, H, W] in the memory format of x.
     """
+    if standard_operators_wanted():
+        return reference.broadcast_mul_add(x, scale, term)
     _extension.require()
     _checks.feature_map(x)
     _checks.per_channel(scale, "scale", x)
@@ -183,6 +197,18 @@ def global_context(
         TypeError: for a dtype that does not fit, or for what is no dense tensor or no Transform.
         ImportError: where the extension is missing or lacks CUDA; it says what to run.
     """
+    if standard_operators_wanted():
+        return reference.global_context(
+            x,
+            mask_weight,
+            mask_bias,
+            add,
+            mul,
+            pooling_type=pooling_type,
+            activation=activation,
+            gate=gate,
+            eps=eps,
+        )
     _extension.require()
     _checks.feature_map(x)
     _checks.pooling(pooling_type, mask_weight, mask_bias, x)

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from gc_cuda._tracing import constant_count, promoted
+
 POOLING_TYPES = ("avg", "att")
 FUSION_TYPES = ("channel_add", "channel_mul")
 
@@ -61,7 +63,7 @@ def softmax_pool(x: Tensor, logits: Tensor) -> Tensor:
         [N, C] in the dtype of ``x``.
     """
     n, c, h, w = x.shape
-    dtype = torch.promote_types(x.dtype, logits.dtype)
+    dtype = promoted(x.dtype, logits.dtype)
     attention = functional.softmax(logits.to(dtype).reshape(n, 1, h * w), dim=2).unsqueeze(-1)  # [N, 1, S, 1]
     pixels = x.to(dtype).reshape(n, c, h * w).unsqueeze(1)  # [N, 1, C, S]
     return torch.matmul(pixels, attention).reshape(n, c).to(x.dtype)
@@ -79,7 +81,7 @@ def attention_pool(x: Tensor, mask_weight: Tensor, mask_bias: Tensor | None = No
         [N, C] in the dtype of ``x``.
     """
     c = x.shape[1]
-    dtype = torch.promote_types(x.dtype, mask_weight.dtype)
+    dtype = promoted(x.dtype, mask_weight.dtype)
     bias = None if mask_bias is None else mask_bias.to(dtype).reshape(1)
     logits = functional.conv2d(x.to(dtype), mask_weight.to(dtype).reshape(1, c, 1, 1), bias)
     return softmax_pool(x, logits)
@@ -120,7 +122,7 @@ def transform(context: Tensor, branch: Transform, eps: float = 1e-5, activation:
     hidden = functional.linear(context.to(dtype), w1.flatten(1), b1.flatten())
     if norm_weight is not None and norm_bias is not None:
         norm_weight, norm_bias = norm_weight.flatten(), norm_bias.flatten()
-        hidden = functional.layer_norm(hidden, hidden.shape[1:], norm_weight, norm_bias, eps)
+        hidden = functional.layer_norm(hidden, (constant_count(b1),), norm_weight, norm_bias, eps)
     return functional.linear(ACTIVATIONS[activation](hidden), w2.flatten(1), b2.flatten())
 
 
@@ -169,7 +171,7 @@ def global_context(
 
 
 def _widest(tensors: Iterable[Tensor | None]) -> torch.dtype:
-    return reduce(torch.promote_types, (tensor.dtype for tensor in tensors if tensor is not None))
+    return reduce(promoted, (tensor.dtype for tensor in tensors if tensor is not None))
 
 
 class ContextBlock(nn.Module):

@@ -37,8 +37,8 @@ GC_DEVICE A activate_backward(Activation activation, A grad, A v) {
     const A s = sigmoid(v);
     return grad * s * (A(1) + v * (A(1) - s));
   }
-  if (v < A(-3)) return A(0);
-  return v <= A(3) ? grad * (v / A(3) + A(0.5)) : grad;
+  if (v <= A(-3)) return A(0);
+  return v < A(3) ? grad * (v / A(3) + A(0.5)) : grad;
 }
 
 template <typename A>

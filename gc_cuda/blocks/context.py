@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from gc_cuda import _checks, reference
 from gc_cuda._recipe import Branch, Recipe, run
+from gc_cuda._tracing import node_of, standard_operators_wanted
 
 
 class ContextBlock(reference.ContextBlock):
@@ -29,12 +31,15 @@ class ContextBlock(reference.ContextBlock):
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, C, H, W] -> the same shape, dtype and memory format."""
-        _checks.feature_map(x)
-        if x.shape[1] != self.in_channels:
-            raise ValueError(
-                f"x must have {self.in_channels} channels (in_channels of the block), "
-                f"got shape {list(x.shape)}"
-            )
+        if isinstance(x, torch.fx.Proxy):
+            return node_of(self, x)
+        if not standard_operators_wanted():  # a tracer would take the sizes that are compared for constants
+            _checks.feature_map(x)
+            if x.shape[1] != self.in_channels:
+                raise ValueError(
+                    f"x must have {self.in_channels} channels (in_channels of the block), "
+                    f"got shape {list(x.shape)}"
+                )
         add, mul = _branch(self.channel_add_conv), _branch(self.channel_mul_conv)
         return run(Recipe(self.conv_mask, add, mul, eps=self.eps), x)
 

@@ -60,8 +60,8 @@ inline Vec<A> activation_backward(Activation activation, const Vec<A>& grad, con
     const V s = sigmoid<A>(v);
     return grad * s * (one + v * (one - s));
   }
-  const V between = V::blendv(grad, grad * (v / three + V(A(0.5))), v <= three);
-  return V::blendv(between, zero, v < three.neg());
+  const V between = V::blendv(grad, grad * (v / three + V(A(0.5))), v < three);
+  return V::blendv(between, zero, v <= three.neg());
 }
 
 // Rows are taken in groups, and of those so many columns at a time that they stay in the first-level cache for all

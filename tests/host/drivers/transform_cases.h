@@ -66,7 +66,7 @@ inline double slope_of(Activation activation, double v) {
   if (activation == Activation::kReLU) return v > 0 ? 1 : 0;
   const double s = 1 / (1 + std::exp(-v));
   if (activation == Activation::kSiLU) return s * (1 + v * (1 - s));
-  return v < -3 ? 0 : v <= 3 ? v / 3 + 0.5 : 1;
+  return v <= -3 ? 0 : v < 3 ? v / 3 + 0.5 : 1;
 }
 inline constexpr double kSteepest = 1.5;  // of the activations
 inline double pass_gate_of(Gate gate, double t) {

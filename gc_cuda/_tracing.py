@@ -1,0 +1,53 @@
+"""Whether a call is being recorded by somebody who understands only PyTorch's own operators."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.jit._trace import TracerWarning, is_tracing
+
+
+def standard_operators_wanted() -> bool:
+    """Whether the reference has to run in place of the operators.
+
+    That is so while a model leaves Python (``torch.export``, ``torch.onnx.export``, AOTInductor,
+    ``torch.jit.trace``), so that it runs where gc_cuda is not, and under the transforms of ``torch.func``
+    (``grad``, ``vmap``, ``jvp`` …), which know how to transform every operator of PyTorch's own.
+    ``torch.compile`` keeps the operators.
+    """
+    if torch.compiler.is_compiling():
+        return _is_exporting() or (_MODERN and torch._C._are_functorch_transforms_active())
+    return torch._C._are_functorch_transforms_active() or torch._C._is_tracing()
+
+
+def _without_is_exporting() -> bool:
+    # Only torch.export's own tracing compiles without Dynamo.
+    return not torch.compiler.is_dynamo_compiling()
+
+
+# A compiler that says whether it exports also understands the question for transforms; an older one would
+# break the graph at it.
+_MODERN = hasattr(torch.compiler, "is_exporting")
+_is_exporting = getattr(torch.compiler, "is_exporting", _without_is_exporting)
+
+
+def node_of(module: nn.Module, x: Any) -> Any:
+    """The call of ``module`` as one node of a torch.fx graph, as torch.fx does it for modules of torch.nn."""
+    return x.tracer.create_proxy("call_module", x.tracer.path_of_module(module), (x,), {})
+
+
+def constant_count(parameter: Tensor) -> int:
+    """How many elements it has: a plain number in a recorded trace too, where ONNX demands one."""
+    if not is_tracing():
+        return parameter.numel()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", TracerWarning)
+        return int(parameter.numel())
+
+
+def promoted(one: torch.dtype, other: torch.dtype) -> torch.dtype:
+    """torch.promote_types, which torch.export would write into the graph as an operator."""
+    return one if one == other else torch.promote_types(one, other)

@@ -1,0 +1,231 @@
+"""torch.compile makes one graph of a model with the block: static and dynamic sizes, forward and training,
+and no second compilation when the image size changes.
+
+The operators stay in the compiled graph; test_opcheck.py shows that they keep torch's rules.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from block_cases import CONFIGURATIONS, WHOLE, draw_inputs, function_of
+from small_net import new_net
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import counters
+
+import gc_cuda
+
+# PyTorch compiles sizes of 0 and 1 apart, always; these are the others.
+SIZES = [(2, 16, 8, 9), (3, 16, 13, 5), (4, 16, 6, 6), (2, 16, 21, 34)]
+
+FUNCTIONS = {
+    "softmax_pool": lambda x: gc_cuda.softmax_pool(x, x.mean(1, keepdim=True)),
+    "attention_pool": lambda x: gc_cuda.attention_pool(x, x.mean((0, 2, 3)), x.mean().reshape(1)),
+    "average_pool": gc_cuda.average_pool,
+    "broadcast_add": lambda x: gc_cuda.broadcast_add(x, x.amax((2, 3))),
+    "broadcast_mul": lambda x: gc_cuda.broadcast_mul(x, x.amax((2, 3))),
+    "broadcast_mul_add": lambda x: gc_cuda.broadcast_mul_add(x, x.amax((2, 3)), x.amin((2, 3))),
+}
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch.compiler.reset()
+    counters.clear()
+    yield
+    torch.compiler.reset()
+
+
+def operators_of(graphs):
+    return {str(node.target) for graph in graphs for node in graph.graph.nodes if node.op == "call_function"}
+
+
+def assert_nothing_more_is_compiled(counter, calls):
+    """The calls after the first one reuse its graph. That one may be traced twice: PyTorch starts again once
+    it knows that eps is no symbol.
+    """
+    first, *others = calls
+    first()
+    compiled = counter.frame_count
+    assert 1 <= compiled <= 2
+    for call in others:
+        call()
+    assert counter.frame_count == compiled
+    assert not counters["graph_break"], dict(counters["graph_break"])
+
+
+def both_ways(function, x, grad):
+    """The output and the gradient of x."""
+    leaf = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+    out = function(leaf)
+    out.backward(grad)
+    return out.detach(), leaf.grad
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_functions_of_any_size_are_one_graph(random, name, layout, device):
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(FUNCTIONS[name], backend=counter, fullgraph=True, dynamic=True)
+
+    def compare(size):
+        x = random(*size, dtype=torch.float32, device=device, layout=layout)
+        grad = torch.ones_like(FUNCTIONS[name](x))
+        for actual, expected in zip(both_ways(compiled, x, grad), both_ways(FUNCTIONS[name], x, grad)):
+            assert torch.equal(actual, expected)
+
+    assert_nothing_more_is_compiled(counter, [partial(compare, size) for size in SIZES])
+
+
+@pytest.mark.parametrize("configuration", CONFIGURATIONS, ids=str)
+def test_global_context_of_any_size_is_one_graph(random, configuration, layout, device):
+    """Every input needs its gradient, and N, H and W come and go within one compilation."""
+    names = list(draw_inputs(random, configuration, SIZES[0]))
+    function = function_of(gc_cuda, configuration, names)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(function, backend=counter, fullgraph=True, dynamic=True)
+
+    def compare(size):
+        inputs = draw_inputs(random, configuration, size, dtype=torch.float32, device=device, layout=layout)
+        grad = random(*size, dtype=torch.float32, device=device, layout=layout)
+        leaves = [tensor.requires_grad_() for tensor in inputs.values()]
+        outs = [compiled(*leaves), function(*leaves)]
+        results = [[out, *torch.autograd.grad(out, leaves, grad)] for out in outs]
+        for actual, expected in zip(*results):
+            assert torch.equal(actual, expected)
+            assert actual.stride() == expected.stride()
+
+    assert_nothing_more_is_compiled(counter, [partial(compare, size) for size in SIZES])
+
+
+@pytest.mark.parametrize(
+    ("backend", "training", "dynamic", "pooling_type"),
+    [
+        ("inductor", False, False, "att"),
+        ("aot_eager", True, True, "att"),
+        ("aot_eager", True, False, "avg"),
+        ("aot_eager", False, True, "avg"),
+    ],
+    ids=lambda value: str(value),
+)
+def test_a_model_compiles_as_one_graph(random, backend, training, dynamic, pooling_type, device):
+    net = new_net(pooling_type=pooling_type).to(device).train(training)
+    counter = CompileCounterWithBackend(backend)
+    compiled = torch.compile(net, backend=counter, fullgraph=True, dynamic=dynamic)
+
+    def run(function, x):
+        net.zero_grad()
+        with torch.set_grad_enabled(training):
+            out = function(x)
+        if not training:
+            return [out]
+        out.square().sum().backward()
+        return [out.detach(), *(parameter.grad.clone() for parameter in net.parameters())]
+
+    def compare(size):
+        x = random(size[0], 3, *size[2:], dtype=torch.float32, device=device)
+        for actual, expected in zip(run(compiled, x), run(net, x)):
+            torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+    sizes = SIZES if dynamic else [SIZES[0]] * 2
+    assert_nothing_more_is_compiled(counter, [partial(compare, size) for size in sizes])
+    if not training:  # elsewhere it stands in the subgraphs of an autograd function
+        ours = [target for target in operators_of(counter.graphs) if "gc_cuda" in target]
+        assert ours == ["gc_cuda.global_context.default"]
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["forward", "training"])
+def test_the_default_backend_compiles_once_for_any_size(random, training, device):
+    """With generated code around the operators. A model with a strided convolution Inductor compiles for each
+    size in training, with the block in plain PyTorch too: here is none.
+    """
+    block = torch.nn.Sequential(new_net().first, torch.nn.ReLU()).to(device)
+    counter = CompileCounterWithBackend("inductor")
+    compiled = torch.compile(block, backend=counter, fullgraph=True, dynamic=True)
+
+    def compare(size):
+        x = random(*size, dtype=torch.float32, device=device)
+        if training:
+            grad = random(*size, dtype=torch.float32, device=device)
+            results = both_ways(compiled, x, grad), both_ways(block, x, grad)
+        else:
+            with torch.no_grad():
+                results = [compiled(x)], [block(x)]
+        for actual, expected in zip(*results):
+            torch.testing.assert_close(actual, expected)
+
+    assert_nothing_more_is_compiled(counter, [partial(compare, size) for size in SIZES])
+
+
+def test_training_follows_eager(random, device):
+    """Steps of SGD at changing image sizes: the same parameters."""
+    nets = [new_net().to(device) for _ in range(2)]
+    counter = CompileCounterWithBackend("aot_eager")
+    functions = [nets[0], torch.compile(nets[1], backend=counter, fullgraph=True, dynamic=True)]
+    optimizers = [torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9) for net in nets]
+
+    def step(size):
+        x = random(size[0], 3, *size[2:], dtype=torch.float32, device=device)
+        for function, optimizer in zip(functions, optimizers):
+            optimizer.zero_grad()
+            function(x).tanh().square().mean().backward()
+            optimizer.step()
+
+    assert_nothing_more_is_compiled(counter, [partial(step, size) for size in SIZES])
+    for one, other in zip(*(net.parameters() for net in nets)):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_autocast_inside_the_compiled_region(random, device):
+    net = new_net().to(device)
+    x = random(2, 3, 9, 14, dtype=torch.float32, device=device)
+
+    def step(x):
+        with torch.autocast(device.type, torch.bfloat16):
+            return net(x)
+
+    actual, expected = torch.compile(step, backend="aot_eager", fullgraph=True)(x), step(x)
+    assert actual.dtype == expected.dtype
+    torch.testing.assert_close(actual, expected, rtol=2e-2, atol=2e-2)
+
+
+def test_aot_autograd_traces_one_operator_each_way(random, device):
+    """Its own forward and backward graphs hold our operators, and nothing of the reference's softmax."""
+    from functorch.compile import aot_function, make_boxed_func
+
+    graphs = {}
+
+    def keep(name):
+        def compiler(graph, example_inputs):
+            graphs[name] = graph
+            return make_boxed_func(graph)
+
+        return compiler
+
+    inputs = draw_inputs(random, WHOLE, (2, 16, 5, 6), dtype=torch.float32, device=device)
+    function = function_of(gc_cuda, WHOLE, inputs)
+    traced = aot_function(function, fw_compiler=keep("forward"), bw_compiler=keep("backward"))
+    leaves = [tensor.requires_grad_() for tensor in inputs.values()]
+    expected = torch.autograd.grad(function(*leaves).sum(), leaves)
+    for actual, one in zip(torch.autograd.grad(traced(*leaves).sum(), leaves), expected):
+        torch.testing.assert_close(actual, one)
+    for name, operator in (("forward", "global_context"), ("backward", "global_context_backward")):
+        names = operators_of([graphs[name]])
+        assert [target for target in names if "gc_cuda" in target] == [f"gc_cuda.{operator}.default"]
+        assert not any("softmax" in target for target in names)
+
+
+@pytest.mark.parametrize("configuration", CONFIGURATIONS, ids=str)
+def test_compiled_transforms_of_torch_func(random, configuration):
+    """The compiler would trace the operator under grad as if it had no derivative: it gets the reference."""
+    inputs = draw_inputs(random, configuration, (2, 16, 5, 6))
+    _, *others = inputs.values()
+    function = function_of(gc_cuda, configuration, inputs)
+    gradient = torch.func.grad(lambda x: function(x, *others).square().sum())
+    compiled = torch.compile(gradient, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(inputs["x"]), gradient(inputs["x"]))
+    mapped = torch.func.vmap(lambda x: function(x, *others))
+    x = inputs["x"].expand(3, *inputs["x"].shape) * torch.arange(1.0, 4.0).double().view(3, 1, 1, 1, 1)
+    compiled = torch.compile(mapped, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), torch.stack([function(one, *others) for one in x]))
