@@ -289,8 +289,11 @@ class _Broadcast(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, scale = ctx.saved_tensors
-        gradients = _differentiable_broadcast_gradients if graph_wanted() else _broadcast_gradients
-        grad_x, grad_scale, grad_term = gradients(grad, x, scale, ctx.needs_input_grad)
+        needed = ctx.needs_input_grad
+        if graph_wanted():
+            grad_x, grad_scale, grad_term = _differentiable_broadcast_gradients(grad, x, scale, needed)
+        else:
+            grad_x, grad_scale, grad_term = _broadcast_gradients(grad, x, scale, needed, ctx.term_dtype)
         if grad_scale is not None:
             grad_scale = grad_scale.to(scale.dtype).view(scale.shape)
         if grad_term is not None:
@@ -303,19 +306,27 @@ def _flat(tensor: Tensor | None) -> Tensor | None:
 
 
 def _broadcast_gradients(
-    grad: Tensor, x: Tensor | None, scale: Tensor | None, needed: tuple[bool, bool, bool]
+    grad: Tensor,
+    x: Tensor | None,
+    scale: Tensor | None,
+    needed: tuple[bool, bool, bool],
+    term_dtype: torch.dtype | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     needs_x, needs_scale, needs_term = needed
+    # The operators return a sum in the dtype of what they read: that for a float32 term beside half x would
+    # lose digits there, or overflow.
     if needs_scale:
+        assert scale is not None
+        wide = scale if term_dtype is None else scale.to(torch.promote_types(scale.dtype, term_dtype))
         grad_x, grad_scale, grad_term = torch.ops.gc_cuda.broadcast_mul_backward.default(
-            grad, x, _flat(scale)
+            grad, x, wide.flatten(1)
         )
         return grad_x, grad_scale, grad_term if needs_term else None
     grad_x = grad_term = None
     if needs_x:
         grad_x = grad if scale is None else torch.ops.gc_cuda.broadcast.default(grad, scale.flatten(1), None)
     if needs_term:
-        grad_term = torch.ops.gc_cuda.pixel_sum.default(grad, False)
+        grad_term = torch.ops.gc_cuda.pixel_sum.default(grad.to(term_dtype), False)
     return grad_x, None, grad_term
 
 
