@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from evaluate import LAYOUTS
 from torch import Tensor
 
 from gc_cuda import _extension
@@ -47,8 +48,6 @@ SHAPES = (
 )
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-
-LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
 def _missing_gpu() -> str:

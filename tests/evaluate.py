@@ -1,4 +1,4 @@
-"""Run a function forward and backward on given values."""
+"""Run a function forward and backward on given values; the memory formats to do it in."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
 class Evaluation(NamedTuple):

@@ -7,8 +7,7 @@ from itertools import combinations
 import pytest
 import torch
 from block_cases import CONFIGURATIONS, WHOLE, Configuration, Spy, draw_inputs, error_scales, function_of
-from conftest import LAYOUTS
-from evaluate import evaluate
+from evaluate import LAYOUTS, evaluate
 from test_functional_pool import HALVES, STRIDED
 from tolerance import assert_close_to_truth
 from torch.profiler import ProfilerActivity, profile
