@@ -36,7 +36,12 @@ _is_exporting = getattr(torch.compiler, "is_exporting", _without_is_exporting)
 
 def node_of(module: nn.Module, x: Any) -> Any:
     """The call of ``module`` as one node of a torch.fx graph, as torch.fx does it for modules of torch.nn."""
-    return x.tracer.create_proxy("call_module", x.tracer.path_of_module(module), (x,), {})
+    path = x.tracer.path_of_module(module)
+    if not path:
+        raise TypeError(
+            f"symbolic_trace needs a model that holds the block, got the {type(module).__name__} itself"
+        )
+    return x.tracer.create_proxy("call_module", path, (x,), {})
 
 
 def constant_count(parameter: Tensor) -> int:
