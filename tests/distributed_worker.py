@@ -11,7 +11,7 @@ import sys
 
 import torch
 import torch.distributed as dist
-from models import Net, new_net
+from small_net import Net, new_net
 from torch import Tensor, nn
 
 STEPS, BATCH = 3, 4

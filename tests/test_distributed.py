@@ -13,7 +13,7 @@ import distributed_worker as worker
 import pytest
 import torch
 import torch.distributed
-from models import new_net
+from small_net import new_net
 
 WORKER = Path(worker.__file__)
 

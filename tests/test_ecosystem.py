@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from block_cases import CONFIGURATIONS, Spy, draw_inputs, function_of
-from models import BOTH, Net, new_net
+from small_net import BOTH, Net, new_net
 from torch import nn
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 

@@ -10,8 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from block_cases import CONFIGURATIONS, WHOLE, draw_inputs, function_of
-from conftest import _NO_GPU
-from models import new_net
+from small_net import new_net
 from test_resources import CALLS, every_function
 
 import gc_cuda
