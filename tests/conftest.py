@@ -7,10 +7,8 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from evaluate import LAYOUTS
+from evaluate import LAYOUTS, missing_gpu
 from torch import Tensor
-
-from gc_cuda import _extension
 
 
 class Shape(NamedTuple):
@@ -50,13 +48,7 @@ SHAPES = (
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
-def _missing_gpu() -> str:
-    if not torch.cuda.is_available():
-        return "no CUDA device"
-    return "" if _extension.has_cuda() else "gc_cuda was built without CUDA"
-
-
-_NO_GPU = _missing_gpu()
+_NO_GPU = missing_gpu()
 
 
 @pytest.fixture(

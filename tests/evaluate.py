@@ -1,4 +1,4 @@
-"""Run a function forward and backward on given values; the memory formats to do it in."""
+"""Run a function forward and backward on given values; the devices and memory formats to do it on."""
 
 from __future__ import annotations
 
@@ -8,7 +8,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gc_cuda import _extension
+
 LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
+
+
+def missing_gpu() -> str:
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    return "" if _extension.has_cuda() else "gc_cuda was built without CUDA"
 
 
 class Evaluation(NamedTuple):

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from block_cases import CONFIGURATIONS, WHOLE, draw_inputs, function_of
+from evaluate import missing_gpu
 from small_net import new_net
 from test_resources import CALLS, every_function
 
@@ -18,7 +19,7 @@ from gc_cuda import reference
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(_missing_gpu() != "", reason=_missing_gpu() or "there is one"),
+    pytest.mark.skipif(missing_gpu() != "", reason=missing_gpu() or "there is one"),
 ]
 
 SIZE = (2, 64, 25, 42)
