@@ -16,8 +16,8 @@ root=$PWD
 torch_version=2.13.0
 build_needs=(ninja numpy pybind11 setuptools wheel)
 bench_needs=(matplotlib tqdm)
-# Without those after pytest, the tests of fuzzing, exporting and the example are skipped.
-test_needs=(pytest hypothesis onnx onnxruntime onnxscript scikit-learn tqdm)
+# None of these brings a torch: fuzzing, ONNX, and the example.
+test_needs=(pytest hypothesis onnx onnxscript onnxruntime scikit-learn matplotlib tqdm)
 # For the comparison with mmcv. Installed without dependencies, which would bring a second OpenCV and perhaps a torch.
 mmcv_needs=(mmcv-lite==2.2.0 mmengine==0.10.7 addict pyyaml rich termcolor yapf packaging opencv-python-headless
   markdown-it-py mdurl pygments platformdirs Pillow)

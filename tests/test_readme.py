@@ -12,9 +12,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 EXAMPLES = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
-FILES = sorted(
-    set(re.findall(r"(?<![\w/.])(?:\./)?((?:csrc|tests|bench|gc_cuda|\.ci)/[\w./-]*|compile\.sh)", README))
-)
+FOLDERS = r"(?:csrc|tests|bench|examples|gc_cuda|\.ci)"
+FILES = sorted(set(re.findall(rf"(?<![\w/.])(?:\./)?({FOLDERS}/[\w./-]*|compile\.sh)", README)))
 
 
 def test_the_readme_has_what_is_tested_here():

@@ -113,7 +113,8 @@ GC_DEVICE void normalize(const TransformForwardArgs& args, const TransformBranch
       A variance = 0;
       for (int p = lane; p < branch.hidden; p += kWarp) variance += (h[p] - mean) * (h[p] - mean);
       variance = warp_sum(variance) / static_cast<A>(branch.hidden);
-      inverse_deviation = A(1) / port::sqrt(variance + static_cast<A>(args.eps));
+      // A variance that overflows gives NaN, as in PyTorch, and not a finite number.
+      inverse_deviation = A(1) / port::sqrt(variance + static_cast<A>(args.eps)) + (variance - variance);
     }
     const bool writer = (n0 + n) % phase.blocks() == phase.block();  // every block has them; one writes them down
     for (int p = lane; p < branch.hidden; p += kWarp) {

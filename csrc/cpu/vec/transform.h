@@ -261,7 +261,8 @@ void normalize_image(const NormalizeArgs<A>& args, int64_t image) {
                                    return centred * centred;
                                  }) /
                      width;
-  const A inverse_deviation = A(1) / std::sqrt(variance + static_cast<A>(args.eps));
+  // A variance that overflows gives NaN, as in PyTorch, and not a finite number.
+  const A inverse_deviation = A(1) / std::sqrt(variance + static_cast<A>(args.eps)) + (variance - variance);
   args.inverse_deviation[image] = inverse_deviation;
   const V factor(inverse_deviation);
   for_each_run<V::size()>(
