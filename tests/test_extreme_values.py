@@ -243,3 +243,16 @@ def test_block_overflows_only_at_the_end(random, layout, device):
         halves = [tensor.half() for tensor in inputs.values()]
         out = function_of(gc_cuda, WHOLE, inputs)(*halves)
         assert torch.equal(out, torch.full_like(out, expected))
+
+
+@pytest.mark.parametrize("configuration", CONFIGURATIONS, ids=str)
+def test_a_variance_that_overflows_is_nan(random, configuration, layout, device):
+    """As PyTorch's layer norm has it, and not the bias of the norm, which looks like a result."""
+    inputs = draw_inputs(
+        random, configuration, (2, 16, 5, 6), dtype=torch.float32, device=device, layout=layout
+    )
+    inputs["x"][1] *= 1e25
+    out = function_of(gc_cuda, configuration, inputs)(*inputs.values())
+    expected = function_of(reference, configuration, inputs)(*inputs.values())
+    assert expected[1].isnan().all(), "PyTorch overflows here: that is why this test exists"
+    assert torch.equal(out.isnan(), expected.isnan())
