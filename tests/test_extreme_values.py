@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from block_cases import CONFIGURATIONS, WHOLE, Configuration, draw_inputs, function_of
+from block_cases import CONFIGURATIONS, WHOLE, Configuration, draw_inputs, error_scales, function_of
 from evaluate import evaluate
 from tolerance import assert_close_to_truth
 
@@ -256,3 +256,40 @@ def test_a_variance_that_overflows_is_nan(random, configuration, layout, device)
     expected = function_of(reference, configuration, inputs)(*inputs.values())
     assert expected[1].isnan().all(), "PyTorch overflows here: that is why this test exists"
     assert torch.equal(out.isnan(), expected.isnan())
+
+
+@pytest.mark.parametrize("value", [0.0, -0.0, 3.0, 1e-40, 1e15, -1e15], ids=str)
+@pytest.mark.parametrize("configuration", CONFIGURATIONS, ids=str)
+def test_constant_map(random, configuration, value, layout, device):
+    """Every pixel weighs the same: the attention's gradients vanish, and what is left is PyTorch's."""
+    inputs = draw_inputs(random, configuration, SIZES[0], dtype=torch.float32, device=device, layout=layout)
+    inputs["x"] = torch.full_like(inputs["x"], value)
+    grad = random(*SIZES[0], dtype=torch.float32, device=device, layout=layout)
+    names, values = list(inputs), list(inputs.values())
+    ours, eager, truth = (
+        evaluate(function_of(library, configuration, names), values, grad, dtype)
+        for library, dtype in ((gc_cuda, None), (reference, None), (reference, torch.float64))
+    )
+    of_out, of_gradients = error_scales(inputs, grad)
+    assert_close_to_truth("out", ours.out, eager.out, truth.out, of_out)
+    for name, *gradients in zip(names, ours.gradients, eager.gradients, truth.gradients):
+        if name != "mask_bias":
+            assert_close_to_truth(f"grad of {name}", *gradients, of_gradients[name])
+
+
+@pytest.mark.parametrize("scale", [1e-40, 1e-30, 1e30], ids=str)
+def test_denormal_and_huge_pixels(random, scale, size, layout, device):
+    """Sums of them are neither flushed to zero nor lost: attention, where huge ones make it one pixel's."""
+    x = scale * random(*size, dtype=torch.float32, device=device, layout=layout)
+    weight = random(size[1], dtype=torch.float32, device=device)
+    for call in (
+        lambda library, x, w: library.attention_pool(x, w),
+        lambda library, x, w: library.average_pool(x),
+        lambda library, x, w: library.broadcast_mul_add(x, x.mean((2, 3)) / scale, x.amax((2, 3))),
+    ):
+        out, eager = call(gc_cuda, x, weight), call(reference, x, weight)
+        truth = call(reference, x.double(), weight.double())
+        # Relative to the largest pixel, down to the step of denormal numbers.
+        magnitude = x.double().abs().max() + 2.0**-126
+        assert_close_to_truth("out", out, eager, truth, magnitude)
+        assert out.abs().max() > 0

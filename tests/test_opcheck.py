@@ -170,3 +170,28 @@ def test_functions_trace_under_fake_tensors(random):
     assert out.shape == x.shape
     assert out.dtype == torch.float16
     assert out.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_operators_on_inputs_that_need_gradients(random):
+    """The operators themselves are below autograd; with such inputs they keep the same rules."""
+    x, _, logits, vector, weight = arguments(random, VIEWS["cropped"], torch.float32)
+    x, logits, vector, weight = (t.detach().requires_grad_() for t in (x, logits, vector, weight))
+    inputs = draw_inputs(random, WHOLE, tuple(x.shape), dtype=torch.float32)
+    add, mul = (
+        [tensor.requires_grad_() for name, tensor in inputs.items() if name.startswith(branch)]
+        for branch in ("add.", "mul.")
+    )
+    operators = torch.ops.gc_cuda
+    for operator, values in (
+        (operators.softmax_pool, (x, logits)),
+        (operators.attention_pool, (x, weight, None)),
+        (operators.pixel_sum, (x, True)),
+        (operators.broadcast, (x, vector, vector)),
+        (operators.global_context, (x, weight, None, add, mul, 1e-5, 0, 0)),
+    ):
+        # What tracing with gradients gives is in test_compile.py, through the public functions.
+        opcheck(
+            operator.default,
+            values,
+            test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+        )
