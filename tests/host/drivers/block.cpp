@@ -140,7 +140,7 @@ struct Block {
           wide(own.b2), gate_of(b),   own.products, own.normalized,        own.inverse_deviation, own.out};
     }
     const TransformPlan small_plan = make_transform_forward_plan(problem(), kDevice);
-    run_transform(small_plan, schedule, [&] { return launch_transform_forward(small_plan, transform, nullptr); });
+    run_launch(small_plan, schedule, [&] { return launch_transform_forward(small_plan, transform, nullptr); });
 
     const Plan apply = plan(KernelKind::kBroadcast);
     BroadcastArgs broadcast{};
@@ -189,7 +189,7 @@ struct Block {
                              output("grad_hidden", sizes.grad_hidden),
                              output("partial_context", sizes.partial_context)};
     }
-    run_transform(small_plan, schedule, [&] { return launch_transform_backward(small_plan, transform, nullptr); });
+    run_launch(small_plan, schedule, [&] { return launch_transform_backward(small_plan, transform, nullptr); });
 
     if (attention) return last_pass(schedule);
     const Plan apply = plan(KernelKind::kBroadcast);

@@ -184,7 +184,8 @@ Plan plan_for(KernelKind kind, Shape shape, Layout layout, int multiprocessors, 
 }
 
 // Runs a launch and checks what every launch must fulfil.
-inline void run_launch(const Plan& plan, const host::Schedule& schedule, const std::function<cudaError_t()>& launch) {
+template <typename AnyPlan>
+void run_launch(const AnyPlan& plan, const host::Schedule& schedule, const std::function<cudaError_t()>& launch) {
   host::LaunchFiles::schedule = schedule;
   try {
     host::require(launch() == cudaSuccess, "the launch returned an error");

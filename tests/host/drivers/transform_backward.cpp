@@ -249,7 +249,7 @@ void run(const Wanted& wanted, const TransformCase& on, bool wide, SameBits& bit
     args.branch[b] = branches[b]->args();
   }
   host::require(plan.workspace == workspace, "workspace of " + plan.to_string());
-  run_transform(plan, schedule, [&] { return launch_transform_backward(plan, args, nullptr); });
+  run_launch(plan, schedule, [&] { return launch_transform_backward(plan, args, nullptr); });
 
   counters.check();
   std::vector<Bounded> want(grad_context.size());

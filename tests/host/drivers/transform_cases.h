@@ -97,20 +97,6 @@ class PhaseCounters {
   Buffer<unsigned> buffer_{"counters", std::vector<unsigned>(kPhaseCounters, 0), Use::kState};
 };
 
-// A launch of the transform, checked as run_launch does.
-inline void run_transform(const TransformPlan& plan, const host::Schedule& schedule,
-                          const std::function<cudaError_t()>& launch) {
-  host::LaunchFiles::schedule = schedule;
-  try {
-    host::require(launch() == cudaSuccess, "the launch returned an error");
-  } catch (const host::LaunchError& error) {
-    throw host::LaunchError(std::string(error.what()) + "\n  " + plan.to_string());
-  }
-  host::require(host::LaunchFiles::last.shared_bytes == plan.shared_bytes,
-                "a block took " + std::to_string(host::LaunchFiles::last.shared_bytes) +
-                    " bytes of shared memory, planned: " + plan.to_string());
-}
-
 // One case for every problem and element type; run(element, problem, wide, bits, schedule).
 template <typename Run>
 std::vector<host::Case> cases_of(const std::string& name, bool wide_first, const Run& run) {

@@ -135,7 +135,7 @@ void run(const TransformCase& on, bool wide, SameBits& bits, const host::Schedul
     products += branches[b]->products.size();
   }
   host::require(static_cast<std::size_t>(plan.workspace) == products, "workspace of " + plan.to_string());
-  run_transform(plan, schedule, [&] { return launch_transform_forward(plan, args, nullptr); });
+  run_launch(plan, schedule, [&] { return launch_transform_forward(plan, args, nullptr); });
 
   counters.check();
   // A row is read once for each group of images.
