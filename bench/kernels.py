@@ -81,13 +81,25 @@ def rows(case: Case, problem: Problem, repeats: int, flush: torch.Tensor) -> lis
         medians = [statistics.median(times[name]) for times in (warm, cold)]
         moved = bytes_of(name, case)
         table.append(
-            [case.map, case.layout, name, *(f"{m:.1f}" for m in medians), *(f"{moved / m / 1e3:.0f}" for m in medians)]
+            [
+                case.map,
+                case.layout,
+                name,
+                *(f"{m:.1f}" for m in medians),
+                *(f"{moved / m / 1e3:.0f}" for m in medians),
+            ]
         )
         if name != COPY:
             total = [a + b for a, b in zip(total, medians)]
     needed = case.bytes_moved
     table.append(
-        [case.map, case.layout, "sum", *(f"{t:.1f}" for t in total), *(f"{needed / t / 1e3:.0f}" for t in total)]
+        [
+            case.map,
+            case.layout,
+            "sum",
+            *(f"{t:.1f}" for t in total),
+            *(f"{needed / t / 1e3:.0f}" for t in total),
+        ]
     )
     return table
 
@@ -114,11 +126,23 @@ def main(argv: list[str] | None = None) -> int:
         for layout in LAYOUTS:
             batch = 32 if "x" in stage else arguments.batch
             case = Case(
-                TRAINING, arguments.fusion, arguments.ratio, arguments.dtype, stage, STAGES[stage], batch, layout
+                TRAINING,
+                arguments.fusion,
+                arguments.ratio,
+                arguments.dtype,
+                stage,
+                STAGES[stage],
+                batch,
+                layout,
             )
             table += rows(case, make(case, "cuda"), arguments.repeats, flush)
     header = ["map", "layout", "kernel", "warm us", "cold us", "warm GB/s", "cold GB/s"]
-    print("\n".join(" | ".join([f"{c[0]:24} {c[1]:13} {c[2]:22}", *(f"{v:>9}" for v in c[3:])]) for c in [header, *table]))
+    print(
+        "\n".join(
+            " | ".join([f"{c[0]:24} {c[1]:13} {c[2]:22}", *(f"{v:>9}" for v in c[3:])])
+            for c in [header, *table]
+        )
+    )
     return 0
 
 
