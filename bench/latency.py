@@ -43,7 +43,7 @@ from cases import (
     ratio_text,
 )
 from peers import EAGER, Call, Error, errors, first_line, peers
-from timing import cannot_count_launches, count_launches, measure
+from timing import Deadline, cannot_count_launches, count_launches, measure
 
 import gc_cuda
 
@@ -89,20 +89,6 @@ class Found(NamedTuple):
     rows: list[tables.Row]
     missing: dict[str, str]  # by peer: why it was not timed
     wrong: list[str]
-
-
-class Deadline:
-    """Says when there is no time for another step as long as the longest of the last ten."""
-
-    def __init__(self, end: float) -> None:
-        self._end, self._begun, self._taken = end, time.perf_counter(), [0.0]
-
-    def is_near(self) -> bool:
-        """To be asked before each step."""
-        now = time.perf_counter()
-        self._taken.append(now - self._begun)
-        self._begun = now
-        return now + max(self._taken[-10:]) > self._end
 
 
 def rows_of(problem: Problem, times: dict[str, list[float]], checked: dict[str, Error]) -> list[tables.Row]:
