@@ -1,4 +1,4 @@
-"""The pictures of a result. Every line and bar differs by marker, dash or hatch, too: they can be read in grey."""
+"""The pictures of a result. Lines and bars differ by marker, dash or hatch, too: they can be read in grey."""
 
 from __future__ import annotations
 

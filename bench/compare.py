@@ -64,7 +64,8 @@ def summary(
         ratios = [change.ratio for change in found if change.after.peer == peer]
         if ratios:
             lines.append(
-                f"{what}: {statistics.median(ratios):.2f} times the time before, in the median of {len(ratios)}"
+                f"{what}: {statistics.median(ratios):.2f} times the time before, in the median of "
+                f"{len(ratios)}"
             )
     regressions = sum(change.is_regression(threshold) for change in found)
     lines.append(

@@ -46,7 +46,7 @@ def output_of(*command: str, timeout: float = 20) -> str | None:
 
 
 def commit() -> str | None:
-    """Of this source; ends in -dirty where it was changed. A result that is about to be replaced is no change."""
+    """Of this source; ends in -dirty where it was changed (but for results and prose)."""
     described = output_of("git", "describe", "--always", "--abbrev=12")
     if described is None:
         return None

@@ -1,9 +1,10 @@
 """Where the time of a block goes on a GPU, kernel by kernel, beside a copy of x.
 
-What to look at before changing one. Each kernel's duration is the profiler's, so the gaps between launches are not
-in it. "warm" repeats the same call: what fits the second-level cache stays there; "cold" overwrites the cache
-before every call. GB/s counts the passes over a tensor of x's size that a kernel must make (of the transform: its
-matrices, read once forward; backward read once and their gradients written), not what it moved.
+What to look at before changing one. Each kernel's duration is the profiler's, so the gaps between launches
+are not in it. "warm" repeats the same call: what fits the second-level cache stays there; "cold" overwrites
+the cache before every call. GB/s counts the passes over a tensor of x's size that a kernel must make (of the
+transform: its matrices, read once forward; backward read once and their gradients written), not what it
+moved.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from peers import step
 
 COPY, SUM = "copy of x", "sum"
 FLUSHES = 5  # buffers of the cache's size that are overwritten to empty it
-# gc::Weighting of csrc/kernels/args.h: what one pooling kernel is used for, forward and for the gradient's sums
+# gc::Weighting of csrc/kernels/args.h: what one pooling kernel is used for, forward and for the gradient's
+# sums
 POOLINGS = {0: "pool_forward (mask)", 1: "pool_forward (logits)", 2: "pool_forward (uniform)"}
 # Passes over a tensor of x's size, by kernel; one more where the block has a scale.
 PASSES = {

@@ -1,9 +1,10 @@
 """What training ResNets with global context blocks keeps and takes: eager blocks, ours, and none.
 
-"kept" is what autograd holds on to for the backward pass, summed over the storages of its saved tensors, each counted
-once, parameters and buffers not at all. It is found by torch.autograd.graph.saved_tensors_hooks under FakeTensorMode:
-every operator runs with its shapes alone, so this needs neither memory nor a GPU, and no estimate is in it. "peak" is
-torch.cuda.max_memory_allocated of one training step on a GPU beyond the model, its input and its gradients.
+"kept" is what autograd holds on to for the backward pass, summed over the storages of its saved tensors, each
+counted once, parameters and buffers not at all. It is found by torch.autograd.graph.saved_tensors_hooks under
+FakeTensorMode: every operator runs with its shapes alone, so this needs neither memory nor a GPU, and no
+estimate is in it. "peak" is torch.cuda.max_memory_allocated of one training step on a GPU beyond the model,
+its input and its gradients.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from gc_cuda import reference
 NETS = ("resnet50", "resnet101")
 INPUTS = {"800×1333, padded to 800×1344": (2, 3, 800, 1344), "224×224": (32, 3, 224, 224)}
 VARIANTS = (PLAIN, FUSED, BARE)
-# Bottlenecks in c3, c4 and c5, for what the blocks alone keep where no torchvision is there to build the model
+# Bottlenecks in c3, c4 and c5, for what the blocks alone keep where there is no torchvision
 BOTTLENECKS = {"resnet50": (4, 6, 3), "resnet101": (4, 23, 3)}
 STRIDES = (8, 16, 32)
 
@@ -130,7 +131,8 @@ def main(argv: list[str] | None = None) -> int:
                 what = f"{row.model}{', its blocks alone' * row.blocks_only}"
                 peak = "-" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:.0f}"
                 print(
-                    f"| {what} | {shape[0]} × {title} | {row.variant} | {row.kept_bytes / 2**20:.0f} | {peak} |"
+                    f"| {what} | {shape[0]} × {title} | {row.variant} | {row.kept_bytes / 2**20:.0f} | "
+                    f"{peak} |"
                 )
     return 0
 

@@ -1,4 +1,4 @@
-"""The Markdown page of a result: everything in it comes from the result, and from the names of what else was measured."""
+"""The Markdown page of a result, from the result alone and the names of what else was measured."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import method
+import published
 from cases import FORWARD, TRAINING
-from formulas import BLOCKS, PASSES, PUBLISHED, SOURCES
+from formulas import PASSES
 from kernels import Row as KernelRow
+from markdown_text import NOTHING, number, percent, table, times
 from models import BARE, FUSED, PLAIN
 from peers import COMPILED, EAGER, OURS
 from samples import (
@@ -27,36 +29,6 @@ from samples import (
 
 Result = dict[str, Any]
 PEERS = (OURS, EAGER, COMPILED, LIMIT)
-NOTHING = "–"
-
-
-def number(value: float | None, digits: int = 3, unit: str = "") -> str:
-    """To so many significant digits; no exponent."""
-    if value is None:
-        return NOTHING
-    if value == 0:
-        return f"0{unit}"
-    text = f"{float(f'{value:.{digits}g}'):.10f}"
-    whole, _, fraction = text.partition(".")
-    kept = max(0, digits - len(whole.lstrip("-0"))) if whole.lstrip("-0") else None
-    fraction = fraction[:kept] if kept is not None else fraction.rstrip("0")
-    return (f"{whole}.{fraction}" if fraction else whole) + unit
-
-
-def times(value: float | None) -> str:
-    """A ratio."""
-    return NOTHING if value is None else f"{number(value, 2)}×"
-
-
-def percent(value: float | None) -> str:
-    return NOTHING if value is None else f"{100 * value:.0f} %"
-
-
-def table(titles: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> list[str]:
-    """Markdown; the first columns are aligned to the left."""
-    marks = ["---" if i < left else "--:" for i in range(len(titles))]
-    lines = [titles, marks, *rows]
-    return ["| " + " | ".join(line) + " |" for line in lines]
 
 
 def picture(pictures: dict[str, str], name: str, what: str) -> list[str]:
@@ -132,23 +104,28 @@ def graphs(result: Result) -> list[str]:
         }
         plain = Comparison(stream)
         cells = [f"{number(plain.ms(p))} → {number(graph.ms(p))}" for p in (OURS, EAGER, COMPILED)]
+        gains = [times(graph.faster(EAGER)), times(graph.faster(COMPILED)), percent(graph.share(OURS))]
         first = graph.any
         rows.append(
-            [first.map, first.layout, first.direction, setting_text(first.setting), first.cache, *cells]
-            + [times(graph.faster(EAGER)), times(graph.faster(COMPILED)), percent(graph.share(OURS))]
+            [
+                first.map,
+                first.layout,
+                first.direction,
+                setting_text(first.setting),
+                first.cache,
+                *cells,
+                *gains,
+            ]
         )
     lines = ["## Plain stream and CUDA graph", ""]
     if not rows:
         return [*lines, "Not measured: there is no GPU here." if is_cpu(result) else "Not measured."]
     titles = ["map", "layout", "direction", "block", "cache", *(f"{p}, ms" for p in (OURS, EAGER, COMPILED))]
     titles += ["graphs: faster than eager", "than torch.compile", "of the limit"]
-    lines += [
-        "Milliseconds, plain stream → replay of a CUDA graph, of every peer. A replay costs no launches by Python.",
-        "",
-    ]
+    lines += [method.GRAPHS, ""]
     refused = [m for m in result["missing"] if "CUDA graph" in m["reason"]]
     lines += table(titles, rows, 5)
-    return lines + ([""] + missing_lines(refused) if refused else [])
+    return [*lines, "", *missing_lines(refused)] if refused else lines
 
 
 def launches(result: Result, pictures: dict[str, str]) -> list[str]:
@@ -165,8 +142,8 @@ def launches(result: Result, pictures: dict[str, str]) -> list[str]:
     lines = ["## Passes and launches", "", method.PASSES, "", *table(titles, rows, 2)]
     remark = result["remarks"].get("launches")
     if not counted:
-        why = remark or ("not measured: there is no GPU here" if is_cpu(result) else "not measured")
-        lines += ["", f"Launches: {why}."]
+        why = remark or ("there is no GPU here" if is_cpu(result) else "there was no time for it")
+        lines += ["", f"Launches were not measured: {why}."]
     return lines + picture(pictures, "passes", "Passes and launches of eager, Inductor and gc_cuda")
 
 
@@ -189,7 +166,7 @@ def traffic(result: Result) -> list[str]:
         why = (
             "there is no GPU here" if is_cpu(result) else "there was no time for it, or it was not asked for"
         )
-        return [*lines, f"{result['remarks'].get('traffic', f'not measured: {why}').capitalize()}."]
+        return [*lines, f"Not measured: {result['remarks'].get('traffic', why)}."]
     rows = []
     for r in result["traffic"]:
         moved = r.get("read_bytes", 0) + r.get("written_bytes", 0)
@@ -219,6 +196,8 @@ def memory(result: Result, pictures: dict[str, str]) -> list[str]:
         return [*lines, "Not measured."]
     rows = []
     for r in result["memory"]:
+        if r["blocks_only"] and r["variant"] == BARE:
+            continue  # nothing is nothing
         what = f"{r['model']}{', its blocks alone' * r['blocks_only']}"
         peak = number(r["peak_bytes"] / 2**20, 4) if r["peak_bytes"] is not None else NOTHING
         names = {PLAIN: "eager blocks", FUSED: "gc_cuda", BARE: "no GC blocks"}
@@ -255,7 +234,8 @@ def whole_models(result: Result, pictures: dict[str, str]) -> list[str]:
     if rows:
         first = result["models"][0]
         lines += [
-            f"Batch {first['batch']}, {first['size']}×{first['size']}, {first['layout']}, float32. {method.MODELS}",
+            f"Batch {first['batch']}, {first['size']}×{first['size']}, {first['layout']}, float32. "
+            f"{method.MODELS}",
             "",
         ]
         titles = [
@@ -275,67 +255,6 @@ def whole_models(result: Result, pictures: dict[str, str]) -> list[str]:
     return lines if rows or absent else [*lines, "Not measured."]
 
 
-# --- what was published ---
-
-
-def of_backbone(
-    samples: list[Sample], backbone: str, ratio: float, direction: str, batch: int, cache: str
-) -> Comparison | None:
-    """The blocks of a backbone summed; None where not all maps were measured. NCHW, as those models have it."""
-    total: dict[str, float] = {}
-    peers: dict[str, Sample] = {}
-    wanted = {"direction": direction, "ratio": ratio, "dtype": "float32", "fusion": "add", "layout": "nchw"}
-    rows = comparisons([s for s in samples if s.batch == batch], cache=cache, launch=STREAM, **wanted)
-    stages = {row.any.stage: row for row in rows}
-    if not set(BLOCKS[backbone]) <= set(stages):
-        return None
-    for stage, count in BLOCKS[backbone].items():
-        for peer, one in stages[stage].peers.items():
-            total[peer] = total.get(peer, 0.0) + count * one.p50_ms
-            peers[peer] = one
-    return Comparison({peer: peers[peer]._replace(p50_ms=ms) for peer, ms in total.items()})
-
-
-def published(result: Result, measured: Sequence[Result]) -> list[str]:
-    samples = samples_of(result)
-    cache = main_cache(samples)
-    rows = []
-    for p in PUBLISHED:
-        cells = [f"{p.backbone}, {p.norm}, r{1 / p.ratio:.0f}"]
-        cells += [f"{p.seconds[0]:.3f} → {p.seconds[1]:.3f}", f"+{p.training_ms:.0f}"]
-        cells += [
-            f"{p.fps[0]} → {p.fps[1]}",
-            f"+{p.inference_ms:.1f}",
-            f"{p.gigabytes[0]} → {p.gigabytes[1]}",
-        ]
-        for direction, batch in ((TRAINING, 2), (FORWARD, 1)):
-            here = of_backbone(samples, p.backbone, p.ratio, direction, batch, cache)
-            cells += [number(here.ms(peer)) if here else NOTHING for peer in (EAGER, COMPILED, OURS)]
-        rows.append(cells)
-    titles = ["backbone", "V100: s per iteration", "ms of that", "V100: images/s", "ms of that", "V100: GB"]
-    titles += [f"here, training, {p}: ms" for p in ("eager", "torch.compile", "gc_cuda")]
-    titles += [f"here, inference, {p}: ms" for p in ("eager", "torch.compile", "gc_cuda")]
-    lines = [
-        "## Beside what was published for V100s",
-        "",
-        f"{method.PUBLISHED} The cache is {cache}. Source: {SOURCES}.",
-    ]
-    return [*lines, "", *table(titles, rows), "", gpus_sentence([*measured, result])]
-
-
-def gpus_sentence(results: Sequence[Result]) -> str:
-    """Which GPUs there are results of, and whether a V100 is among them."""
-    found = {r["device"]["name"]: r for r in results if r["device"]["kind"] == "cuda"}
-    v100 = any("V100" in name for name in found)
-    if not found:
-        return "**No GPU has been measured: neither a V100 nor any other.**"
-    names = ", ".join(
-        f"{name} ({r['date'][:10]}, commit {r['versions']['commit']})" for name, r in sorted(found.items())
-    )
-    rest = "and a V100 is among them" if v100 else "and no other; **no V100 has been measured**"
-    return f"GPUs that have been measured: {names}; {rest}."
-
-
 # --- the whole ---
 
 
@@ -353,7 +272,8 @@ def head(result: Result) -> list[str]:
     )
     tf32 = ", ".join(f"{name} {'on' if on else 'off'}" for name, on in result["tf32"].items())
     lines = [
-        f"- device: {device['name']}, {device['capability']}, last-level cache {device['cache_bytes'] / 2**20:.0f} MiB, "
+        f"- device: {device['name']}, {device['capability']}, last-level cache "
+        f"{device['cache_bytes'] / 2**20:.0f} MiB, "
         f"memory {device['memory_bytes'] / 2**30:.0f} GiB",
         f"- clocks at the start: {clocks or 'not readable'}",
         f"- versions: gc_cuda {versions['gc_cuda']} (commit {versions['commit']}), {software}, "
@@ -415,7 +335,7 @@ def everything(result: Result) -> list[str]:
 
 
 def page(result: Result, pictures: dict[str, str], measured: Sequence[Result] = ()) -> str:
-    """From the result alone; `pictures` are file names, `measured` the results of other devices, for their names."""
+    """`pictures` are file names; `measured` are results of other devices, for their names alone."""
     sections = [
         [f"# gc_cuda on {result['device']['name']}", "", *head(result)],
         summary(result, pictures),
@@ -426,7 +346,7 @@ def page(result: Result, pictures: dict[str, str], measured: Sequence[Result] = 
         traffic(result),
         memory(result, pictures),
         whole_models(result, pictures),
-        published(result, measured),
+        published.section(result, measured, main_cache(samples_of(result))),
         method.section(result),
         gaps(result),
         everything(result),

@@ -1,11 +1,12 @@
-"""The figures in README.md: a table and a picture between two comments, made from a result file and from nothing else.
+"""The figures in README.md: tables and a picture between two comments, made from a result file alone.
 
     <!-- figures: bench/results/DEVICE.json -->
     …
     <!-- end figures -->
 
-`python bench/report.py --readme bench/results/DEVICE.json` writes what is between them; tests/test_readme_figures.py
-makes it again and compares. A section of "none" is empty and waits for its first result.
+`python bench/report.py --readme bench/results/DEVICE.json` writes what is between them;
+tests/test_readme_figures.py makes it again and compares. A section of "none" is empty and waits for its first
+result.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from cases import FORWARD, TRAINING
-from page import SUMMARY, main_cache, summary_rows, table
+from markdown_text import table
+from page import SUMMARY, main_cache, summary_rows
 from samples import headline, samples_of, setting_text
 
 SECTION = re.compile(r"<!-- figures: (?P<path>\S+) -->\n(?P<body>.*?)<!-- end figures -->", re.DOTALL)
@@ -32,7 +34,8 @@ def figures(result: dict[str, Any], path: str) -> str:
     lines = [
         "",
         f"One block on {device['name']} ({setting_text(found[0].setting)}; torch {versions['torch']}, "
-        f"{result['date'][:10]}, commit {versions['commit']}), medians, {cache} cache. The limit is a copy of as many "
+        f"{result['date'][:10]}, commit {versions['commit']}), medians, {cache} cache. The limit is a copy "
+        "of as many "
         f"bytes as the block must move, in the same run ([all of it, and how it was measured]({stem}.md)):",
     ]
     for direction in (FORWARD, TRAINING):

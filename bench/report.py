@@ -1,10 +1,10 @@
-"""The evidence about this project's block on the device at hand: one command, a result file, a page with pictures.
+"""The evidence about the block on the device at hand: one command, a result file, a page with pictures.
 
-    python bench/report.py [--quick]        measures and writes DEVICE.json, DEVICE.md and DEVICE-*.png to --output
-    python bench/report.py --shape 2,512,100,168 --dtype float16   one case of your own: the table alone
-    python bench/report.py --compare a.json b.json                 what became slower; 1 if ours did
-    python bench/report.py --render a.json                         the page and the pictures again from their data
-    python bench/report.py --readme a.json                         README.md's figures from that result
+    python bench/report.py [--quick]     measures; DEVICE.json, DEVICE.md and DEVICE-*.png go to --output
+    python bench/report.py --shape 2,512,100,168 --dtype float16     one case of your own: the table alone
+    python bench/report.py --compare a.json b.json                   what became slower; 1 if ours did
+    python bench/report.py --render a.json                           page and pictures again from their data
+    python bench/report.py --readme a.json                           README.md's figures from that result
 
 How it measures is said on the page (bench/method.py); what it measures, in bench/suite.py.
 """
@@ -20,6 +20,7 @@ from typing import Any
 import charts
 import compare
 import environment
+import markdown_text
 import page
 import readme
 import samples
@@ -31,7 +32,7 @@ from peers import COMPILED, EAGER, OURS
 
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parents[1] / "README.md"
-QUICK_LIMIT, FULL_LIMIT = 110.0, {"cuda": 480.0, "cpu": 1200.0}  # seconds
+QUICK_LIMIT, FULL_LIMIT = 100.0, {"cuda": 480.0, "cpu": 1200.0}  # seconds
 # Of timing for each series: seconds, rounds
 EFFORT = {
     ("cpu", True): (0.3, 5),
@@ -60,7 +61,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--limit",
         type=float,
         help="seconds for the whole run; what does not fit is named on the page "
-        f"({QUICK_LIMIT:.0f} with --quick, else {FULL_LIMIT['cuda']:.0f} on a GPU and {FULL_LIMIT['cpu']:.0f} on a CPU)",
+        f"({QUICK_LIMIT:.0f} with --quick, else {FULL_LIMIT['cuda']:.0f} on a GPU and "
+        f"{FULL_LIMIT['cpu']:.0f} on a CPU)",
     )
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument(
@@ -161,8 +163,8 @@ def own_table(result: dict[str, Any]) -> str:
     rows = []
     for row in samples.comparisons(samples.samples_of(result)):
         first = row.any
-        ms = [page.number(row.ms(peer)) for peer in (OURS, EAGER, COMPILED, samples.LIMIT)]
-        faster = [page.times(row.faster(than)) for than in (EAGER, COMPILED)]
+        ms = [markdown_text.number(row.ms(peer)) for peer in (OURS, EAGER, COMPILED, samples.LIMIT)]
+        faster = [markdown_text.times(row.faster(than)) for than in (EAGER, COMPILED)]
         rows.append(
             [
                 first.direction,
@@ -171,7 +173,7 @@ def own_table(result: dict[str, Any]) -> str:
                 first.launch,
                 *ms,
                 *faster,
-                page.percent(row.share(OURS)),
+                markdown_text.percent(row.share(OURS)),
             ]
         )
     titles = ["direction", "layout", "cache", "launched by", *page.SUMMARY[2:]]

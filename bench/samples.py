@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cases import Case, ratio_text
+from cases import DIRECTIONS, LAYOUTS, STAGES, Case, ratio_text
 from peers import OURS
 
 SCHEMA = 1  # of the file; raise it when a field changes its meaning
@@ -67,7 +67,8 @@ class Sample(NamedTuple):
     @property
     def name(self) -> str:
         """Of all that `key` tells apart but the peer."""
-        return f"{self.map} {self.layout}, {self.direction}, {setting_text(self.setting)}, {self.cache}, {self.launch}"
+        what = f"{self.map} {self.layout}, {self.direction}, {setting_text(self.setting)}"
+        return f"{what}, {self.cache}, {self.launch}"
 
 
 def setting_text(setting: tuple[str, float, str]) -> str:
@@ -149,15 +150,18 @@ def comparisons(samples: Iterable[Sample], **wanted: Any) -> list[Comparison]:
 
 
 def headline(samples: list[Sample]) -> list[Sample]:
-    """Of the setting and the batch that were measured first; the maps of 224-pixel images have a batch of their own."""
-    if not samples:
-        return []
-    first = samples[0]
-    kept = [s for s in samples if s.setting == first.setting]
+    """Of the setting, and for each map of the batch, that were measured first."""
+    kept = [s for s in samples if s.setting == samples[0].setting]
     batch: dict[str, int] = {}
     for s in kept:
         batch.setdefault(s.stage, s.batch)
-    return [s for s in kept if s.batch == batch[s.stage]]
+    orders = [list(DIRECTIONS), list(STAGES), list(LAYOUTS)]
+
+    def place(s: Sample) -> list[int]:
+        names = s.direction, s.stage, s.layout
+        return [order.index(n) if n in order else len(order) for order, n in zip(orders, names)]
+
+    return sorted((s for s in kept if s.batch == batch[s.stage]), key=place)
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """What a block's kernels move between the GPU and its memory, as Nsight Compute counts it.
 
-Run by itself it makes one call of one peer between cudaProfilerStart and -Stop, for `ncu --profile-from-start off` to
-watch; `measured` runs it like that. ncu empties the caches before each kernel, so that what one kernel leaves there
-for the next counts as read once more, and what a kernel has written may be counted after its end or not at all.
+Run by itself it makes one call of one peer between cudaProfilerStart and -Stop, for `ncu --profile-from-start
+off` to watch; `measured` runs it like that. ncu empties the caches before each kernel, so that what one
+kernel leaves there for the next counts as read once more, and what a kernel has written may be counted after
+its end or not at all.
 """
 
 from __future__ import annotations
