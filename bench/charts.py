@@ -17,7 +17,7 @@ LOOKS = {
     OURS: ("#D55E00", "o", "-", ""),
     EAGER: ("#56B4E9", "s", "--", "///"),
     COMPILED: ("#0072B2", "^", "-.", "..."),
-    LIMIT: ("black", "", ":", ""),
+    LIMIT: ("black", "_", ":", ""),
 }
 LABELS = {LIMIT: "limit: a copy of as many bytes"}
 VARIANTS = {
@@ -50,7 +50,9 @@ def times(result: Result, cache: str) -> Any | None:
                 label = LABELS.get(peer, peer)
                 panel.plot(*zip(*points), color=colour, marker=marker, linestyle=dash, label=label)
         panel.set_xscale("log", base=2)
-        panel.set_yscale("log", base=2)
+        panel.set_yscale("log")
+        panel.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        panel.yaxis.set_minor_locator(ticker.NullLocator())
         for axis in (panel.xaxis, panel.yaxis):
             axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
         panel.margins(x=0.12, y=0.1)
@@ -82,7 +84,7 @@ def shares(result: Result, cache: str) -> Any | None:
         rows = comparisons(found, direction=direction, layout=layout)
         _bars(
             panel,
-            [f"{row.any.stage}\n{'×'.join(map(str, row.any.shape))}" for row in rows],
+            ["{}\n{}×{}\n×{}×{}".format(row.any.stage, *row.any.shape) for row in rows],
             {
                 peer: [100 * (row.share(peer) or 0) for row in rows]
                 for peer in (EAGER, COMPILED, OURS)
@@ -178,9 +180,11 @@ def whole_models(result: Result) -> Any | None:
             panel.bar_label(bars, texts, size=7)
         panel.set_yticks(range(len(names)), names, size=8)
         panel.invert_yaxis()
-        panel.set_xlim(0, 125)
         panel.set_xlabel("% of the time as it is")
         panel.set_title(direction, size=10)
+    right = max(panel.get_xlim()[1] for panel in panels[0])
+    for panel in panels[0]:
+        panel.set_xlim(0, 1.2 * right)  # room for the numbers
     for panel in panels[0][1:]:
         panel.set_yticklabels([])
     first = rows[0]

@@ -118,13 +118,13 @@ def device_of(device: str) -> dict[str, Any]:
     }
 
 
-def versions(device: str) -> dict[str, str | None]:
+def versions(device: str, stated_commit: str | None) -> dict[str, str | None]:
     driver = None
     if device == "cuda":
         driver = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     return {
         "gc_cuda": gc_cuda.__version__,
-        "commit": commit(),
+        "commit": commit() or stated_commit,
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "driver": driver.splitlines()[0] if driver else None,
@@ -142,12 +142,12 @@ def allocator(device: str, reused: bool) -> str:
     return "reused pages" if reused else "fresh pages"
 
 
-def describe(device: str, reused: bool) -> dict[str, Any]:
-    """The head of a result."""
+def describe(device: str, reused: bool, stated_commit: str | None = None) -> dict[str, Any]:
+    """The head of a result; the stated commit is for a copy of the source that git does not know."""
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "device": device_of(device),
-        "versions": versions(device),
+        "versions": versions(device, stated_commit),
         "threads": torch.get_num_threads(),
         "load_average": round(os.getloadavg()[0], 2),
         "allocator": allocator(device, reused),

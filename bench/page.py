@@ -95,6 +95,7 @@ def others(pictures: dict[str, str]) -> list[str]:
 def graphs(result: Result) -> list[str]:
     """Plain stream and CUDA graph side by side, for all peers."""
     samples = samples_of(result)
+    samples = [s for s in samples if s.setting == samples[0].setting]  # the others are among "every case"
     rows = []
     for graph in comparisons(samples, launch=GRAPH):
         stream = {
@@ -276,7 +277,7 @@ def head(result: Result) -> list[str]:
         f"{device['cache_bytes'] / 2**20:.0f} MiB, "
         f"memory {device['memory_bytes'] / 2**30:.0f} GiB",
         f"- clocks at the start: {clocks or 'not readable'}",
-        f"- versions: gc_cuda {versions['gc_cuda']} (commit {versions['commit']}), {software}, "
+        f"- versions: gc_cuda {versions['gc_cuda']} (commit {versions['commit'] or 'unknown'}), {software}, "
         f"Python {versions['python']}; {versions['system']}",
         f"- run: {result['date']}, {result['length']}, {result['threads']} threads, load average "
         f"{result['load_average']} before it; allocator: {result['allocator']}",

@@ -105,7 +105,8 @@ def gpus_sentence(results: Sequence[Result]) -> str:
     if not found:
         return "**No GPU has been measured: neither a V100 nor any other.**"
     names = ", ".join(
-        f"{name} ({r['date'][:10]}, commit {r['versions']['commit']})" for name, r in sorted(found.items())
+        f"{name} ({r['date'][:10]}, commit {r['versions']['commit'] or 'unknown'})"
+        for name, r in sorted(found.items())
     )
     rest = "and a V100 is among them" if v100 else "and no other; **no V100 has been measured**"
     return f"GPUs that have been measured: {names}; {rest}."

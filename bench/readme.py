@@ -34,7 +34,7 @@ def figures(result: dict[str, Any], path: str) -> str:
     lines = [
         "",
         f"One block on {device['name']} ({setting_text(found[0].setting)}; torch {versions['torch']}, "
-        f"{result['date'][:10]}, commit {versions['commit']}), medians, {cache} cache. The limit is a copy "
+        f"{result['date'][:10]}, commit {versions['commit'] or 'unknown'}), medians, {cache} cache. The limit is a copy "
         "of as many "
         f"bytes as the block must move, in the same run ([all of it, and how it was measured]({stem}.md)):",
     ]

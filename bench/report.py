@@ -68,6 +68,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--reuse-pages", action="store_true", help="CPU: outputs get used pages, not fresh ones"
     )
+    parser.add_argument("--commit", help="of this source, where git cannot say it")
     own = parser.add_argument_group("one case of your own: a table, no page")
     own.add_argument("--shape", type=shape_of, metavar="N,C,H,W")
     own.add_argument("--dtype", choices=DTYPES, default="float32")
@@ -121,7 +122,7 @@ def measure(options: argparse.Namespace) -> int:
     result = {
         "schema": samples.SCHEMA,
         "length": "quick" if options.quick else "full",
-        **environment.describe(settings.device, options.reuse_pages),
+        **environment.describe(settings.device, options.reuse_pages, options.commit),
         "settings": {"seconds": settings.seconds, "rounds": settings.rounds, "limit": limit},
         **suite.empty(),
     }

@@ -281,12 +281,14 @@ def run(steps: list[Step], result: Result, limit: float, save: Callable[[Result]
     profiled = any(step.section in PROFILED for step in steps)
     share = {section: 1 - PROFILING_SHARE * (profiled and section not in PROFILED) for section in GUESSES}
     deadlines: dict[str, Deadline] = {}
+    over: set[str] = set()
     with Progress(len(steps)) as progress:
         for step in steps:
             section = step.section
             if section not in deadlines:
                 deadlines[section] = Deadline(begun + share[section] * limit, GUESSES[section])
-            if deadlines[section].is_near():
+            if section in over or deadlines[section].is_near():
+                over.add(section)
                 result["left_out"].append(step.name)
                 continue
             progress.begin(step.name)
