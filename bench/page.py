@@ -120,7 +120,7 @@ def graphs(result: Result) -> list[str]:
         )
     lines = ["## Plain stream and CUDA graph", ""]
     if not rows:
-        return [*lines, "Not measured: there is no GPU here." if is_cpu(result) else "Not measured."]
+        return [*lines, "Not measured: this run was on a CPU." if is_cpu(result) else "Not measured."]
     titles = ["map", "layout", "direction", "block", "cache", *(f"{p}, ms" for p in (OURS, EAGER, COMPILED))]
     titles += ["graphs: faster than eager", "than torch.compile", "of the limit"]
     lines += [method.GRAPHS, ""]
@@ -143,7 +143,7 @@ def launches(result: Result, pictures: dict[str, str]) -> list[str]:
     lines = ["## Passes and launches", "", method.PASSES, "", *table(titles, rows, 2)]
     remark = result["remarks"].get("launches")
     if not counted:
-        why = remark or ("there is no GPU here" if is_cpu(result) else "there was no time for it")
+        why = remark or ("this run was on a CPU" if is_cpu(result) else "there was no time for it")
         lines += ["", f"Launches were not measured: {why}."]
     return lines + picture(pictures, "passes", "Passes and launches of eager, Inductor and gc_cuda")
 
@@ -151,7 +151,7 @@ def launches(result: Result, pictures: dict[str, str]) -> list[str]:
 def kernel_table(result: Result) -> list[str]:
     lines = ["## Kernel by kernel", ""]
     if not result["kernels"]:
-        return [*lines, "Not measured: there is no GPU here." if is_cpu(result) else "Not measured."]
+        return [*lines, "Not measured: this run was on a CPU." if is_cpu(result) else "Not measured."]
     rows = []
     for entry in result["kernels"]:
         row = KernelRow(**entry)
@@ -165,7 +165,7 @@ def traffic(result: Result) -> list[str]:
     lines = ["## Bytes of the formula and bytes of DRAM", ""]
     if not result["traffic"]:
         why = (
-            "there is no GPU here" if is_cpu(result) else "there was no time for it, or it was not asked for"
+            "this run was on a CPU" if is_cpu(result) else "there was no time for it, or it was not asked for"
         )
         return [*lines, f"Not measured: {result['remarks'].get('traffic', why)}."]
     rows = []

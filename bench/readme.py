@@ -16,7 +16,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from cases import FORWARD, TRAINING
+from cases import DIRECTIONS, IMAGENET
 from markdown_text import table
 from page import SUMMARY, main_cache, summary_rows
 from samples import headline, samples_of, setting_text
@@ -28,22 +28,28 @@ NONE = "none"
 def figures(result: dict[str, Any], path: str) -> str:
     """What stands between the comments; `path` is that of the result, from the README."""
     device, versions = result["device"], result["versions"]
-    found = headline(samples_of(result))
-    cache = main_cache(found)
+    samples = headline(samples_of(result))
+    cache = main_cache(samples)
+    of_detectors = [s for s in samples if s.stage not in IMAGENET]  # the first screen is short
+    rows = [
+        [direction, *row]
+        for direction in DIRECTIONS
+        for row in summary_rows(of_detectors or samples, direction, cache)
+    ]
     stem = path.removesuffix(".json")
+    when = f"torch {versions['torch']}, {result['date'][:10]}, commit {versions['commit'] or 'unknown'}"
     lines = [
         "",
-        f"One block on {device['name']} ({setting_text(found[0].setting)}; torch {versions['torch']}, "
-        f"{result['date'][:10]}, commit {versions['commit'] or 'unknown'}), medians, {cache} cache. The limit is a copy "
-        "of as many "
-        f"bytes as the block must move, in the same run ([all of it, and how it was measured]({stem}.md)):",
+        f"One block on {device['name']} ({setting_text(samples[0].setting)}; {when}), medians, {cache} cache. The",
+        "limit is a copy of as many bytes as the block must move, in the same run ([all of it, and how it was",
+        f"measured]({stem}.md)):",
+        "",
+        *table(("direction", *SUMMARY), rows, 3),
+        "",
+        f"![Time of the block over the size of the feature map]({stem}-times-{cache}.png)",
+        "",
+        "",
     ]
-    for direction in (FORWARD, TRAINING):
-        rows = summary_rows(found, direction, cache)
-        if rows:
-            titles = (f"{direction}: {SUMMARY[0]}", *SUMMARY[1:])
-            lines += ["", *table(titles, rows, 2)]
-    lines += ["", f"![Time of the block over the size of the feature map]({stem}-times-{cache}.png)", "", ""]
     return "\n".join(lines)
 
 

@@ -95,9 +95,10 @@ def test_the_figures_of_a_result(readme):
     text = readme.replaced("before\n<!-- figures: none -->\n<!-- end figures -->\nafter\n", result, path)
     assert text.startswith(f"before\n<!-- figures: {path} -->\n")
     assert text.endswith("<!-- end figures -->\nafter\n")
-    assert "| c3 2×512×100×168 | nchw | 0.121 | 0.402 |" in text
+    assert "| forward | c3 2×512×100×168 | nchw | 0.121 | 0.402 |" in text
     assert "(bench/results/invented-gpu-80gb-times-cold.png)" in text
     assert "Invented GPU 80GB" in text
+    assert text.count("\n| forward") == 2 * 2 * 3, "both directions and layouts of c3, c4 and c5"
     assert readme.replaced(text, result, path) == text
     assert SECTION.search(text)[0] == readme.section(result, path)
 

@@ -83,7 +83,7 @@ def test_a_run_from_beginning_to_end(tiny, validate, tmp_path, capsys):
     for picture in pictures:
         assert f"({path.stem}{picture})" in text
     assert "Left out: none there: No module named 'framework'" in text
-    assert "Launches were not measured: there is no GPU here." in text
+    assert "Launches were not measured: this run was on a CPU." in text
     assert f"wrote {path}" in capsys.readouterr().out
 
 

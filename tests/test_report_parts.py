@@ -72,6 +72,36 @@ def test_bytes_of_kernels(bench):
     assert kernels.bytes_of("something new", case) is None
 
 
+def test_the_rows_of_a_case(bench, monkeypatch):
+    """A kernel that a call launches twice takes twice its median; the sum leaves the copy out."""
+    kernels, cases = bench("kernels"), bench("cases")
+    times = {"copy of x": [3.0, 3.0], "pool_forward (mask)": [1.0, 2.0, 1.0, 2.0], "broadcast": [2.0, 2.2]}
+    monkeypatch.setattr(kernels, "profile", lambda calls, repeats, flush: times)
+    case = cases.Case("forward+backward", "add", 1 / 4, "float32", "s", (16, 9, 14), 3, "nchw")
+    rows = kernels.rows(case, cases.make(case, "cpu"), 2, torch.empty(1))
+    assert [(row.kernel, row.warm_us) for row in rows] == [
+        ("copy of x", 3.0),
+        ("pool_forward (mask)", 3.0),
+        ("broadcast", pytest.approx(2.1)),
+        ("sum", pytest.approx(5.1)),
+    ]
+    assert rows[0].rates() == [f"{2 * 3 * 16 * 9 * 14 * 4 / 3e3:.0f}"] * 2
+
+
+@pytest.mark.parametrize("reason", ["", "torch.profiler saw 0 launches in a call that makes one"])
+def test_launches_of_every_peer(bench, result, monkeypatch, reason):
+    suite, cases = bench("suite"), bench("cases")
+    monkeypatch.setattr(suite, "cannot_count_launches", lambda: reason)
+    monkeypatch.setattr(suite, "count_launches", lambda call: 5)
+    case = cases.Case("forward", "add", 1 / 4, "float32", "c4", (16, 9, 14), 2, "nchw")
+    result["launches"], result["remarks"] = [], {}
+    for _ in range(2):
+        suite.count_case(case, suite.Settings("cpu", 0.1, 3, compiled=False), result)
+    assert [row["peer"] for row in result["launches"]] == ([] if reason else ["gc_cuda", "eager"] * 2)
+    text = bench("page").page(result, {})
+    assert (f"Launches were not measured: {reason}." in text) == bool(reason)
+
+
 NCU = """==PROF== Connected to process 1
 "ID","Process ID","Kernel Name","Metric Name","Metric Unit","Metric Value"
 "0","1","void gc::pool_forward<float>(A, B)","dram__bytes_read.sum","byte","1,000"
