@@ -37,11 +37,12 @@ def figures(result: dict[str, Any], path: str) -> str:
         for row in summary_rows(of_detectors or samples, direction, cache)
     ]
     stem = path.removesuffix(".json")
-    when = f"torch {versions['torch']}, {result['date'][:10]}, commit {versions['commit'] or 'unknown'}"
+    setting = f"{setting_text(samples[0].setting)}; torch {versions['torch']}"
     lines = [
         "",
-        f"One block on {device['name']} ({setting_text(samples[0].setting)}; {when}), medians, {cache} cache. The",
-        "limit is a copy of as many bytes as the block must move, in the same run ([all of it, and how it was",
+        f"One block on {device['name']} ({setting}, {result['date'][:10]}, commit "
+        f"{versions['commit'] or 'unknown'}), medians, {cache} cache. The limit",
+        "is a copy of as many bytes as the block must move, in the same run ([all of it, and how it was",
         f"measured]({stem}.md)):",
         "",
         *table(("direction", *SUMMARY), rows, 3),
