@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import re
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from samples import headline, samples_of, setting_text
 
 SECTION = re.compile(r"<!-- figures: (?P<path>\S+) -->\n(?P<body>.*?)<!-- end figures -->", re.DOTALL)
 NONE = "none"
+WIDTH = 120
 
 
 def figures(result: dict[str, Any], path: str) -> str:
@@ -38,12 +40,14 @@ def figures(result: dict[str, Any], path: str) -> str:
     ]
     stem = path.removesuffix(".json")
     setting = f"{setting_text(samples[0].setting)}; torch {versions['torch']}"
+    said = (
+        f"One block on {device['name']} ({setting}, {result['date'][:10]}, commit "
+        f"{versions['commit'] or 'unknown'}), medians, {cache} cache. The limit is a copy of as many bytes as the "
+        f"block must move, in the same run ([all of it, and how it was measured]({stem}.md)):"
+    )
     lines = [
         "",
-        f"One block on {device['name']} ({setting}, {result['date'][:10]}, commit "
-        f"{versions['commit'] or 'unknown'}), medians, {cache} cache. The limit",
-        "is a copy of as many bytes as the block must move, in the same run ([all of it, and how it was",
-        f"measured]({stem}.md)):",
+        textwrap.fill(said, WIDTH, break_long_words=False, break_on_hyphens=False),
         "",
         *table(("direction", *SUMMARY), rows, 3),
         "",

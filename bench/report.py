@@ -126,7 +126,8 @@ def measure(options: argparse.Namespace) -> int:
         "settings": {"seconds": settings.seconds, "rounds": settings.rounds, "limit": limit},
         **suite.empty(),
     }
-    path = options.output / f"{result['device']['slug']}.json"
+    stem = result["device"]["slug"] + "-reused-pages" * options.reuse_pages
+    path = options.output / f"{stem}.json"
     suite.run(suite.plan(settings, options.quick), result, limit, lambda found: samples.write(path, found))
     samples.write(path, result)
     for file in [path, *render(path)]:
