@@ -110,6 +110,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def_readonly("workspace", &gc::Plan::workspace)
       .def_readonly("tickets", &gc::Plan::tickets)
       .def_property_readonly("splits", [](const gc::Plan& self) { return self.walk.splits; })
+      .def_property_readonly("group", [](const gc::Plan& self) { return self.walk.group; })
       .def_property_readonly("tiles_per_split", [](const gc::Plan& self) { return self.walk.tiles_per_split; })
       .def_property_readonly("tile_channels", &gc::Plan::tile_channels)
       .def_property_readonly("tile_pixels", &gc::Plan::tile_pixels)
@@ -125,7 +126,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
 
   py::class_<gc::TransformPlan>(m, "TransformPlan", "How a kernel of the transform would be launched; print it.")
       .def_readonly("width", &gc::TransformPlan::width)
-      .def_readonly("images_at_once", &gc::TransformPlan::images_at_once)
+      .def_readonly("tile_images", &gc::TransformPlan::tile_images)
+      .def_property_readonly(
+          "shares", [](const gc::TransformPlan& self) { return std::vector<int>{self.shares[0], self.shares[1]}; })
       .def_readonly("slab_steps", &gc::TransformPlan::slab_steps)
       .def_readonly("shared_bytes", &gc::TransformPlan::shared_bytes)
       .def_readonly("workspace", &gc::TransformPlan::workspace)

@@ -8,12 +8,14 @@ namespace gc {
 namespace {
 
 constexpr int kMaxGridY = 65535;
-constexpr int64_t kMaxGridX = 2147483647;
+constexpr int64_t kMaxGridX = 2147483647 - (1 << 17);  // and as many groups of partial results beside them
 // Pixels, channels and offsets inside an image are 32-bit in the kernels; tiles may reach past its end by less than
 // this.
 constexpr int64_t kMaxImageElements = 2147483647 - (1 << 17);
-// The last block of an image reads every split's sums: more splits would cost it more than they save the others.
+// The last blocks of an image read every split's sums: more splits would cost them more than they save the others.
 constexpr int kMaxMergedSplits = 256;
+// Up to here one block merges them all: a second round costs about as much as reading so many.
+constexpr int kMergedAtOnce = 8;
 // Registers a thread may use (kernels are compiled for kMaxThreads a block), for the blocks that share a
 // multiprocessor.
 constexpr int kThreadsPerMultiprocessor = 65536 / 128;
@@ -32,6 +34,13 @@ int power_of_two_from(int64_t n) {
 bool needs_all_channels(KernelKind kind, bool dots_given) {
   return !dots_given && (kind == KernelKind::kPoolMask || kind == KernelKind::kPoolBackwardMask ||
                          kind == KernelKind::kPoolBackwardLogits || kind == KernelKind::kPoolBackwardBlock);
+}
+
+// The parts that are merged in the first of two rounds: as many as there are groups.
+int group_for(int64_t parts) {
+  int group = kMergedAtOnce;
+  while (static_cast<int64_t>(group) * group < parts) ++group;
+  return group;
 }
 
 struct Tiling {
@@ -107,7 +116,10 @@ int shared_bytes_of(KernelKind kind, const Plan& plan, int elements, bool dots_g
     case KernelKind::kPoolLogits:
       take(over_pixels_scratch(layout, shape, 1), accumulation);
       take(over_pixels_scratch(layout, shape, channels + 1), accumulation);
-      if (plan.walk.splits > 1) take(1, sizeof(int)), take(plan.walk.splits, accumulation);
+      if (plan.walk.splits > 1) {
+        take(1, sizeof(int));
+        take(3 * merged_at_most(plan.walk.splits, plan.walk.group), accumulation);
+      }
       break;
     case KernelKind::kPoolUniform:
       take(over_pixels_scratch(layout, shape, channels + 1), accumulation);
@@ -120,8 +132,7 @@ int shared_bytes_of(KernelKind kind, const Plan& plan, int elements, bool dots_g
       take((kind == KernelKind::kPoolBackwardBlock ? 3 : mask ? 2 : 1) * staged, accumulation);
       take(over_channels_scratch(layout, shape, 1), accumulation);
       if (!dots_given) take(dots, accumulation);
-      if (mask)
-        take(over_pixels_scratch(layout, shape, channels), accumulation), take(1, sizeof(int)), take(1, sizeof(int));
+      if (mask) take(over_pixels_scratch(layout, shape, channels), accumulation), take(1, sizeof(int));
       break;
     }
     case KernelKind::kPixelDot:
@@ -221,6 +232,12 @@ Plan make_plan(KernelKind kind, const Problem& p, const DeviceLimits& device, bo
   plan.walk.pixels = static_cast<int>(p.pixels);
   plan.walk.splits = static_cast<int>(splits);
   plan.walk.tiles_per_split = static_cast<int>(tiles_per_split);
+  // pool_backward merges the parts of all images, the others those of an image.
+  const bool merges_all = kind == KernelKind::kPoolBackwardMask || kind == KernelKind::kPoolBackwardBlock;
+  const int64_t parts = merges_all ? p.images * splits : splits;
+  plan.walk.group = group_for(parts);
+  const int64_t rows = merged_rows(static_cast<int>(parts), plan.walk.group);
+  const int64_t tickets = merge_tickets(static_cast<int>(parts), plan.walk.group);
   // A pass over x has gone before.
   plan.walk.backwards = kind == KernelKind::kBroadcast || kind == KernelKind::kPoolBackwardMask ||
                         kind == KernelKind::kPoolBackwardLogits || kind == KernelKind::kPoolBackwardBlock;
@@ -234,21 +251,19 @@ Plan make_plan(KernelKind kind, const Problem& p, const DeviceLimits& device, bo
   switch (kind) {
     case KernelKind::kPoolMask:
     case KernelKind::kPoolLogits:
-      if (splits > 1) plan.workspace = p.images * splits * (p.channels + 2 * chunks);
-      if (splits > 1) plan.tickets = p.images * chunks;
-      break;
     case KernelKind::kPoolUniform:
-      if (splits > 1) plan.workspace = p.images * splits * p.channels;
-      if (splits > 1) plan.tickets = p.images * chunks;
+    case KernelKind::kBroadcastMulBackward: {
+      if (splits == 1) break;
+      const int64_t sums = kind == KernelKind::kBroadcastMulBackward ? 2 : 1;
+      const int64_t stats = kind == KernelKind::kPoolMask || kind == KernelKind::kPoolLogits ? 2 * chunks : 0;
+      plan.workspace = p.images * rows * (sums * p.channels + stats);
+      plan.tickets = p.images * chunks * tickets;
       break;
+    }
     case KernelKind::kPoolBackwardMask:
     case KernelKind::kPoolBackwardBlock:
-      plan.workspace = p.images * (splits + 1) * p.channels;
-      plan.tickets = (p.images + 1) * chunks;
-      break;
-    case KernelKind::kBroadcastMulBackward:
-      if (splits > 1) plan.workspace = 2 * p.images * splits * p.channels;
-      if (splits > 1) plan.tickets = p.images * chunks;
+      plan.workspace = rows * p.channels;
+      plan.tickets = chunks * tickets;
       break;
     case KernelKind::kPoolBackwardLogits:
     case KernelKind::kPixelDot:
@@ -263,9 +278,9 @@ std::string Plan::to_string() const {
   out << name_of(kind) << ' ' << name_of(type) << ' ' << name_of(layout) << ' ' << walk.images << 'x' << walk.channels
       << 'x' << walk.pixels << ": " << rows << " rows of " << kVectorBytes << " bytes a thread, loads of "
       << width * element_bytes(type) << " bytes, " << walk.shape.fast_threads << 'x' << walk.shape.slow_threads
-      << " threads, " << walk.splits << " splits of " << walk.tiles_per_split << " tiles, grid " << grid_x() << 'x'
-      << grid_y() << ", " << shared_bytes << " bytes shared, " << workspace << " workspace elements, " << tickets
-      << " tickets";
+      << " threads, " << walk.splits << " splits of " << walk.tiles_per_split << " tiles, merged by " << walk.group
+      << ", grid " << grid_x() << 'x' << grid_y() << ", " << shared_bytes << " bytes shared, " << workspace
+      << " workspace elements, " << tickets << " tickets";
   if (!holds_channels) out << "; too many channels for a block: needs pixel_dot first";
   return out.str();
 }
