@@ -104,6 +104,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   py::class_<gc::Plan>(m, "Plan", "How a kernel would be launched; print it.")
       .def_readonly("rows", &gc::Plan::rows)
       .def_readonly("width", &gc::Plan::width)
+      .def_readonly("flat", &gc::Plan::flat)
       .def_readonly("chunks", &gc::Plan::chunks)
       .def_readonly("holds_channels", &gc::Plan::holds_channels)
       .def_readonly("shared_bytes", &gc::Plan::shared_bytes)

@@ -112,6 +112,15 @@ def check_coverage(p, kernel, size, layout, dtype, alignment):
     images, channels, pixels = size
     elements = 16 // BYTES[dtype]
     assert p.grid == (images * p.splits, p.chunks), p
+    if p.flat:
+        assert kernel == "broadcast" and layout == "NCHW" and pixels % elements, p
+        assert p.width == elements and channels * pixels % elements == 0 and alignment % 16 == 0, p
+        tile = p.threads * p.rows * elements
+        tiles = -(-channels * pixels // tile)
+        assert (p.splits - 1) * p.tiles_per_split < tiles <= p.splits * p.tiles_per_split, p
+        assert p.splits * p.tiles_per_split * tile < 2**32, "offsets are unsigned"
+        assert p.workspace == p.tickets == 0, p
+        return
     # The threads of a block hold its tile, no element twice.
     assert p.tile_channels * p.tile_pixels == p.threads * p.rows * elements, p
     # The splits are ranges of tiles: all of them, none twice, no range empty.

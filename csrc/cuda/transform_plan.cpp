@@ -33,9 +33,9 @@ void check(const TransformProblem& p) {
               std::to_string(p.channels) + " channels, " + std::to_string(hidden_max(p)) + " hidden units");
 }
 
-// Blocks for `work` equal pieces that a block takes `each` of at a time: at most one a multiprocessor.
-int blocks_for(int64_t work, int64_t each, const DeviceLimits& device) {
-  return static_cast<int>(std::clamp<int64_t>(divide_up(work, each), 1, device.multiprocessors));
+// Blocks for `work` equal pieces: at most two a multiprocessor, as many as can run at a time.
+int blocks_for(int64_t work, const DeviceLimits& device) {
+  return static_cast<int>(std::clamp<int64_t>(work, 1, 2 * device.multiprocessors));
 }
 
 }  // namespace
@@ -96,7 +96,7 @@ TransformPlan make_transform_forward_plan(const TransformProblem& p, const Devic
            length >= 2 * plan.shares[phase] * kWarp * plan.width) {
       plan.shares[phase] *= 2;
     }
-    plan.grid.blocks[phase] = blocks_for(tiles(phase), 1, device);
+    plan.grid.blocks[phase] = blocks_for(tiles(phase), device);
   }
   plan.workspace = products_elements(p);
   return plan;
@@ -111,17 +111,19 @@ TransformPlan make_transform_backward_plan(const TransformProblem& p, const Devi
   const auto pieces = [&](int64_t rows, int64_t columns) {
     return divide_up(rows, plan.slab_steps * kSlabStep) * divide_up(columns, kWarp);
   };
-  // High slabs leave fewer partial results; lower ones where they would leave multiprocessors idle.
+  // High slabs leave fewer partial results; lower ones where they would leave multiprocessors idle. A block's images go
+  // by one after the other: many of them take two blocks to a multiprocessor, which hide each other's waiting.
+  const int64_t wanted = p.images >= 2 * kSlabImages ? 2 * device.multiprocessors : device.multiprocessors / 2;
   plan.slab_steps = kMaxSlabSteps;
   while (plan.slab_steps > 1 &&
-         2 * std::min(pieces(p.channels, hidden_sum(p)), pieces(hidden_sum(p), p.channels)) < device.multiprocessors) {
+         std::min(pieces(p.channels, hidden_sum(p)), pieces(hidden_sum(p), p.channels)) < wanted) {
     plan.slab_steps /= 2;
   }
   plan.grid.phases = depth == TransformDepth::kLastLayer ? 1 : 3;
   plan.counters = kPhaseCounters + (depth == TransformDepth::kContext ? divide_up(p.channels, kWarp) : 0);
-  plan.grid.blocks[0] = blocks_for(pieces(p.channels, hidden_sum(p)), 1, device);
-  plan.grid.blocks[1] = blocks_for(p.images * p.branches, 1, device);
-  plan.grid.blocks[2] = blocks_for(pieces(hidden_sum(p), p.channels), 1, device);
+  plan.grid.blocks[0] = blocks_for(pieces(p.channels, hidden_sum(p)), device);
+  plan.grid.blocks[1] = blocks_for(p.images * p.branches, device);
+  plan.grid.blocks[2] = blocks_for(pieces(hidden_sum(p), p.channels), device);
   const int bytes = accumulation_bytes(p.type);
   plan.shared_bytes = 2 * shared_array(1, sizeof(int)) +
                       shared_array(kSlabImages * plan.slab_steps * kSlabStep, bytes) +

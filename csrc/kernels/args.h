@@ -141,7 +141,6 @@ struct TransformBackwardArgs {
   PhaseGrid grid;
   unsigned* counters;  // [kPhaseCounters, then one a kWarp channels], 0 before and after
   int images, channels, branches;
-  int slab_steps;       // a block takes slabs of slab_steps * kSlabStep rows of a weight matrix
   const void* context;  // A, image n's from n * context_stride on
   long long context_stride;
   double factor;  // of grad_context

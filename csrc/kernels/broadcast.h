@@ -54,6 +54,58 @@ broadcast(const BroadcastArgs args) {
   }
 }
 
+// NCHW with rows that are no multiple of a vector, in images that are: an image as one run of full vectors, which may
+// reach from one channel into the next. A tile is kRows vectors a thread.
+template <typename T, int kRows, bool kScale, bool kTerm>
+GC_KERNEL(kMaxThreads, 1)
+broadcast_flat(const BroadcastArgs args) {
+  using A = Acc<T>;
+  constexpr int kStep = kElements<T>;
+  const Walk& walk = args.walk;
+  const int block = walk.backwards ? port::grid_x() - 1 - port::block_x() : port::block_x();
+  const int image = block / walk.splits;
+  const unsigned elements = static_cast<unsigned>(walk.channels) * walk.pixels;  // below 2^31
+  const unsigned pixels = walk.pixels;
+  const long long channel0 = static_cast<long long>(image) * walk.channels;
+  const T* const x = static_cast<const T*>(args.x) + channel0 * pixels;
+  T* const out = static_cast<T*>(args.out) + channel0 * pixels;
+  const unsigned tile_elements = kRows * kStep * port::block_threads();
+  const int first = (block - image * walk.splits) * walk.tiles_per_split;
+  for (int tile = first; tile < first + walk.tiles_per_split; ++tile) {
+    const unsigned begin = tile * tile_elements + port::thread_index() * kStep;
+    PackedVector<T> rows[kRows];
+    GC_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      const unsigned at = begin + r * kStep * port::block_threads();
+      if (at < elements) rows[r].template load<kStep>(0, x + at);
+    }
+    GC_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      const unsigned at = begin + r * kStep * port::block_threads();
+      if (at >= elements) continue;
+      unsigned channel = at / pixels;
+      unsigned left = pixels - at % pixels;  // of the channel
+      A scale = kScale ? read<T>(args.scale, channel0 + channel) : A(1);
+      A term = kTerm ? read<T>(args.term, channel0 + channel) : A(0);
+      GC_UNROLL
+      for (int e = 0; e < kStep; ++e) {
+        if (left == 0) {
+          ++channel;
+          left = pixels;
+          if constexpr (kScale) scale = read<T>(args.scale, channel0 + channel);
+          if constexpr (kTerm) term = read<T>(args.term, channel0 + channel);
+        }
+        --left;
+        A v = rows[r].get(e);
+        if constexpr (kScale) v *= scale;
+        if constexpr (kTerm) v += term;
+        rows[r].set(e, v);
+      }
+      rows[r].template store<kStep>(0, out + at);
+    }
+  }
+}
+
 template <typename T, Layout kLayout, int kRows, int kWidth>
 GC_KERNEL(kMaxThreads, 1)
 broadcast_mul_backward(const BroadcastMulBackwardArgs args) {

@@ -26,7 +26,7 @@ namespace gc {
 inline constexpr int kDotsRows = 8;
 // Vectors of grad that a thread fetches together; beside a taller tile's it has registers for one.
 template <int kRows>
-inline constexpr int kGradRows = kRows > 8 ? 1 : 4;
+inline constexpr int kGradRows = kRows > 8 ? 1 : kRows;
 
 template <typename T, Layout kLayout, int kRows, int kWidth, PoolGradient kGradient>
 GC_KERNEL(kMaxThreads, 1)

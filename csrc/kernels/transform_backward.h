@@ -37,28 +37,28 @@ struct Linear {
 
 // One slab's piece of kWarp columns. staged: [kSlabImages, slab rows], sums: [warps, kSlabImages, kWarp] in shared
 // memory. Calls ready() before it reads what earlier phases have computed.
-template <typename T, typename In, typename GradOut, typename Ready>
-GC_DEVICE void slab_backward(const Linear<T, In, GradOut>& linear, int slab, int column0, int steps, Acc<T>* staged,
-                             Acc<T>* sums, const Ready& ready) {
+template <int kSteps, typename T, typename In, typename GradOut, typename Ready>
+GC_DEVICE void slab_backward(const Linear<T, In, GradOut>& linear, int slab, int column0, Acc<T>* staged, Acc<T>* sums,
+                             const Ready& ready) {
   using A = Acc<T>;
   const int thread = port::thread_index();
   const int lane = thread % kWarp;
   const int warp = thread / kWarp;
-  const int slab_rows = steps * kSlabStep;
-  const int row0 = slab * slab_rows;
+  constexpr int kRows = kSteps * kSlabStep;
+  const int row0 = slab * kRows;
   const int column = column0 + lane;
   const bool inside = column < linear.columns;
   const bool with_gradient = linear.grad_matrix.data != nullptr;
   const auto in_column = linear.in(inside ? column : 0);
 
-  A weight[kMaxSlabSteps][kSlabRows];
-  A grad[kMaxSlabSteps][kSlabRows];
+  A weight[kSteps][kSlabRows];
+  A grad[kSteps][kSlabRows];
   GC_UNROLL
-  for (int step = 0; step < kMaxSlabSteps; ++step) {
+  for (int step = 0; step < kSteps; ++step) {
     GC_UNROLL
     for (int r = 0; r < kSlabRows; ++r) {
       const int row = row0 + step * kSlabStep + warp * kSlabRows + r;
-      const bool used = step < steps && row < linear.rows && inside && linear.partial_in != nullptr;
+      const bool used = row < linear.rows && inside && linear.partial_in != nullptr;
       weight[step][r] = used ? read<T>(linear.matrix, static_cast<long long>(row) * linear.columns + column) : A(0);
       grad[step][r] = 0;
     }
@@ -68,18 +68,18 @@ GC_DEVICE void slab_backward(const Linear<T, In, GradOut>& linear, int slab, int
   // The next images' values are on their way while those before are multiplied. A thread stages a value a step.
   static_assert(kSlabImages * kSlabStep == kTransformThreads, "a value a thread and step");
   A next_in[kSlabImages];
-  A next_staged[kMaxSlabSteps];
+  A next_staged[kSteps];
   const auto fetch = [&](int n0) {
     GC_UNROLL
     for (int n = 0; n < kSlabImages; ++n) {
       next_in[n] = n0 + n < linear.images && inside && with_gradient ? in_column(n0 + n) : A(0);
     }
     GC_UNROLL
-    for (int step = 0; step < kMaxSlabSteps; ++step) {
+    for (int step = 0; step < kSteps; ++step) {
       const int i = step * kTransformThreads + thread;
-      const int n = n0 + i / slab_rows;
-      const int row = row0 + i % slab_rows;
-      next_staged[step] = step < steps && n < linear.images && row < linear.rows ? linear.grad_out(n, row) : A(0);
+      const int n = n0 + i / kRows;
+      const int row = row0 + i % kRows;
+      next_staged[step] = n < linear.images && row < linear.rows ? linear.grad_out(n, row) : A(0);
     }
   };
   fetch(0);
@@ -93,19 +93,18 @@ GC_DEVICE void slab_backward(const Linear<T, In, GradOut>& linear, int slab, int
       product[n] = 0;
     }
     GC_UNROLL
-    for (int step = 0; step < kMaxSlabSteps; ++step) {
-      if (step < steps) staged[step * kTransformThreads + thread] = next_staged[step];
+    for (int step = 0; step < kSteps; ++step) {
+      staged[step * kTransformThreads + thread] = next_staged[step];
     }
     port::sync_block<kSyncSlabStaged>();
     if (n0 + kSlabImages < linear.images) fetch(n0 + kSlabImages);
     GC_UNROLL
-    for (int step = 0; step < kMaxSlabSteps; ++step) {
-      if (step >= steps) continue;
+    for (int step = 0; step < kSteps; ++step) {
       GC_UNROLL
       for (int n = 0; n < kSlabImages; ++n) {
         if (n >= images) continue;
         A d[kSlabRows];
-        read_shared(d, staged + n * slab_rows + step * kSlabStep + warp * kSlabRows);
+        read_shared(d, staged + n * kRows + step * kSlabStep + warp * kSlabRows);
         GC_UNROLL
         for (int r = 0; r < kSlabRows; ++r) {
           product[n] += weight[step][r] * d[r];
@@ -127,11 +126,11 @@ GC_DEVICE void slab_backward(const Linear<T, In, GradOut>& linear, int slab, int
 
   if (!with_gradient || !inside) return;
   GC_UNROLL
-  for (int step = 0; step < kMaxSlabSteps; ++step) {
+  for (int step = 0; step < kSteps; ++step) {
     GC_UNROLL
     for (int r = 0; r < kSlabRows; ++r) {
       const int row = row0 + step * kSlabStep + warp * kSlabRows + r;
-      if (step >= steps || row >= linear.rows) continue;
+      if (row >= linear.rows) continue;
       write<T>(linear.grad_matrix, static_cast<long long>(row) * linear.columns + column, grad[step][r]);
     }
   }
@@ -139,13 +138,12 @@ GC_DEVICE void slab_backward(const Linear<T, In, GradOut>& linear, int slab, int
 
 // Sums over the images, for the slab's rows: out[row] = sum over n of value(n, row), the gradient of a vector that
 // every image shares. A thread adds every so many images of a row.
-template <typename T>
+template <typename T, int kSteps>
 class ImageSums {
  public:
   // parts: [2 * kTransformThreads] in shared memory, in turn: who writes one again has passed the barrier after which
   // nobody reads it.
-  GC_DEVICE ImageSums(int images, int slab_rows, Acc<T>* parts)
-      : images_(images), slab_rows_(slab_rows), parts_(parts) {}
+  GC_DEVICE ImageSums(int images, Acc<T>* parts) : images_(images), parts_(parts) {}
 
   template <typename Value>
   GC_DEVICE void write_sums(const CompanionOut& out, int row0, int end_row, const Value& value) {
@@ -153,35 +151,36 @@ class ImageSums {
     const int thread = port::thread_index();
     Acc<T>* const parts = parts_ + turn_ * kTransformThreads;
     turn_ ^= 1;
-    const int adders = kTransformThreads / slab_rows_;
-    const int row = row0 + thread % slab_rows_;
+    const int adders = kTransformThreads / kRows;
+    const int row = row0 + thread % kRows;
     Acc<T> sum = 0;
     if (row < end_row) {
       GC_UNROLL_BY(8)
-      for (int n = thread / slab_rows_; n < images_; n += adders) sum += value(n, row);
+      for (int n = thread / kRows; n < images_; n += adders) sum += value(n, row);
     }
     parts[thread] = sum;
     port::sync_block<kSyncImageSums>();
-    if (thread >= slab_rows_ || row >= end_row) return;
-    for (int i = 1; i < adders; ++i) sum += parts[thread + i * slab_rows_];
+    if (thread >= kRows || row >= end_row) return;
+    for (int i = 1; i < adders; ++i) sum += parts[thread + i * kRows];
     write<T>(out, row, sum);
   }
 
  private:
-  int images_, slab_rows_;
+  static constexpr int kRows = kSteps * kSlabStep;
+  int images_;
   Acc<T>* parts_;
   int turn_ = 0;
 };
 
 // Runs through the phase's pieces of a [rows, columns] matrix: body(slab, first row, end row, first column).
-template <typename Body>
-GC_DEVICE void for_each_piece(int steps, int rows, int columns, int first, int stride, const Body& body) {
-  const int slab_rows = steps * kSlabStep;
-  const int slabs = (rows + slab_rows - 1) / slab_rows;
+template <int kSteps, typename Body>
+GC_DEVICE void for_each_piece(int rows, int columns, int first, int stride, const Body& body) {
+  constexpr int kSlab = kSteps * kSlabStep;
+  const int slabs = (rows + kSlab - 1) / kSlab;
   const int pieces = slabs * ((columns + kWarp - 1) / kWarp);
   for (int piece = first; piece < pieces; piece += stride) {
-    const int row0 = piece % slabs * slab_rows;
-    body(piece % slabs, row0, row0 + slab_rows < rows ? row0 + slab_rows : rows, piece / slabs * kWarp);
+    const int row0 = piece % slabs * kSlab;
+    body(piece % slabs, row0, row0 + kSlab < rows ? row0 + kSlab : rows, piece / slabs * kWarp);
   }
 }
 
@@ -256,9 +255,9 @@ GC_DEVICE void norm_backward(const TransformBackwardArgs& args, const TransformG
   }
 }
 
-template <typename T>
+template <typename T, int kSteps>
 GC_DEVICE void output_backward(const TransformBackwardArgs& args, const TransformGradients& branch, const Phase& phase,
-                               int first, Acc<T>* staged, Acc<T>* sums, ImageSums<T>& image_sums) {
+                               int first, Acc<T>* staged, Acc<T>* sums, ImageSums<T, kSteps>& image_sums) {
   using A = Acc<T>;
   const auto grad_out = [&](int n, int c) {
     const long long i = static_cast<long long>(n) * args.channels + c;
@@ -280,43 +279,56 @@ GC_DEVICE void output_backward(const TransformBackwardArgs& args, const Transfor
   const Linear<T, decltype(y), decltype(grad_out)> linear{branch.w2, args.channels, branch.hidden, args.images,
                                                           y,         grad_out,      partial,       branch.grad_w2};
   const auto ready = [] {};  // it reads what earlier launches have computed
-  for_each_piece(args.slab_steps, args.channels, branch.hidden, first, phase.blocks(),
-                 [&](int slab, int row0, int end, int column0) {
-                   if (partial != nullptr || branch.grad_w2.data != nullptr) {
-                     slab_backward(linear, slab, column0, args.slab_steps, staged, sums, ready);
-                   }
-                   if (column0 == 0) image_sums.write_sums(branch.grad_b2, row0, end, grad_out);
-                 });
+  for_each_piece<kSteps>(args.channels, branch.hidden, first, phase.blocks(),
+                         [&](int slab, int row0, int end, int column0) {
+                           if (partial != nullptr || branch.grad_w2.data != nullptr) {
+                             slab_backward<kSteps>(linear, slab, column0, staged, sums, ready);
+                           }
+                           if (column0 == 0) image_sums.write_sums(branch.grad_b2, row0, end, grad_out);
+                         });
 }
 
 // Of every branch's slabs of W1, the last block to have finished one of these columns adds up all of them.
-template <typename T>
+template <typename T, int kSteps>
 GC_DEVICE void add_context_parts(const TransformBackwardArgs& args, int column0, int* flag) {
   using A = Acc<T>;
-  const int slab_rows = args.slab_steps * kSlabStep;
-  const auto slabs_of = [&](const TransformGradients& branch) { return (branch.hidden + slab_rows - 1) / slab_rows; };
+  constexpr int kSlab = kSteps * kSlabStep;
+  const auto slabs_of = [&](const TransformGradients& branch) { return (branch.hidden + kSlab - 1) / kSlab; };
   const int slabs[2] = {slabs_of(args.branch[0]), args.branches > 1 ? slabs_of(args.branch[1]) : 0};
   if (!arrive_last(args.counters + kPhaseCounters + column0 / kWarp, slabs[0] + slabs[1], flag)) return;
   const long long count = static_cast<long long>(args.images) * args.channels;
-  for (int i = port::thread_index(); i < args.images * kWarp; i += kTransformThreads) {
-    const int column = column0 + i % kWarp;
-    if (column >= args.channels) continue;
-    const long long at = static_cast<long long>(i / kWarp) * args.channels + column;
-    A sum = 0;
+  const int column = column0 + port::thread_index() % kWarp;
+  if (column >= args.channels) return;
+  constexpr int kAtOnce = 4;  // images, a warp each: so many loads in flight
+  for (int n0 = port::thread_index() / kWarp; n0 < args.images; n0 += kAtOnce * kTransformWarps) {
+    const auto at = [&](int i) { return static_cast<long long>(n0 + i * kTransformWarps) * args.channels + column; };
+    A sum[kAtOnce];
+    GC_UNROLL
+    for (int i = 0; i < kAtOnce; ++i) sum[i] = 0;
     GC_UNROLL
     for (int b = 0; b < 2; ++b) {
       const A* const parts =
           static_cast<const A*>(b == 0 ? args.branch[0].partial_context : args.branch[1].partial_context);
-      GC_UNROLL_BY(8)
-      for (int k = 0; k < slabs[b]; ++k) sum += parts[k * count + at];
+      GC_UNROLL_BY(4)
+      for (int k = 0; k < slabs[b]; ++k) {
+        GC_UNROLL
+        for (int i = 0; i < kAtOnce; ++i) {
+          if (n0 + i * kTransformWarps < args.images) sum[i] += parts[k * count + at(i)];
+        }
+      }
     }
-    static_cast<A*>(args.grad_context)[at] = static_cast<A>(args.factor) * sum;
+    GC_UNROLL
+    for (int i = 0; i < kAtOnce; ++i) {
+      if (n0 + i * kTransformWarps < args.images) {
+        static_cast<A*>(args.grad_context)[at(i)] = static_cast<A>(args.factor) * sum[i];
+      }
+    }
   }
 }
 
-template <typename T, typename Ready>
+template <typename T, int kSteps, typename Ready>
 GC_DEVICE void input_backward(const TransformBackwardArgs& args, const TransformGradients& branch, const Phase& phase,
-                              int first, Acc<T>* staged, Acc<T>* sums, ImageSums<T>& image_sums, int* flag,
+                              int first, Acc<T>* staged, Acc<T>* sums, ImageSums<T, kSteps>& image_sums, int* flag,
                               const Ready& ready) {
   using A = Acc<T>;
   const auto at = [&](const void* values, int n, int p) {
@@ -332,37 +344,39 @@ GC_DEVICE void input_backward(const TransformBackwardArgs& args, const Transform
   A* const partial = args.grad_context != nullptr ? static_cast<A*>(branch.partial_context) : nullptr;
   const Linear<T, decltype(context), decltype(grad_hidden)> linear{
       branch.w1, branch.hidden, args.channels, args.images, context, grad_hidden, partial, branch.grad_w1};
-  for_each_piece(args.slab_steps, branch.hidden, args.channels, first, phase.blocks(),
-                 [&](int slab, int row0, int end, int column0) {
-                   if (partial != nullptr || branch.grad_w1.data != nullptr) {
-                     slab_backward(linear, slab, column0, args.slab_steps, staged, sums, ready);
-                   }
-                   if (partial != nullptr) add_context_parts<T>(args, column0, flag);
-                   // The first pieces of a slab take a vector each; where there are fewer, the last takes the rest.
-                   const int piece = column0 / kWarp;
-                   const bool is_last = column0 + kWarp >= args.channels;
-                   ready();
-                   if (piece == 0) image_sums.write_sums(branch.grad_b1, row0, end, grad_hidden);
-                   if (piece == 1 || (piece < 1 && is_last)) {
-                     image_sums.write_sums(branch.grad_norm_weight, row0, end, grad_weight);
-                   }
-                   if (piece == 2 || (piece < 2 && is_last)) {
-                     image_sums.write_sums(branch.grad_norm_bias, row0, end, grad_y);
-                   }
-                 });
+  for_each_piece<kSteps>(branch.hidden, args.channels, first, phase.blocks(),
+                         [&](int slab, int row0, int end, int column0) {
+                           if (partial != nullptr || branch.grad_w1.data != nullptr) {
+                             slab_backward<kSteps>(linear, slab, column0, staged, sums, ready);
+                           }
+                           if (partial != nullptr) add_context_parts<T, kSteps>(args, column0, flag);
+                           // The first pieces of a slab take a vector each; where there are fewer, the last takes the
+                           // rest.
+                           const int piece = column0 / kWarp;
+                           const bool is_last = column0 + kWarp >= args.channels;
+                           ready();
+                           if (piece == 0) image_sums.write_sums(branch.grad_b1, row0, end, grad_hidden);
+                           if (piece == 1 || (piece < 1 && is_last)) {
+                             image_sums.write_sums(branch.grad_norm_weight, row0, end, grad_weight);
+                           }
+                           if (piece == 2 || (piece < 2 && is_last)) {
+                             image_sums.write_sums(branch.grad_norm_bias, row0, end, grad_y);
+                           }
+                         });
 }
 
-template <typename T>
+// A block takes slabs of kSteps * kSlabStep rows.
+template <typename T, int kSteps>
 GC_KERNEL(kTransformThreads, 2)
 transform_backward(const TransformBackwardArgs args) {
   using A = Acc<T>;
-  const int slab_rows = args.slab_steps * kSlabStep;
+  constexpr int kSlab = kSteps * kSlabStep;
   port::SharedArena arena;
   int* const ticket = arena.take<int>(1);
   int* const flag = arena.take<int>(1);
-  A* const staged = arena.take<A>(kSlabImages * slab_rows);
+  A* const staged = arena.take<A>(kSlabImages * kSlab);
   A* const sums = arena.take<A>(kSlabScratch);
-  ImageSums<T> image_sums(args.images, slab_rows, sums + kSlabSums);
+  ImageSums<T, kSteps> image_sums(args.images, sums + kSlabSums);
   const Phase phase(args.grid, args.counters, ticket);
   // As late as may be: a weight matrix, and the gradient that is given, need not wait for the phase before.
   bool waited = false;
@@ -377,9 +391,9 @@ transform_backward(const TransformBackwardArgs args) {
     // The branches begin at opposite ends: who has a piece less of one may have one more of the other.
     const int first = b == 0 ? phase.block() : phase.blocks() - 1 - phase.block();
     if (phase.number() == 0) {
-      output_backward<T>(args, branch, phase, first, staged, sums, image_sums);
+      output_backward<T, kSteps>(args, branch, phase, first, staged, sums, image_sums);
     } else if (phase.number() == 1) {
-      const int slabs = (args.channels + slab_rows - 1) / slab_rows;
+      const int slabs = (args.channels + kSlab - 1) / kSlab;
       ready();
       // Two scratch areas in turn: who writes one again has passed the barrier after which nobody reads it.
       for (int n = first; n < args.images; n += phase.blocks(), ++turn) {
@@ -387,7 +401,7 @@ transform_backward(const TransformBackwardArgs args) {
         norm_backward<T>(args, branch, n, slabs, scratch, scratch + kTransformThreads);
       }
     } else {
-      input_backward<T>(args, branch, phase, first, staged, sums, image_sums, flag, ready);
+      input_backward<T, kSteps>(args, branch, phase, first, staged, sums, image_sums, flag, ready);
     }
   }
   ready();
