@@ -23,6 +23,12 @@ def standard_operators_wanted() -> bool:
     return torch._C._are_functorch_transforms_active() or torch._C._is_tracing()
 
 
+def _by_flag() -> bool:
+    # Dynamo of torch 2.11 takes torch.compiler.is_exporting() for a constant, True in torch.compile too; the
+    # flag that it returns Dynamo reads as it is, with a guard.
+    return torch.compiler._is_exporting_flag
+
+
 def _without_is_exporting() -> bool:
     # Only torch.export's own tracing compiles without Dynamo.
     return not torch.compiler.is_dynamo_compiling()
@@ -31,7 +37,10 @@ def _without_is_exporting() -> bool:
 # A compiler that says whether it exports also understands the question for transforms; an older one would
 # break the graph at it.
 _MODERN = hasattr(torch.compiler, "is_exporting")
-_is_exporting = getattr(torch.compiler, "is_exporting", _without_is_exporting)
+if hasattr(torch.compiler, "_is_exporting_flag"):
+    _is_exporting = _by_flag
+else:
+    _is_exporting = getattr(torch.compiler, "is_exporting", _without_is_exporting)
 
 
 def node_of(module: nn.Module, x: Any) -> Any:
