@@ -3,6 +3,7 @@
 #
 #   ./compile.sh               prints the environment report
 #   ./compile.sh bench [ARG…]  runs the benchmark (bench/latency.py; try --help)
+#   ./compile.sh report [ARG…] measures everything and writes a page with pictures (bench/report.py; try --help)
 #   ./compile.sh test [ARG…]   runs the tests; the arguments go to pytest
 #   ./compile.sh cuda          compiles the CUDA kernels in an environment of their own, .venv-cuda, and tests the models
 #                              of timm and torchvision there, on the CPU; needs nvcc, no GPU
@@ -16,8 +17,8 @@ root=$PWD
 torch_version=2.13.0
 build_needs=(ninja numpy pybind11 setuptools wheel)
 bench_needs=(matplotlib tqdm)
-# None of these brings a torch: fuzzing, ONNX, and the example.
-test_needs=(pytest hypothesis onnx onnxscript onnxruntime scikit-learn matplotlib tqdm)
+# None of these brings a torch: fuzzing, ONNX, the example, and the form of result files.
+test_needs=(pytest hypothesis onnx onnxscript onnxruntime scikit-learn jsonschema matplotlib tqdm)
 # For the comparison with mmcv. Installed without dependencies, which would bring a second OpenCV and perhaps a torch.
 mmcv_needs=(mmcv-lite==2.2.0 mmengine==0.10.7 addict pyyaml rich termcolor yapf packaging opencv-python-headless
   markdown-it-py mdurl pygments platformdirs Pillow)
@@ -143,6 +144,11 @@ case $verb in
     build
     need "${bench_needs[@]}"
     "$python" bench/latency.py "$@"
+    ;;
+  report)
+    build
+    need "${bench_needs[@]}"
+    "$python" bench/report.py "$@"
     ;;
   test)
     build

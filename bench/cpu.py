@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import latency
-import report
+import tables
 import torch
 from cases import FORWARD, LAYOUTS, STAGES, TRAINING, Case, grid, make
 from peers import COMPILED, EAGER, OURS, peers, step
@@ -128,7 +128,7 @@ def work(regime: str, threads: int, quick: bool, seconds: float) -> list[Sample]
         plan += [(case, everything) for case in cases_of(more, "float32", [FORWARD])]
         plan += [(TINY, {EAGER}), (TINY._replace(direction=TRAINING), {EAGER})]
     found = []
-    with report.Progress(len(plan)) as progress:
+    with tables.Progress(len(plan)) as progress:
         for case, wanted in plan:
             progress.begin(f"{regime} pages, {threads} threads: {case.map} {case.layout}, {case.direction}")
             found.append(sample(case, regime, wanted, seconds))
@@ -241,7 +241,7 @@ def times_table(samples: list[Sample]) -> list[str]:
 
 def describe() -> dict[str, str]:
     described = {
-        "device": report.cpu_name(),
+        "device": tables.cpu_name(),
         "torch": f"{torch.__version__} ({torch.backends.cpu.get_cpu_capability()})",
         "gc_cuda": gc_cuda.__version__,
         "threads": f"1 and {torch.get_num_threads()}",

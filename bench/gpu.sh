@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
 # Everything that takes a GPU, in one go:  bench/gpu.sh OUTPUT_FOLDER [STEP…]
 #
-# Builds for the GPU at hand, runs the GPU tests, the benchmark, the four tools of compute-sanitizer and the remaining
-# tests. Fetches nothing: it uses what $PYTHON (default: python3) holds, which must be torch >= 2.4 with CUDA, pytest
-# and ninja, and an nvcc. OUTPUT_FOLDER gets GPU-NAME.md, the result, brought up to date after every step, GPU-NAME.log
-# with all that was printed, and the benchmark's own files. A step that fails does not keep the others from running; the
-# exit status is 1 if any failed. The steps are those in the list below, in that order, or the ones named.
+# Builds for the GPU at hand, runs the GPU tests, the benchmark, the four tools of compute-sanitizer, the remaining
+# tests and, at the end, the report (bench/report.py; its folder has what goes to bench/results). Fetches nothing: it
+# uses what $PYTHON (default: python3) holds, which must be torch >= 2.4 with CUDA, pytest and ninja, and an nvcc; with
+# matplotlib there are pictures, with timm and torchvision whole models. OUTPUT_FOLDER gets GPU-NAME.md, the result,
+# brought up to date after every step, GPU-NAME.log with all that was printed, and the benchmarks' own files. A step
+# that fails does not keep the others from running; the exit status is 1 if any failed. The steps are those in the list
+# below, in that order, or the ones named.
 set -uo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PYTHON:-python3}
@@ -19,7 +21,7 @@ die() {
 output=$1
 shift
 steps=("$@")
-(($#)) || steps=(build report gpu-tests bench bench-half bench-bfloat16 memcheck racecheck initcheck synccheck tests)
+(($#)) || steps=(build environment gpu-tests bench bench-half bench-bfloat16 memcheck racecheck initcheck synccheck tests report)
 
 gpu=$("$python" - << 'END'
 import importlib.util
@@ -67,7 +69,7 @@ latency() { # DTYPE FOLDER
 run() { # STEP
   case $1 in
     build) "$python" setup.py -q build_ext --inplace ;;
-    report)
+    environment)
       "$python" -m gc_cuda || return
       command -v nvidia-smi > /dev/null || return 0
       nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm,clocks.max.mem --format=csv
@@ -80,6 +82,7 @@ run() { # STEP
     bench-bfloat16) latency bfloat16 "$output/latency-bfloat16" ;;
     memcheck | racecheck | initcheck | synccheck) sanitizer "$1" ;;
     tests) "$python" -m pytest tests -m "not gpu" -q -rs ;;
+    report) "$python" bench/report.py --device cuda --limit 480 --output "$output/report" --commit "$commit" ;;
     *)
       echo "no such step: $1"
       return 2
@@ -101,7 +104,7 @@ write_result() {
     printf '# %s\n\ncommit %s, %s\n\n' "$gpu" "$commit" "$(date -u '+%Y-%m-%d %H:%M UTC')"
     printf '| step | result | seconds | last line |\n|---|---|---|---|\n'
     cat "$work/rows"
-    for step in report bench bench-half bench-bfloat16; do
+    for step in environment bench bench-half bench-bfloat16 report; do
       [[ ! -s $work/$step.out ]] || section "$step" "$work/$step.out"
     done
     for step in "${failed[@]}"; do

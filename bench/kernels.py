@@ -1,9 +1,10 @@
-"""Where the time of a block goes on a GPU, kernel by kernel, beside a copy of x: what to look at before changing one.
+"""Where the time of a block goes on a GPU, kernel by kernel, beside a copy of x.
 
-Each kernel's duration is the profiler's, so the gaps between launches are not in it. "warm" repeats the same call:
-what fits the second-level cache stays there; "cold" overwrites the cache before every call. GB/s counts the passes
-over a tensor of x's size that a kernel must make (of the transform: its matrices, read once forward; backward read
-once and their gradients written), not what it moved.
+What to look at before changing one. Each kernel's duration is the profiler's, so the gaps between launches
+are not in it. "warm" repeats the same call: what fits the second-level cache stays there; "cold" overwrites
+the cache before every call. GB/s counts the passes over a tensor of x's size that a kernel must make (of the
+transform: its matrices, read once forward; backward read once and their gradients written), not what it
+moved.
 """
 
 from __future__ import annotations
@@ -14,29 +15,72 @@ import re
 import statistics
 import sys
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from cases import DTYPES, LAYOUTS, STAGES, TRAINING, Case, Problem, make, ratio_text
+from environment import cache_bytes
 from peers import step
 
-COPY = "copy"
+COPY, SUM = "copy of x", "sum"
+FLUSHES = 5  # buffers of the cache's size that are overwritten to empty it
+# gc::Weighting of csrc/kernels/args.h: what one pooling kernel is used for, forward and for the gradient's
+# sums
+POOLINGS = {0: "pool_forward (mask)", 1: "pool_forward (logits)", 2: "pool_forward (uniform)"}
 # Passes over a tensor of x's size, by kernel; one more where the block has a scale.
-PASSES = {COPY: 2, "pool_forward": 1, "broadcast": 2, "broadcast_mul_backward": 1, "pool_backward": 3}
+PASSES = {
+    COPY: 2,
+    "broadcast": 2,
+    "broadcast_mul_backward": 1,
+    "pool_backward": 3,
+    **dict.fromkeys(POOLINGS.values(), 1),
+}
 SCALED = ("broadcast_mul_backward",)
 MATRICES = {"transform_forward": 1, "transform_backward": 2}
 KERNEL = re.compile(r"\bgc::(\w+)<")
+WEIGHTING = re.compile(r"\(gc::Weighting\)(\d)")
 
 Times = dict[str, list[float]]
 
 
+class Row(NamedTuple):
+    """One kernel of a training step, or the copy, or the sum of the kernels."""
+
+    stage: str
+    shape: list[int]
+    layout: str
+    dtype: str
+    ratio: float
+    fusion: str
+    kernel: str
+    bytes: int | None  # None where no formula is known
+    warm_us: float
+    cold_us: float
+
+    @property
+    def map(self) -> str:
+        return f"{self.stage} {'×'.join(map(str, self.shape))}"
+
+    def rates(self) -> list[str]:
+        """GB/s, warm and cold."""
+        if self.bytes is None:
+            return ["-", "-"]
+        return [f"{self.bytes / us / 1e3:.0f}" for us in (self.warm_us, self.cold_us)]
+
+
 def name_of(event_name: str) -> str | None:
-    """One of our kernels, or the copy; None for what only prepares."""
+    """One of our kernels, by what it is used for, or the copy; None for what only prepares."""
     match = KERNEL.search(event_name)
-    return match[1] if match else COPY if "DtoD" in event_name else None
+    if match is None:
+        return COPY if "DtoD" in event_name else None
+    weighting = WEIGHTING.search(event_name)
+    if match[1] == "pool_forward" and weighting is not None:
+        return POOLINGS.get(int(weighting[1]), match[1])
+    return match[1]
 
 
 def profile(calls: Sequence[Callable[[], object]], repeats: int, flush: torch.Tensor | None) -> Times:
-    """Microseconds of every kernel in every round of the calls."""
+    """Microseconds that each kernel takes in one round of the calls, round by round."""
     for call in calls:
         call()
     torch.cuda.synchronize()
@@ -55,19 +99,21 @@ def profile(calls: Sequence[Callable[[], object]], repeats: int, flush: torch.Te
     return times
 
 
-def bytes_of(name: str, case: Case) -> int:
+def bytes_of(name: str, case: Case) -> int | None:
     """What a kernel cannot do without."""
     itemsize = DTYPES[case.dtype].itemsize
     branches = 2 if case.fusion == "both" else 1
     if name in MATRICES:
         channels = case.size[0]
         return MATRICES[name] * 2 * channels * int(channels * case.ratio) * branches * itemsize
+    if name not in PASSES:
+        return None
     passes = PASSES[name] + (name in SCALED and case.fusion != "add")
     return passes * torch.Size(case.shape).numel() * itemsize
 
 
-def rows(case: Case, problem: Problem, repeats: int, flush: torch.Tensor) -> list[list[str]]:
-    """A line for each kernel, and one for their sum."""
+def rows(case: Case, problem: Problem, repeats: int, flush: torch.Tensor) -> list[Row]:
+    """The copy, each kernel in the order of launches, and the sum of the kernels."""
     x = problem.x.detach()
     y = torch.empty_like(x)
     calls = [
@@ -75,21 +121,37 @@ def rows(case: Case, problem: Problem, repeats: int, flush: torch.Tensor) -> lis
         step(problem.ours, list(problem.ours.parameters()), problem.x, problem.grad),
     ]
     warm, cold = (profile(calls, repeats, f) for f in (None, flush))
-    table = []
-    total = [0.0, 0.0]
+    found = []
+    sums = [0.0, 0.0]
     for name in [COPY, *(n for n in warm if n != COPY)]:
-        medians = [statistics.median(times[name]) for times in (warm, cold)]
-        moved = bytes_of(name, case)
-        table.append(
-            [case.map, case.layout, name, *(f"{m:.1f}" for m in medians), *(f"{moved / m / 1e3:.0f}" for m in medians)]
-        )
+        if name not in warm or name not in cold:
+            continue
+        # A call may launch a kernel more than once, and the whole of it is what it takes.
+        medians = [statistics.median(t[name]) * max(1, round(len(t[name]) / repeats)) for t in (warm, cold)]
+        found.append(_row(case, name, bytes_of(name, case), *medians))
         if name != COPY:
-            total = [a + b for a, b in zip(total, medians)]
-    needed = case.bytes_moved
-    table.append(
-        [case.map, case.layout, "sum", *(f"{t:.1f}" for t in total), *(f"{needed / t / 1e3:.0f}" for t in total)]
+            sums = [a + b for a, b in zip(sums, medians)]
+    return [*found, _row(case, SUM, case.bytes_moved, *sums)]
+
+
+def _row(case: Case, kernel: str, moved: int | None, warm: float, cold: float) -> Row:
+    return Row(
+        case.stage,
+        list(case.shape),
+        case.layout,
+        case.dtype,
+        case.ratio,
+        case.fusion,
+        kernel,
+        moved,
+        warm,
+        cold,
     )
-    return table
+
+
+def flush_buffer() -> torch.Tensor:
+    """To be overwritten before a call that is to find nothing in the cache."""
+    return torch.empty(FLUSHES * cache_bytes("cuda"), dtype=torch.int8, device="cuda")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -100,25 +162,25 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--ratio", type=float, default=1 / 16)
     parser.add_argument("--fusion", default="add", choices=["add", "mul", "both"])
     parser.add_argument("--repeats", type=int, default=20)
-    arguments = parser.parse_args(argv)
+    options = parser.parse_args(argv)
     if not torch.cuda.is_available():
         print("bench/kernels.py needs a CUDA device, and none is visible", file=sys.stderr)
         return 1
-    print(
-        f"{torch.cuda.get_device_name()}: {arguments.dtype}, ratio {ratio_text(arguments.ratio)}, {arguments.fusion}, "
-        f"forward + backward"
-    )
-    flush = torch.empty(2**28, dtype=torch.int8, device="cuda")
-    table = []
-    for stage in arguments.stages:
+    setting = f"{options.dtype}, ratio {ratio_text(options.ratio)}, {options.fusion}"
+    print(f"{torch.cuda.get_device_name()}: {setting}, forward + backward")
+    flush = flush_buffer()
+    lines = [["map", "layout", "kernel", "warm us", "cold us", "warm GB/s", "cold GB/s"]]
+    for stage in options.stages:
         for layout in LAYOUTS:
-            batch = 32 if "x" in stage else arguments.batch
+            batch = 32 if "x" in stage else options.batch
             case = Case(
-                TRAINING, arguments.fusion, arguments.ratio, arguments.dtype, stage, STAGES[stage], batch, layout
+                TRAINING, options.fusion, options.ratio, options.dtype, stage, STAGES[stage], batch, layout
             )
-            table += rows(case, make(case, "cuda"), arguments.repeats, flush)
-    header = ["map", "layout", "kernel", "warm us", "cold us", "warm GB/s", "cold GB/s"]
-    print("\n".join(" | ".join([f"{c[0]:24} {c[1]:13} {c[2]:22}", *(f"{v:>9}" for v in c[3:])]) for c in [header, *table]))
+            for row in rows(case, make(case, "cuda"), options.repeats, flush):
+                times = [f"{us:.1f}" for us in (row.warm_us, row.cold_us)]
+                lines.append([case.map, layout, row.kernel, *times, *row.rates()])
+    for first, second, kernel, *numbers in lines:
+        print(" | ".join([f"{first:24} {second:13} {kernel:22}", *(f"{number:>9}" for number in numbers)]))
     return 0
 
 

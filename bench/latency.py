@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import picture
-import report
+import tables
 import torch
 from cases import (
     DETECTION,
@@ -43,7 +43,7 @@ from cases import (
     ratio_text,
 )
 from peers import EAGER, Call, Error, errors, first_line, peers
-from timing import cannot_count_launches, count_launches, measure
+from timing import Deadline, cannot_count_launches, count_launches, measure
 
 import gc_cuda
 
@@ -86,26 +86,12 @@ TIMING_SHARE = 0.75
 class Found(NamedTuple):
     """What became of one case."""
 
-    rows: list[report.Row]
+    rows: list[tables.Row]
     missing: dict[str, str]  # by peer: why it was not timed
     wrong: list[str]
 
 
-class Deadline:
-    """Says when there is no time for another step as long as the longest of the last ten."""
-
-    def __init__(self, end: float) -> None:
-        self._end, self._begun, self._taken = end, time.perf_counter(), [0.0]
-
-    def is_near(self) -> bool:
-        """To be asked before each step."""
-        now = time.perf_counter()
-        self._taken.append(now - self._begun)
-        self._begun = now
-        return now + max(self._taken[-10:]) > self._end
-
-
-def rows_of(problem: Problem, times: dict[str, list[float]], checked: dict[str, Error]) -> list[report.Row]:
+def rows_of(problem: Problem, times: dict[str, list[float]], checked: dict[str, Error]) -> list[tables.Row]:
     """One row for each peer that was timed."""
     case = problem.case
     median = {name: statistics.median(values) for name, values in times.items()}
@@ -115,7 +101,7 @@ def rows_of(problem: Problem, times: dict[str, list[float]], checked: dict[str, 
             continue
         p20, p50, p80 = (statistics.quantiles(times[name], n=10)[i] for i in (1, 4, 7))
         rows.append(
-            report.Row(
+            tables.Row(
                 group=case.group,
                 direction=case.direction,
                 dtype=case.dtype,
@@ -176,7 +162,7 @@ def run_all(
     begun, counting = time.perf_counter(), device == "cuda"
     end = begun + (arguments.limit or float("inf"))
     found: dict[Case, Found] = {}
-    with report.Progress(len(cases) * (1 + counting)) as progress:
+    with tables.Progress(len(cases) * (1 + counting)) as progress:
         deadline = Deadline(begun + (TIMING_SHARE if counting else 1) * (end - begun))
         for case in cases:
             if deadline.is_near():
@@ -228,7 +214,7 @@ def describe(device: str, arguments: argparse.Namespace) -> dict[str, str]:
             "TF32": f"{convolutions} for eager's convolutions, {products} for its matrix products in float32"
         }
     else:
-        name = report.cpu_name()
+        name = tables.cpu_name()
         memory = (
             "output pages reused (--reuse-pages)"
             if arguments.reuse_pages
@@ -329,15 +315,15 @@ def main(argv: list[str] | None = None) -> int:
     found, left_out, remark = run_all(cases, device, arguments)
     if remark:
         header["launches"] = remark
-    results = report.Results(
+    results = tables.Results(
         header,
         [row for one in found.values() for row in one.rows],
-        [report.Missing(c.name, peer, why) for c, one in found.items() for peer, why in one.missing.items()],
+        [tables.Missing(c.name, peer, why) for c, one in found.items() for peer, why in one.missing.items()],
         [case.name for case in left_out],
         len(cases),
     )
-    print(report.terminal(results))
-    paths = report.write(arguments.output, results)
+    print(tables.terminal(results))
+    paths = tables.write(arguments.output, results)
     drawing = paths[0].with_suffix(".png")
     if results.rows and picture.draw(drawing, results):
         paths.append(drawing)

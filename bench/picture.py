@@ -6,7 +6,7 @@ import itertools
 from pathlib import Path
 from typing import Any
 
-from report import Results, Row
+from tables import Results, Row
 
 COLOURS = ("#c1121f", "#6c757d", "#1d6fa5", "#588157")
 MARKERS = ("o", "s", "^", "D")

@@ -1,221 +1,219 @@
-"""Puts what bench/latency.py measured into a table for the terminal, Markdown and JSON."""
+"""The evidence about the block on the device at hand: one command, a result file, a page with pictures.
+
+    python bench/report.py [--quick]     measures; DEVICE.json, DEVICE.md and DEVICE-*.png go to --output
+    python bench/report.py --shape 2,512,100,168 --dtype float16     one case of your own: the table alone
+    python bench/report.py --compare a.json b.json                   what became slower; 1 if ours did
+    python bench/report.py --render a.json                           page and pictures again from their data
+    python bench/report.py --readme a.json                           README.md's figures from that result
+
+How it measures is said on the page (bench/method.py); what it measures, in bench/suite.py.
+"""
 
 from __future__ import annotations
 
-import itertools
-import json
-import platform
-import re
+import argparse
 import sys
-import textwrap
-from collections.abc import Iterator
+from fractions import Fraction
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
-WIDTH = 110
+import charts
+import compare
+import environment
+import markdown_text
+import page
+import readme
+import samples
+import suite
+import torch
+from cases import DIRECTIONS, DTYPES, FUSIONS, LAYOUTS, grid
+from latency import reuse_pages
+from peers import COMPILED, EAGER, OURS
 
-
-class Row(NamedTuple):
-    """One peer in one case; the ratios are between medians of the same run."""
-
-    group: str
-    direction: str
-    dtype: str
-    ratio: float
-    fusion: str
-    stage: str
-    shape: list[int]
-    layout: str
-    peer: str
-    p20_ms: float
-    p50_ms: float
-    p80_ms: float
-    rounds: int
-    of_eager: float | None
-    passes: int
-    gigabytes_per_second: float
-    of_copy: float
-    of_clone: float
-    launches: int | None
-    worst_quantity: str
-    error: float
-    allowed_error: float
+RESULTS = Path(__file__).parent / "results"
+README = Path(__file__).parents[1] / "README.md"
+QUICK_LIMIT, FULL_LIMIT = 105.0, {"cuda": 480.0, "cpu": 1200.0}  # seconds
+# Of timing for each series: seconds, rounds
+EFFORT = {
+    ("cpu", True): (0.3, 5),
+    ("cuda", True): (0.1, 15),
+    ("cpu", False): (1.0, 15),
+    ("cuda", False): (0.2, 20),
+}
 
 
-class Missing(NamedTuple):
-    """A peer that was not timed in a case."""
-
-    case: str
-    peer: str
-    reason: str
-
-
-class Results(NamedTuple):
-    """Of a whole run."""
-
-    header: dict[str, str]
-    rows: list[Row]
-    missing: list[Missing]
-    left_out: list[str]  # cases that there was no time for
-    cases: int  # asked for
+def shape_of(text: str) -> tuple[int, ...]:
+    """N,C,H,W (or with x between them)."""
+    sizes = tuple(int(part) for part in text.replace("x", ",").split(","))
+    if len(sizes) != 4 or min(sizes) < 1:
+        raise ValueError(text)
+    return sizes
 
 
-# Title, text of a row
-COLUMNS = (
-    ("map", lambda row: f"{row.stage} {'x'.join(map(str, row.shape))}"),
-    ("layout", lambda row: row.layout),
-    ("peer", lambda row: row.peer),
-    ("ms p50", lambda row: f"{row.p50_ms:.3f}"),
-    ("speed-up", lambda row: "n/a" if row.of_eager is None else f"{1 / row.of_eager:.2f}"),
-    ("GB/s", lambda row: f"{row.gigabytes_per_second:.1f}"),
-    ("/ copy_", lambda row: f"{row.of_copy:.2f}"),
-    ("/ clone", lambda row: f"{row.of_clone:.2f}"),
-    ("launches", lambda row: "-" if row.launches is None else str(row.launches)),
-)
-LEFT_ALIGNED = 3
-LEGEND = (
-    "speed-up: eager's time over this one's. GB/s: the passes over x that a block needs at least, in the "
-    "time taken. / copy_, / clone: this time over that of y.copy_(x) and of x.clone(). launches: kernels, "
-    "memsets and memcpys of one call on a GPU."
-)
-
-
-def cpu_name() -> str:
-    """The processor's model name."""
-    try:
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        found = None
-    return found.group(1) if found else platform.processor() or platform.machine()
-
-
-class Progress:
-    """A progress bar on stderr; where tqdm is missing, a line for each step."""
-
-    def __init__(self, steps: int) -> None:
-        self._steps, self._begun = steps, 0
-        try:
-            from tqdm import tqdm
-        except ImportError:
-            self._bar = None
-        else:
-            self._bar = tqdm(total=steps, unit="case", file=sys.stderr, dynamic_ncols=True)
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def begin(self, name: str) -> None:
-        """The step before is done, and this one begins."""
-        if self._bar is None:
-            print(f"{self._begun + 1} of {self._steps}: {name}", file=sys.stderr)
-        else:
-            self._bar.update(min(self._begun, 1))
-            self._bar.set_description(name)
-        self._begun += 1
-
-    def __exit__(self, *exception: object) -> None:
-        if self._bar is not None:
-            self._bar.update(min(self._begun, 1) if exception[0] is None else 0)
-            self._bar.close()
-
-
-def _sections(rows: list[Row]) -> Iterator[tuple[str, list[Row]]]:
-    """Title and rows of each group."""
-    for group, members in itertools.groupby(rows, key=lambda row: row.group):
-        section = list(members)
-        yield f"{group} ({section[0].passes} passes over x)", section
-
-
-def _cells(rows: list[Row]) -> list[list[str]]:
-    return [[text(row) for _, text in COLUMNS] for row in rows]
-
-
-def remarks(results: Results) -> list[str]:
-    """What is missing, and why: said once where it holds for every case."""
-    lines = []
-    ran = results.cases - len(results.left_out)
-    by_reason: dict[tuple[str, str], list[str]] = {}
-    for case, peer, reason in results.missing:
-        by_reason.setdefault((peer, reason), []).append(case)
-    for (peer, reason), cases in by_reason.items():
-        where = "every case" if len(cases) == ran else "; ".join(cases)
-        lines.append(f"n/a: {peer}: {reason}: {where}")
-    if results.left_out:
-        by_group: dict[str, list[str]] = {}
-        for name in results.left_out:
-            which, _, group = name.partition(", ")
-            by_group.setdefault(group, []).append(which)
-        lines.append(f"LEFT OUT, no time: {len(results.left_out)} of {results.cases} cases:")
-        begun = {row.group for row in results.rows}
-        for group, which in by_group.items():
-            lines.append(f"{group}: {', '.join(which) if group in begun else 'every map'}")
-    return lines
-
-
-def _wrapped(text: str, indent: str = "") -> list[str]:
-    return textwrap.wrap(
-        text, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--quick", action="store_true", help="under two minutes: c3, c4 and c5, one model")
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: a GPU if there is one")
+    parser.add_argument("--output", type=Path, default=RESULTS, metavar="DIR", help="(bench/results)")
+    parser.add_argument(
+        "--limit",
+        type=float,
+        help="seconds for the whole run; what does not fit is named on the page "
+        f"({QUICK_LIMIT:.0f} with --quick, else {FULL_LIMIT['cuda']:.0f} on a GPU and "
+        f"{FULL_LIMIT['cpu']:.0f} on a CPU)",
+    )
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument(
+        "--reuse-pages", action="store_true", help="CPU: outputs get used pages, not fresh ones"
+    )
+    parser.add_argument("--commit", help="of this source, where git cannot say it")
+    own = parser.add_argument_group("one case of your own: a table, no page")
+    own.add_argument("--shape", type=shape_of, metavar="N,C,H,W")
+    own.add_argument("--dtype", choices=DTYPES, default="float32")
+    own.add_argument("--layout", choices=LAYOUTS, help="(both)")
+    own.add_argument("--ratio", type=lambda text: float(Fraction(text)), default=1 / 16, help="(1/16)")
+    own.add_argument("--fusion", choices=FUSIONS, default="add")
+    made = parser.add_argument_group("with what has been measured").add_mutually_exclusive_group()
+    made.add_argument("--compare", type=Path, nargs=2, metavar=("BEFORE", "AFTER"))
+    made.add_argument("--render", type=Path, metavar="RESULT")
+    made.add_argument("--readme", type=Path, metavar="RESULT")
+    parser.add_argument(
+        "--threshold",
+        type=float,
+        default=100 * compare.THRESHOLD,
+        help="per cent slower that is a regression (10)",
+    )
+    return parser.parse_args(argv)
 
 
-def terminal(results: Results) -> str:
-    """Aligned tables, one for each group; a map, its layout and a blank line only where a new one begins."""
-    titles = [title for title, _ in COLUMNS]
-    widths = [max(map(len, column)) for column in zip(titles, *_cells(results.rows))]
-
-    def line(texts: list[str]) -> str:
-        return "  ".join(
-            text.ljust(width) if i < LEFT_ALIGNED else text.rjust(width)
-            for i, (text, width) in enumerate(zip(texts, widths))
-        ).rstrip()
-
-    lines = []
-    for name, value in results.header.items():
-        lines += _wrapped(f"{name + ':':10}{value}", " " * 10)
-    for title, rows in _sections(results.rows):
-        lines += ["", title, line(titles), "-" * len(line(titles))]
-        before = None
-        for texts in _cells(rows):
-            which = texts[:2]
-            if which == before:
-                texts[:2] = ["", ""]
-            elif before is not None:
-                lines.append("")
-            lines.append(line(texts))
-            before = which
-    lines.append("")
-    for remark in [LEGEND, *remarks(results)]:
-        lines += _wrapped(remark, "  ")
-    return "\n".join(lines)
+def results_in(*folders: Path) -> list[dict[str, Any]]:
+    """Those of this schema, each device once, the newest."""
+    paths = [path for folder in folders for path in sorted(folder.glob("*.json")) if samples.is_result(path)]
+    newest: dict[str, dict[str, Any]] = {}
+    for result in sorted(
+        map(samples.read, dict.fromkeys(path.resolve() for path in paths)), key=lambda r: r["date"]
+    ):
+        newest[result["device"]["slug"]] = result
+    return list(newest.values())
 
 
-def markdown(results: Results) -> str:
-    """The same for a file."""
-    lines = [f"# Latency of a context block on {results.header['device']}", ""]
-    lines += [f"- {name}: {value}" for name, value in results.header.items()]
-    for title, rows in _sections(results.rows):
-        lines += ["", f"## {title}", "", "| " + " | ".join(title for title, _ in COLUMNS) + " |"]
-        lines += ["|" + "|".join("---" if i < LEFT_ALIGNED else "--:" for i in range(len(COLUMNS))) + "|"]
-        lines += ["| " + " | ".join(texts) + " |" for texts in _cells(rows)]
-    lines += ["", LEGEND]
-    found = remarks(results)
-    if found:
-        lines += ["", *(f"- {remark}" for remark in found)]
-    return "\n".join(lines) + "\n"
+def render(path: Path) -> list[Path]:
+    """The page and the pictures of a result, beside it."""
+    result = samples.read(path)
+    drawn = charts.draw(result, path.parent, path.stem)
+    others = [r for r in results_in(RESULTS, path.parent) if r["device"]["slug"] != result["device"]["slug"]]
+    markdown = path.with_suffix(".md")
+    markdown.write_text(page.page(result, {name: file.name for name, file in drawn.items()}, others))
+    return [markdown, *drawn.values()]
 
 
-def write(folder: Path, results: Results) -> list[Path]:
-    """DEVICE.json and DEVICE.md."""
-    folder.mkdir(parents=True, exist_ok=True)
-    stem = re.sub(r"[^a-z0-9]+", "-", results.header["device"].lower()).strip("-")
-    as_json, as_markdown = (folder / f"{stem}.{ending}" for ending in ("json", "md"))
-    content = {
-        "header": results.header,
-        "rows": [row._asdict() for row in results.rows],
-        "missing": [missing._asdict() for missing in results.missing],
-        "left_out": results.left_out,
-        "cases": results.cases,
+def settings_of(options: argparse.Namespace) -> suite.Settings:
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    seconds, rounds = EFFORT[device, options.quick]
+    return suite.Settings(device, seconds, rounds, not options.no_compile)
+
+
+def measure(options: argparse.Namespace) -> int:
+    """The suite; 1 if anything was wrong."""
+    settings = settings_of(options)
+    limit = options.limit or (QUICK_LIMIT if options.quick else FULL_LIMIT[settings.device])
+    result = {
+        "schema": samples.SCHEMA,
+        "length": "quick" if options.quick else "full",
+        **environment.describe(settings.device, options.reuse_pages, options.commit),
+        "settings": {"seconds": settings.seconds, "rounds": settings.rounds, "limit": limit},
+        **suite.empty(),
     }
-    as_json.write_text(json.dumps(content, indent=1) + "\n")
-    as_markdown.write_text(markdown(results))
-    return [as_json, as_markdown]
+    stem = result["device"]["slug"] + "-reused-pages" * options.reuse_pages
+    path = options.output / f"{stem}.json"
+    suite.run(suite.plan(settings, options.quick), result, limit, lambda found: samples.write(path, found))
+    samples.write(path, result)
+    for file in [path, *render(path)]:
+        print(f"wrote {file}")
+    print("\n".join(page.gaps(result)[2:]))
+    return 1 if result["wrong"] else 0
+
+
+def own_case(options: argparse.Namespace) -> int:
+    """A table on the terminal."""
+    n, *size = options.shape
+    settings = settings_of(options)
+    layouts = [options.layout] if options.layout else list(LAYOUTS)
+    cases = grid(
+        {"own": tuple(size)},
+        [n],
+        layouts,
+        [options.dtype],
+        [options.ratio],
+        [options.fusion],
+        list(DIRECTIONS),
+    )
+    result = suite.empty()
+    steps = [
+        suite.Step("times", case.name, lambda found, case=case: suite.time_case(case, settings, found))
+        for case in cases
+    ]
+    suite.run(steps, result, float("inf"), lambda found: None)
+    print(own_table(result))
+    return 1 if result["wrong"] else 0
+
+
+def own_table(result: dict[str, Any]) -> str:
+    """Every cache state and way of launching; the limit is a copy of as many bytes."""
+    rows = []
+    for row in samples.comparisons(samples.samples_of(result)):
+        first = row.any
+        ms = [markdown_text.number(row.ms(peer)) for peer in (OURS, EAGER, COMPILED, samples.LIMIT)]
+        faster = [markdown_text.times(row.faster(than)) for than in (EAGER, COMPILED)]
+        rows.append(
+            [
+                first.direction,
+                first.layout,
+                first.cache,
+                first.launch,
+                *ms,
+                *faster,
+                markdown_text.percent(row.share(OURS)),
+            ]
+        )
+    titles = ["direction", "layout", "cache", "launched by", *page.SUMMARY[2:]]
+    widths = [max(map(len, column)) for column in zip(titles, *rows)]
+    lines = [
+        "  ".join(text.ljust(width) for text, width in zip(row, widths)).rstrip() for row in [titles, *rows]
+    ]
+    gaps = [*(f"WRONG {text}" for text in result["wrong"]), *page.missing_lines(result["missing"])]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], *gaps])
+
+
+def compared(before: Path, after: Path, threshold: float) -> int:
+    """1 if ours became slower."""
+    results = samples.read(before), samples.read(after)
+    found = compare.changes(*results)
+    print(compare.table(found, threshold))
+    print("\n".join(compare.summary(*results, found, threshold)))
+    return 1 if any(change.is_regression(threshold) for change in found) else 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = parse_arguments(argv)
+    try:
+        if options.compare:
+            return compared(*options.compare, options.threshold / 100)
+        if options.render:
+            print("\n".join(f"wrote {path}" for path in render(options.render)))
+            return 0
+        if options.readme:
+            readme.update(README, samples.read(options.readme), options.readme)
+            return 0
+    except (OSError, ValueError) as error:
+        print(f"bench/report.py: {error}", file=sys.stderr)
+        return 2
+    if options.reuse_pages:
+        reuse_pages()
+    return own_case(options) if options.shape else measure(options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

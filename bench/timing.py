@@ -38,11 +38,30 @@ class Timer:
         return start.elapsed_time(end)
 
 
-def measure(calls: dict[str, Call], device: str, seconds: float, rounds: int) -> dict[str, list[float]]:
+class Deadline:
+    """Says when there is no time for another step as long as the longest of the last ten.
+
+    `guess` is what the first is thought to take, in seconds.
+    """
+
+    def __init__(self, end: float, guess: float = 0.0) -> None:
+        self._end, self._begun, self._taken = end, time.perf_counter(), [guess]
+
+    def is_near(self) -> bool:
+        """To be asked before each step."""
+        now = time.perf_counter()
+        self._taken.append(now - self._begun)
+        self._begun = now
+        return now + max(self._taken[-10:]) > self._end
+
+
+def measure(
+    calls: dict[str, Call], device: str, seconds: float, rounds: int, before: Call | None = None
+) -> dict[str, list[float]]:
     """Milliseconds of every call, round by round, each round beginning with another one.
 
     It takes the given seconds, longer where those are too short for so many rounds, but no longer than four
-    times as long once there are three rounds.
+    times as long once there are three rounds. `before` runs ahead of every call and is over when it is timed.
     """
     timer, names = Timer(device), list(calls)
     for call in calls.values():
@@ -56,8 +75,27 @@ def measure(calls: dict[str, Call], device: str, seconds: float, rounds: int) ->
             return times
         for i in range(len(names)):
             name = names[(i + count) % len(names)]
+            if before is not None:
+                before()
             times[name].append(timer(calls[name]))
         count += 1
+
+
+def captured(call: Call) -> Call:
+    """The call as a CUDA graph, to be replayed. Raises whatever the capture raises."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    graph.replay()
+    torch.cuda.synchronize()
+    return graph.replay
 
 
 def launches_in(trace: dict[str, Any]) -> int:

@@ -14,7 +14,7 @@ import torch
 import gc_cuda
 
 BENCH = Path(__file__).parents[1] / "bench"
-MODULES = ("latency", "cases", "peers", "timing", "report", "picture")
+MODULES = ("latency", "cases", "peers", "timing", "tables", "picture")
 ARGUMENTS = ["--quick", "--stages", "16x9x14", "--seconds", "0.01", "--device", "cpu", "--ratio", "1/4"]
 WITHOUT_COMPILER = [*ARGUMENTS, "--no-compile"]
 X = 16 * 9 * 14 * 4  # bytes of one float32 image
@@ -252,7 +252,7 @@ def test_launches_are_counted_after_the_timing(latency, monkeypatch, reason, exp
     log = []
     case = latency.Case("forward", "add", 1 / 4, "float32", "s", (16, 9, 14), 1, "nchw")
     cases = [case, case._replace(layout="channels_last")]
-    row = latency.report.Row(*["gc_cuda" if name == "peer" else None for name in latency.report.Row._fields])
+    row = latency.tables.Row(*["gc_cuda" if name == "peer" else None for name in latency.tables.Row._fields])
     monkeypatch.setattr(latency, "run_case", lambda *_: log.append("time") or latency.Found([row], {}, []))
     monkeypatch.setattr(latency, "launches_of", lambda *_: log.append("count") or {"gc_cuda": 3})
     monkeypatch.setattr(latency, "cannot_count_launches", lambda: reason)
