@@ -80,7 +80,8 @@ class _WholeBlock(Function):
         if ctx.only_bias:
             ctx.save_for_backward(bias)
         else:
-            reads_x = bool(mul) or (mask_weight is not None and (needs_x or needs_weight))
+            # mul's first tensor stands for it: Dynamo of torch 2.11 cannot tell whether a list is empty.
+            reads_x = branches[6] is not None or (mask_weight is not None and (needs_x or needs_weight))
             ctx.save_for_backward(bias, x if reads_x else None, mask_weight, *branches, *rest)
         ctx.set_materialize_grads(False)  # a gradient of zeros for the state would be one more launch
         return out, state

@@ -11,7 +11,7 @@ from math import prod
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import register_flop_formula
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 Shape = Sequence[int]
 
@@ -77,4 +77,8 @@ _FORMULAS = (
 def register() -> None:
     """Enter every formula of this file for the operator of its name."""
     for formula in _FORMULAS:
-        register_flop_formula(getattr(torch.ops.gc_cuda, formula.__name__))(formula)
+        operator = getattr(torch.ops.gc_cuda, formula.__name__)
+        register_flop_formula(operator)(formula)
+        # torch 2.4 enters it for the operator's overload, and then looks for the operator.
+        if operator not in flop_registry:
+            flop_registry[operator] = flop_registry[operator.default]

@@ -19,8 +19,14 @@ def standard_operators_wanted() -> bool:
     ``torch.compile`` keeps the operators.
     """
     if torch.compiler.is_compiling():
-        return _is_exporting() or (_MODERN and torch._C._are_functorch_transforms_active())
+        return _is_exporting() or _is_transforming()
     return torch._C._are_functorch_transforms_active() or torch._C._is_tracing()
+
+
+def _by_flag() -> bool:
+    # Dynamo of torch 2.11 takes torch.compiler.is_exporting() for a constant, True in torch.compile too; the
+    # flag that it returns Dynamo reads as it is, with a guard.
+    return torch.compiler._is_exporting_flag
 
 
 def _without_is_exporting() -> bool:
@@ -28,10 +34,20 @@ def _without_is_exporting() -> bool:
     return not torch.compiler.is_dynamo_compiling()
 
 
+def _by_level() -> bool:
+    # Dynamo traces the answer None. At a level it gives up, and the transform runs uncompiled and right; with
+    # fullgraph=True it says so.
+    return torch._C._functorch.maybe_current_level() is not None
+
+
 # A compiler that says whether it exports also understands the question for transforms; an older one would
-# break the graph at it.
+# break every graph at it.
 _MODERN = hasattr(torch.compiler, "is_exporting")
-_is_exporting = getattr(torch.compiler, "is_exporting", _without_is_exporting)
+_is_transforming = torch._C._are_functorch_transforms_active if _MODERN else _by_level
+if hasattr(torch.compiler, "_is_exporting_flag"):
+    _is_exporting = _by_flag
+else:
+    _is_exporting = getattr(torch.compiler, "is_exporting", _without_is_exporting)
 
 
 def node_of(module: nn.Module, x: Any) -> Any:

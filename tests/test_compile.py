@@ -56,6 +56,14 @@ def assert_nothing_more_is_compiled(counter, calls):
     assert not counters["graph_break"], dict(counters["graph_break"])
 
 
+def gradients_keep_their_layout():
+    """AOTAutograd of torch 2.4 copies the gradient that flows in to NCHW: ours is computed from that."""
+    x = torch.zeros(1, 2, 3, 3).contiguous(memory_format=torch.channels_last).requires_grad_()
+    out = torch.compile(lambda x: 2 * x, backend="aot_eager")(x)
+    (grad,) = torch.autograd.grad(out, x, torch.zeros_like(out))
+    return grad.is_contiguous(memory_format=torch.channels_last)
+
+
 def both_ways(function, x, grad):
     """The output and the gradient of x."""
     leaf = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
@@ -83,6 +91,8 @@ def test_global_context_of_any_size_is_one_graph(random, configuration, layout, 
     """Every input needs its gradient, and N, H and W come and go within one compilation."""
     names = list(draw_inputs(random, configuration, SIZES[0]))
     function = function_of(gc_cuda, configuration, names)
+    same_calls = layout == torch.contiguous_format or gradients_keep_their_layout()
+    torch.compiler.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(function, backend=counter, fullgraph=True, dynamic=True)
 
@@ -93,8 +103,11 @@ def test_global_context_of_any_size_is_one_graph(random, configuration, layout, 
         outs = [compiled(*leaves), function(*leaves)]
         results = [[out, *torch.autograd.grad(out, leaves, grad)] for out in outs]
         for actual, expected in zip(*results):
-            assert torch.equal(actual, expected)
-            assert actual.stride() == expected.stride()
+            if same_calls:
+                assert torch.equal(actual, expected)
+                assert actual.stride() == expected.stride()
+            else:
+                torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
     assert_nothing_more_is_compiled(counter, [partial(compare, size) for size in SIZES])
 
@@ -218,14 +231,19 @@ def test_aot_autograd_traces_one_operator_each_way(random, device):
 
 @pytest.mark.parametrize("configuration", CONFIGURATIONS, ids=str)
 def test_compiled_transforms_of_torch_func(random, configuration):
-    """The compiler would trace the operator under grad as if it had no derivative: it gets the reference."""
+    """The compiler would trace the operator under grad as if it had no derivative: it gets the reference.
+
+    A torch without torch.compiler.is_exporting cannot tell in a graph that a transform is under way: it runs
+    the call uncompiled, and refuses one that must be one graph.
+    """
+    one_graph = hasattr(torch.compiler, "is_exporting")
     inputs = draw_inputs(random, configuration, (2, 16, 5, 6))
     _, *others = inputs.values()
     function = function_of(gc_cuda, configuration, inputs)
     gradient = torch.func.grad(lambda x: function(x, *others).square().sum())
-    compiled = torch.compile(gradient, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(gradient, backend="aot_eager", fullgraph=one_graph)
     torch.testing.assert_close(compiled(inputs["x"]), gradient(inputs["x"]))
     mapped = torch.func.vmap(lambda x: function(x, *others))
     x = inputs["x"].expand(3, *inputs["x"].shape) * torch.arange(1.0, 4.0).double().view(3, 1, 1, 1, 1)
-    compiled = torch.compile(mapped, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(mapped, backend="aot_eager", fullgraph=one_graph)
     torch.testing.assert_close(compiled(x), torch.stack([function(one, *others) for one in x]))

@@ -21,6 +21,8 @@ from gc_cuda import reference
 EXAMPLE = (2, 3, 10, 12)
 OTHERS = [(1, 3, 9, 7), (5, 3, 16, 16), (3, 3, 4, 33), (2, 3, 40, 41)]
 
+# An older torch does not tell the strict export, which goes through torch.compile's tracer, from compiling.
+says_whether_it_exports = hasattr(torch.compiler, "is_exporting")
 needs_onnx = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("onnx", "onnxscript", "onnxruntime")),
     reason="onnx, onnxscript or onnxruntime is not installed",
@@ -36,7 +38,12 @@ def export(net, random, **options):
     # The model halves its maps, and torch.export takes a map of one row or column for another case.
     n, h, w = (torch.export.Dim(name, min=least, max=4096) for name, least in (("n", 1), ("h", 3), ("w", 3)))
     x = random(*EXAMPLE, dtype=torch.float32)
-    return torch.export.export(net, (x,), dynamic_shapes={"x": {0: n, 2: h, 3: w}}, **options)
+    return plain_export(net, (x,), dynamic_shapes={"x": {0: n, 2: h, 3: w}}, **options)
+
+
+def plain_export(net, inputs, *, strict=False, **options):
+    """Not strict, as is the default of newer releases."""
+    return torch.export.export(net, inputs, strict=strict, **options)
 
 
 def operators(program):
@@ -54,7 +61,19 @@ def close(actual, expected):
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("strict", [False, True], ids=["not strict", "strict"])
+@pytest.mark.parametrize(
+    "strict",
+    [
+        False,
+        pytest.param(
+            True,
+            marks=pytest.mark.skipif(
+                not says_whether_it_exports, reason="this torch has no torch.compiler.is_exporting"
+            ),
+        ),
+    ],
+    ids=["not strict", "strict"],
+)
 def test_exported_program(net, random, strict):
     program = export(net, random, strict=strict)
     assert not any("gc_cuda" in name for name in operators(program))
@@ -179,29 +198,39 @@ def test_functions_under_export(random):
             return gc_cuda.broadcast_mul_add(x, context, context)
 
     tensors = tuple(inputs.values())
-    program = torch.export.export(Calls(), tensors)
+    program = plain_export(Calls(), tensors)
     assert not any("gc_cuda" in name for name in operators(program))
     close(program.module()(*tensors), Calls()(*tensors))
 
 
-def test_half_precision_and_autocast_under_export(random):
+class Autocast(torch.nn.Module):
+    def __init__(self, inner: Net) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.inner(x)
+
+
+def assert_exports_with_its_dtype(model, x):
+    out, expected = plain_export(model, (x,)).module()(x), model(x)
+    assert out.dtype == expected.dtype
+    torch.testing.assert_close(out, expected, rtol=0.1, atol=0.1)
+
+
+def test_half_precision_under_export(random):
     """The dtypes are those of eager."""
-    net = new_net().eval()
+    assert_exports_with_its_dtype(new_net().eval().bfloat16(), random(*EXAMPLE, dtype=torch.bfloat16))
+
+
+def test_autocast_under_export(random):
     x = random(*EXAMPLE, dtype=torch.float32)
-
-    class Autocast(torch.nn.Module):
-        def __init__(self, inner: Net) -> None:
-            super().__init__()
-            self.inner = inner
-
-        def forward(self, x):
-            with torch.autocast("cpu", torch.bfloat16):
-                return self.inner(x)
-
-    for model, image in ((net.bfloat16(), x.bfloat16()), (Autocast(new_net().eval()), x)):
-        out, expected = torch.export.export(model, (image,)).module()(image), model(image)
-        assert out.dtype == expected.dtype
-        torch.testing.assert_close(out, expected, rtol=0.1, atol=0.1)
+    try:
+        assert_exports_with_its_dtype(Autocast(new_net(block=reference.ContextBlock).eval()), x)
+    except RuntimeError as error:
+        pytest.skip(f"this torch exports no region of autocast: {error}")
+    assert_exports_with_its_dtype(Autocast(new_net().eval()), x)
 
 
 def test_the_exported_block_is_the_reference(random):
@@ -214,4 +243,4 @@ def test_the_exported_block_is_the_reference(random):
 
 
 def export_double(net, x):
-    return torch.export.export(net.double(), (x,)).module()(x)
+    return plain_export(net.double(), (x,)).module()(x)

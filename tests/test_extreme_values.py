@@ -247,15 +247,20 @@ def test_block_overflows_only_at_the_end(random, layout, device):
 
 @pytest.mark.parametrize("configuration", CONFIGURATIONS, ids=str)
 def test_a_variance_that_overflows_is_nan(random, configuration, layout, device):
-    """As PyTorch's layer norm has it, and not the bias of the norm, which looks like a result."""
+    """As PyTorch's layer norm has it on the CPU, and not the bias of the norm, which looks like a result.
+
+    PyTorch's CUDA layer norm gives that bias, without a word; it is not followed there.
+    """
     inputs = draw_inputs(
         random, configuration, (2, 16, 5, 6), dtype=torch.float32, device=device, layout=layout
     )
     inputs["x"][1] *= 1e25
     out = function_of(gc_cuda, configuration, inputs)(*inputs.values())
-    expected = function_of(reference, configuration, inputs)(*inputs.values())
-    assert expected[1].isnan().all(), "PyTorch overflows here: that is why this test exists"
-    assert torch.equal(out.isnan(), expected.isnan())
+    assert out[0].isfinite().all()
+    assert out[1].isnan().all()
+    if device.type == "cpu":
+        expected = function_of(reference, configuration, inputs)(*inputs.values())
+        assert torch.equal(out.isnan(), expected.isnan())
 
 
 @pytest.mark.parametrize("value", [0.0, -0.0, 3.0, 1e-40, 1e15, -1e15], ids=str)
@@ -277,15 +282,30 @@ def test_constant_map(random, configuration, value, layout, device):
             assert_close_to_truth(f"grad of {name}", *gradients, of_gradients[name])
 
 
+@pytest.fixture
+def denormals_are_kept(threads):
+    """Libraries that Inductor of torch 2.4 has compiled flush them to zero in the thread that loads them and
+    in those that it starts, for everything that they compute afterwards.
+    """
+    in_all_threads = torch.full((2**20,), 1e-40) * 1
+    if not in_all_threads.all():
+        torch.set_flush_denormal(False)  # for this thread
+        threads(1)
+
+
+@pytest.mark.usefixtures("denormals_are_kept")
 @pytest.mark.parametrize("scale", [1e-40, 1e-30, 1e30], ids=str)
 def test_denormal_and_huge_pixels(random, scale, size, layout, device):
     """Sums of them are neither flushed to zero nor lost: attention, where huge ones make it one pixel's."""
     x = scale * random(*size, dtype=torch.float32, device=device, layout=layout)
     weight = random(size[1], dtype=torch.float32, device=device)
+    # Of order one. Divided in float64: instead of dividing by a number PyTorch's CUDA kernels multiply by its
+    # reciprocal, and that of 1e-40 is infinite in float32.
+    mean = (x.double().mean((2, 3)) / scale).float()
     for call in (
         lambda library, x, w: library.attention_pool(x, w),
         lambda library, x, w: library.average_pool(x),
-        lambda library, x, w: library.broadcast_mul_add(x, x.mean((2, 3)) / scale, x.amax((2, 3))),
+        lambda library, x, w: library.broadcast_mul_add(x, mean.to(x.dtype), x.amax((2, 3))),
     ):
         out, eager = call(gc_cuda, x, weight), call(reference, x, weight)
         truth = call(reference, x.double(), weight.double())

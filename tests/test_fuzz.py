@@ -268,11 +268,16 @@ def test_extreme_values(data, name, size, view, dtype, seed):
 
     def spoiled(tensor, label):
         tensor = tensor.clone(memory_format=torch.preserve_format)
+
+        def rounded(value):  # torch 2.4 assigns no number that overflows
+            return torch.tensor(value, dtype=torch.float64).to(tensor.dtype)
+
         if data.draw(st.booleans(), f"all of {label}"):
-            tensor[:1] = data.draw(st.sampled_from(SPECIAL))
+            tensor[:1] = rounded(data.draw(st.sampled_from(SPECIAL)))
         for value in data.draw(special, label):
             place = data.draw(st.integers(0, tensor.numel() - 1))
-            tensor[tuple(int(i) for i in torch.unravel_index(torch.tensor(place), tensor.shape))] = value
+            index = torch.unravel_index(torch.tensor(place), tensor.shape)
+            tensor[tuple(int(i) for i in index)] = rounded(value)
         return tensor
 
     inputs = [spoiled(numbers.map(size, view, dtype), "x")]

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import gc
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -253,6 +254,32 @@ def test_gradients_that_are_not_contiguous(random, change, layout):
         torch.testing.assert_close(actual, one)
 
 
+HOG = 2**26
+
+
+@contextmanager
+def no_room_for_a_large_map():
+    """Too little memory for a map of 256 MiB, enough for small ones.
+
+    A limit on what is reserved does not do: earlier tests may have left segments that are partly used, and
+    the free parts of those are not limited. So all of it is filled in pieces of 64 MiB, until none is free
+    that large; with one piece given back, none has three times that.
+    """
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 2 * HOG) / total)
+    hogs = []
+    try:
+        with pytest.raises(torch.cuda.OutOfMemoryError):
+            while True:
+                hogs.append(torch.empty(HOG, dtype=torch.uint8, device="cuda"))
+        hogs.pop()
+        yield
+    finally:
+        hogs.clear()
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
 def test_running_out_of_memory_leaves_a_usable_process(random):
     """An error of PyTorch's allocator; then the next call has the bits it had before."""
     function, leaves = leaves_of(random, WHOLE)
@@ -260,17 +287,12 @@ def test_running_out_of_memory_leaves_a_usable_process(random):
     expected = [tensor.detach().clone() for tensor in both_ways(function, leaves, grad)]
     c = SIZE[1]
     x = torch.zeros(1, c, 1024, 1024, device="cuda")  # 256 MiB
-    torch.cuda.empty_cache()
-    total = torch.cuda.get_device_properties(0).total_memory
-    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 2**26) / total)
-    try:
+    with no_room_for_a_large_map():
         for training in (False, True):
             with pytest.raises(torch.cuda.OutOfMemoryError), torch.set_grad_enabled(training):
                 function(x, *leaves[1:])
         for actual, one in zip(both_ways(function, leaves, grad), expected):
             assert torch.equal(actual, one)
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0)
     torch.cuda.synchronize()
     assert function(x, *leaves[1:]).shape == x.shape
 
@@ -282,16 +304,11 @@ def test_running_out_of_memory_in_the_backward_pass(random):
     x = torch.zeros(1, SIZE[1], 1024, 1024, device="cuda", requires_grad=True)
     out = function(x, *leaves[1:])
     grad_out = torch.zeros_like(out)
-    torch.cuda.empty_cache()
-    total = torch.cuda.get_device_properties(0).total_memory
-    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 2**26) / total)
-    try:
+    with no_room_for_a_large_map():
         with pytest.raises(torch.cuda.OutOfMemoryError):
             torch.autograd.grad(out, [x, *leaves[1:]], grad_out)
         for actual, one in zip(both_ways(function, leaves, grad), expected):
             assert torch.equal(actual, one)
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 def test_allocated_memory_stays_flat(random):

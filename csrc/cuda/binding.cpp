@@ -101,7 +101,7 @@ void run_pool(const FeatureMap& x, Weighting weighting, const Tensor& vector, co
   args.context = companion_out(out.context, x.tensor());
   args.state = pointer(out.state);
   args.partial_context = pointer(workspace);
-  args.partial_stats = behind(workspace, x.images() * plan.walk.splits * x.channels());
+  args.partial_stats = behind(workspace, x.images() * merged_rows(plan.walk.splits, plan.walk.group) * x.channels());
   args.tickets = ticket_pointer(tickets);
   C10_CUDA_CHECK(launch_pool_forward(plan, args, x.stream()));
 }
@@ -137,7 +137,6 @@ void run_pool_backward(PoolGradient gradient, const FeatureMap& x, const PoolBac
   args.grad_logits = companion_out(out.logits, x.tensor());
   args.grad_weight = companion_out(out.mask_weight, x.tensor());
   args.partial_weight = pointer(workspace);
-  args.image_weight = behind(workspace, x.images() * plan.walk.splits * x.channels());
   args.tickets = ticket_pointer(tickets);
   C10_CUDA_CHECK(launch_pool_backward(plan, args, x.stream()));
 }

@@ -24,7 +24,7 @@ struct Constant {
 template <typename T, Layout kLayout>
 inline constexpr bool has_tall_tiles = kLayout == Layout::kNCHW && sizeof(T) == sizeof(float);
 
-// Calls body(Constant<width>) for a power of two up to kMax.
+// Calls body(Constant<width>) for a power of two up to kMax: a width, or another number of such a kind.
 template <int kMax, typename Body>
 cudaError_t dispatch_width(int width, const Body& body) {
   if constexpr (kMax > 1) {

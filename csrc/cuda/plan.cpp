@@ -3,25 +3,34 @@
 #include <algorithm>
 #include <sstream>
 #include <stdexcept>
+#include <vector>
 
 namespace gc {
 namespace {
 
 constexpr int kMaxGridY = 65535;
-constexpr int64_t kMaxGridX = 2147483647;
+constexpr int64_t kMaxGridX = 2147483647 - (1 << 17);  // and as many groups of partial results beside them
 // Pixels, channels and offsets inside an image are 32-bit in the kernels; tiles may reach past its end by less than
 // this.
 constexpr int64_t kMaxImageElements = 2147483647 - (1 << 17);
-// The last block of an image reads every split's sums: more splits would cost it more than they save the others.
+// The last blocks of an image read every split's sums: more splits would cost them more than they save the others.
 constexpr int kMaxMergedSplits = 256;
+// Up to here one block merges them all: a second round costs about as much as reading so many.
+constexpr int kMergedAtOnce = 8;
 // Registers a thread may use (kernels are compiled for kMaxThreads a block), for the blocks that share a
 // multiprocessor.
 constexpr int kThreadsPerMultiprocessor = 65536 / 128;
+// A split reads at least so many bytes of every channel: its partial results take 4 or 8.
+constexpr int kLeastSplitBytes = 32;
 // 32-byte segments reach half the streaming rate of an H100, 128-byte ones 93 % (design.md section 4).
 constexpr int kGoodSegment = 128;
 constexpr int kFairSegment = 64;
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+void require(bool holds, const std::string& message) {
+  if (!holds) throw std::invalid_argument(message);
+}
 
 int power_of_two_from(int64_t n) {
   int power = 1;
@@ -32,6 +41,13 @@ int power_of_two_from(int64_t n) {
 bool needs_all_channels(KernelKind kind, bool dots_given) {
   return !dots_given && (kind == KernelKind::kPoolMask || kind == KernelKind::kPoolBackwardMask ||
                          kind == KernelKind::kPoolBackwardLogits || kind == KernelKind::kPoolBackwardBlock);
+}
+
+// The parts that are merged in the first of two rounds: as many as there are groups.
+int group_for(int64_t parts) {
+  int group = kMergedAtOnce;
+  while (static_cast<int64_t>(group) * group < parts) ++group;
+  return group;
 }
 
 struct Tiling {
@@ -47,26 +63,35 @@ TileShape shape_for(int fast, int slow, int64_t fast_useful, int64_t slow_useful
 }
 
 // A block whose tile holds all channels of its pixels.
-Tiling whole_channel_tiling(const Problem& p, int elements) {
+Tiling whole_channel_tiling(KernelKind kind, const Problem& p, int elements) {
   if (p.layout == Layout::kNHWC) {
     const int rows = 8;
     const int fast = std::min(power_of_two_from(divide_up(p.channels, elements)), kMaxThreads);
     return {rows, shape_for(fast, std::max(256 / fast, 1), fast, divide_up(p.pixels, rows))};
   }
   // Pixels are contiguous: the fewer threads the channels take, the longer the segments of memory. In order of
-  // preference, two blocks of 256 threads on a multiprocessor hide each other's arithmetic.
+  // preference, as measured on an H100: two blocks of 256 threads on a multiprocessor hide each other's arithmetic,
+  // which for halves is worth more than long segments; a tile of 16 rows leaves pool_backward no registers to fetch
+  // more than one row of the gradient at a time.
   struct Candidate {
     int rows, threads, segment;
   };
-  const Candidate candidates[] = {{8, 256, kGoodSegment},
-                                  {16, 256, kGoodSegment},
-                                  {8, 512, kGoodSegment},
-                                  {8, 256, kFairSegment},
-                                  {16, 256, kFairSegment},
-                                  {8, 512, kFairSegment},
-                                  {16, 512, kFairSegment},
-                                  {16, 512, 0},
-                                  {8, 512, 0}};
+  using Candidates = std::vector<Candidate>;
+  static const Candidates forward = {{8, 256, kGoodSegment},
+                                     {16, 256, kGoodSegment},
+                                     {8, 512, kGoodSegment},
+                                     {8, 256, kFairSegment},
+                                     {16, 256, kFairSegment},
+                                     {8, 512, kFairSegment},
+                                     {16, 512, kFairSegment},
+                                     {16, 512, 0},
+                                     {8, 512, 0}};
+  static const Candidates forward_of_halves = {{8, 256, kFairSegment}, {8, 512, kFairSegment}, {8, 512, 0}};
+  static const Candidates backward = {{8, 256, kGoodSegment},  {8, 512, kGoodSegment}, {16, 512, kGoodSegment},
+                                      {16, 512, kFairSegment}, {16, 512, 0},           {8, 512, 0}};
+  const Candidates& candidates = kind != KernelKind::kPoolMask ? backward
+                                 : element_bytes(p.type) == 2  ? forward_of_halves
+                                                               : forward;
   const int64_t fast_useful = divide_up(p.pixels, elements);
   Tiling tiling{};
   for (const Candidate& candidate : candidates) {
@@ -88,6 +113,31 @@ Tiling free_tiling(const Problem& p, int elements, int rows) {
   return {rows, shape_for(32, 8, divide_up(extent, elements), divide_up(rows_in_image, rows))};
 }
 
+// The rest of a plan for kBroadcast's flat form.
+Plan flat_plan(Plan plan, const Problem& p, const DeviceLimits& device) {
+  constexpr int kThreads = 256;
+  plan.flat = true;
+  plan.rows = 8;
+  plan.width = kVectorBytes / element_bytes(p.type);
+  plan.chunks = 1;
+  plan.holds_channels = true;
+  const int64_t tiles = divide_up(p.channels * p.pixels, int64_t{plan.rows} * plan.width * kThreads);
+  const int64_t wanted_blocks = int64_t{device.multiprocessors} * 8;
+  const int64_t tiles_per_split = divide_up(tiles, std::clamp<int64_t>(wanted_blocks / p.images, 1, tiles));
+  const int64_t splits = divide_up(tiles, tiles_per_split);
+  require(p.images <= kMaxGridX / splits,
+          "images must be at most " + std::to_string(kMaxGridX / splits) + ", got " + std::to_string(p.images));
+  plan.walk = {static_cast<int>(p.images),
+               static_cast<int>(p.channels),
+               static_cast<int>(p.pixels),
+               static_cast<int>(splits),
+               static_cast<int>(tiles_per_split),
+               1,
+               true,
+               {kThreads, 1}};
+  return plan;
+}
+
 int shared_bytes_of(KernelKind kind, const Plan& plan, int elements, bool dots_given) {
   const TileShape shape = plan.walk.shape;
   const Layout layout = plan.layout;
@@ -107,7 +157,10 @@ int shared_bytes_of(KernelKind kind, const Plan& plan, int elements, bool dots_g
     case KernelKind::kPoolLogits:
       take(over_pixels_scratch(layout, shape, 1), accumulation);
       take(over_pixels_scratch(layout, shape, channels + 1), accumulation);
-      if (plan.walk.splits > 1) take(1, sizeof(int)), take(plan.walk.splits, accumulation);
+      if (plan.walk.splits > 1) {
+        take(1, sizeof(int));
+        take(3 * merged_at_most(plan.walk.splits, plan.walk.group), accumulation);
+      }
       break;
     case KernelKind::kPoolUniform:
       take(over_pixels_scratch(layout, shape, channels + 1), accumulation);
@@ -120,8 +173,7 @@ int shared_bytes_of(KernelKind kind, const Plan& plan, int elements, bool dots_g
       take((kind == KernelKind::kPoolBackwardBlock ? 3 : mask ? 2 : 1) * staged, accumulation);
       take(over_channels_scratch(layout, shape, 1), accumulation);
       if (!dots_given) take(dots, accumulation);
-      if (mask)
-        take(over_pixels_scratch(layout, shape, channels), accumulation), take(1, sizeof(int)), take(1, sizeof(int));
+      if (mask) take(over_pixels_scratch(layout, shape, channels), accumulation), take(1, sizeof(int));
       break;
     }
     case KernelKind::kPixelDot:
@@ -135,10 +187,6 @@ int shared_bytes_of(KernelKind kind, const Plan& plan, int elements, bool dots_g
       break;
   }
   return total;
-}
-
-void require(bool holds, const std::string& message) {
-  if (!holds) throw std::invalid_argument(message);
 }
 
 }  // namespace
@@ -191,7 +239,11 @@ Plan make_plan(KernelKind kind, const Problem& p, const DeviceLimits& device, bo
     plan.width /= 2;
   }
 
-  const Tiling tiling = whole                                       ? whole_channel_tiling(p, elements)
+  const bool flat = kind == KernelKind::kBroadcast && !channels_fast && plan.width < elements &&
+                    p.channels * p.pixels % elements == 0 && p.alignment % kVectorBytes == 0;
+  if (flat) return flat_plan(plan, p, device);
+
+  const Tiling tiling = whole                                       ? whole_channel_tiling(kind, p, elements)
                         : kind == KernelKind::kBroadcastMulBackward ? free_tiling(p, elements, 4)
                                                                     : free_tiling(p, elements, 8);
   plan.rows = tiling.rows;
@@ -211,7 +263,10 @@ Plan make_plan(KernelKind kind, const Problem& p, const DeviceLimits& device, bo
   const int64_t tiles = divide_up(p.pixels, plan.tile_pixels());
   int64_t splits = std::max<int64_t>(1, wanted_blocks / (p.images * chunks));
   splits = std::min(splits, tiles);
-  if (merges) splits = std::min<int64_t>(splits, kMaxMergedSplits);
+  if (merges) {
+    splits = std::min<int64_t>(splits, kMaxMergedSplits);
+    splits = std::min(splits, std::max<int64_t>(1, p.pixels * bytes / kLeastSplitBytes));
+  }
   const int64_t tiles_per_split = divide_up(tiles, splits);
   splits = divide_up(tiles, tiles_per_split);
   require(p.images <= kMaxGridX / splits,
@@ -221,6 +276,12 @@ Plan make_plan(KernelKind kind, const Problem& p, const DeviceLimits& device, bo
   plan.walk.pixels = static_cast<int>(p.pixels);
   plan.walk.splits = static_cast<int>(splits);
   plan.walk.tiles_per_split = static_cast<int>(tiles_per_split);
+  // pool_backward merges the parts of all images, the others those of an image.
+  const bool merges_all = kind == KernelKind::kPoolBackwardMask || kind == KernelKind::kPoolBackwardBlock;
+  const int64_t parts = merges_all ? p.images * splits : splits;
+  plan.walk.group = group_for(parts);
+  const int64_t rows = merged_rows(static_cast<int>(parts), plan.walk.group);
+  const int64_t tickets = merge_tickets(static_cast<int>(parts), plan.walk.group);
   // A pass over x has gone before.
   plan.walk.backwards = kind == KernelKind::kBroadcast || kind == KernelKind::kPoolBackwardMask ||
                         kind == KernelKind::kPoolBackwardLogits || kind == KernelKind::kPoolBackwardBlock;
@@ -234,21 +295,19 @@ Plan make_plan(KernelKind kind, const Problem& p, const DeviceLimits& device, bo
   switch (kind) {
     case KernelKind::kPoolMask:
     case KernelKind::kPoolLogits:
-      if (splits > 1) plan.workspace = p.images * splits * (p.channels + 2 * chunks);
-      if (splits > 1) plan.tickets = p.images * chunks;
-      break;
     case KernelKind::kPoolUniform:
-      if (splits > 1) plan.workspace = p.images * splits * p.channels;
-      if (splits > 1) plan.tickets = p.images * chunks;
+    case KernelKind::kBroadcastMulBackward: {
+      if (splits == 1) break;
+      const int64_t sums = kind == KernelKind::kBroadcastMulBackward ? 2 : 1;
+      const int64_t stats = kind == KernelKind::kPoolMask || kind == KernelKind::kPoolLogits ? 2 * chunks : 0;
+      plan.workspace = p.images * rows * (sums * p.channels + stats);
+      plan.tickets = p.images * chunks * tickets;
       break;
+    }
     case KernelKind::kPoolBackwardMask:
     case KernelKind::kPoolBackwardBlock:
-      plan.workspace = p.images * (splits + 1) * p.channels;
-      plan.tickets = (p.images + 1) * chunks;
-      break;
-    case KernelKind::kBroadcastMulBackward:
-      if (splits > 1) plan.workspace = 2 * p.images * splits * p.channels;
-      if (splits > 1) plan.tickets = p.images * chunks;
+      plan.workspace = rows * p.channels;
+      plan.tickets = chunks * tickets;
       break;
     case KernelKind::kPoolBackwardLogits:
     case KernelKind::kPixelDot:
@@ -263,9 +322,9 @@ std::string Plan::to_string() const {
   out << name_of(kind) << ' ' << name_of(type) << ' ' << name_of(layout) << ' ' << walk.images << 'x' << walk.channels
       << 'x' << walk.pixels << ": " << rows << " rows of " << kVectorBytes << " bytes a thread, loads of "
       << width * element_bytes(type) << " bytes, " << walk.shape.fast_threads << 'x' << walk.shape.slow_threads
-      << " threads, " << walk.splits << " splits of " << walk.tiles_per_split << " tiles, grid " << grid_x() << 'x'
-      << grid_y() << ", " << shared_bytes << " bytes shared, " << workspace << " workspace elements, " << tickets
-      << " tickets";
+      << " threads" << (flat ? " on flat images, " : ", ") << walk.splits << " splits of " << walk.tiles_per_split
+      << " tiles, merged by " << walk.group << ", grid " << grid_x() << 'x' << grid_y() << ", " << shared_bytes
+      << " bytes shared, " << workspace << " workspace elements, " << tickets << " tickets";
   if (!holds_channels) out << "; too many channels for a block: needs pixel_dot first";
   return out.str();
 }

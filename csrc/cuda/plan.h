@@ -54,6 +54,7 @@ struct Plan {
   int width;  // elements moved by one load or store
   Walk walk;
   int chunks;           // of channels
+  bool flat;            // kBroadcast: an image as one run of vectors; a tile is `rows` of them a thread
   bool holds_channels;  // false: this kernel wants a pixel's dot product over all channels, and a block holds too few;
                         // run kPixelDot first and plan with dots_given
   int shared_bytes;     // dynamic shared memory of a block

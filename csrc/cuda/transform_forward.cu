@@ -6,7 +6,9 @@ namespace gc {
 
 cudaError_t launch_transform_forward(const TransformPlan& plan, TransformForwardArgs args, cudaStream_t stream) {
   args.grid = plan.grid;
-  args.images_at_once = plan.images_at_once;
+  args.tile_images = plan.tile_images;
+  args.shares[0] = plan.shares[0];
+  args.shares[1] = plan.shares[1];
   return dispatch_type(plan.type, [&](auto type) {
     using T = typename decltype(type)::type;
     return dispatch_width<2>(plan.width, [&](auto width) {

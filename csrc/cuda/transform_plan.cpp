@@ -33,9 +33,9 @@ void check(const TransformProblem& p) {
               std::to_string(p.channels) + " channels, " + std::to_string(hidden_max(p)) + " hidden units");
 }
 
-// Blocks for `work` equal pieces that a block takes `each` of at a time: at most one a multiprocessor.
-int blocks_for(int64_t work, int64_t each, const DeviceLimits& device) {
-  return static_cast<int>(std::clamp<int64_t>(divide_up(work, each), 1, device.multiprocessors));
+// Blocks for `work` equal pieces: at most two a multiprocessor, as many as can run at a time.
+int blocks_for(int64_t work, const DeviceLimits& device) {
+  return static_cast<int>(std::clamp<int64_t>(work, 1, 2 * device.multiprocessors));
 }
 
 }  // namespace
@@ -52,7 +52,8 @@ std::string TransformPlan::to_string() const {
   for (int phase = 0; phase < grid.phases; ++phase) out << ' ' << grid.blocks[phase];
   out << " blocks";
   if (slab_steps == 0) {
-    out << ", loads of " << width << " weights, " << images_at_once << " images at once";
+    out << ", loads of " << width << " weights, " << tile_images << " images a tile, rows shared by " << shares[0]
+        << " and " << shares[1] << " warps";
   } else {
     out << ", slabs of " << slab_steps * kSlabStep << " rows";
   }
@@ -69,18 +70,34 @@ TransformPlan make_transform_forward_plan(const TransformProblem& p, const Devic
   const bool even = p.channels % 2 == 0 && p.hidden[0] % 2 == 0 && (p.branches == 1 || p.hidden[1] % 2 == 0);
   plan.width = p.pairs && even ? 2 : 1;
 
-  // Up to kImagesAtOnce images' hidden units in shared memory, as far as a block may take it.
-  const int ticket = shared_array(1, sizeof(int));
+  // The hidden units of a tile's images lie in shared memory.
   const int bytes = accumulation_bytes(p.type);
-  const int64_t fitting = (device.shared_bytes - ticket) / (hidden_max(p) * bytes);
-  require(fitting >= 1, "hidden units must be at most " + std::to_string((device.shared_bytes - ticket) / bytes) +
+  const int other = shared_array(1, sizeof(int)) + shared_array(2 * kTransformThreads, bytes);
+  const int64_t fitting = (device.shared_bytes - other) / (hidden_max(p) * bytes);
+  require(fitting >= 1, "hidden units must be at most " + std::to_string((device.shared_bytes - other) / bytes) +
                             " on this device, got " + std::to_string(hidden_max(p)));
-  plan.images_at_once = static_cast<int>(std::min({p.images, int64_t{kImagesAtOnce}, fitting}));
-  plan.shared_bytes = ticket + shared_array(plan.images_at_once * hidden_max(p), bytes);
+  plan.tile_images = static_cast<int>(std::min({p.images, int64_t{kManyImages}, fitting}));
+  plan.shared_bytes = other + shared_array(plan.tile_images * hidden_max(p), bytes);
 
   plan.grid.phases = 2;
-  plan.grid.blocks[0] = blocks_for(hidden_sum(p), kTransformWarps, device);
-  plan.grid.blocks[1] = blocks_for(p.channels, kTransformWarps, device);
+  plan.counters = kPhaseCounters;
+  const auto tiles = [&](int phase) {
+    int64_t sum = 0;
+    for (int b = 0; b < p.branches; ++b) {
+      sum += row_tiles(static_cast<int>(phase == 0 ? p.hidden[b] : p.channels), plan.shares[phase]);
+    }
+    return sum * image_tiles(static_cast<int>(p.images), plan.tile_images);
+  };
+  for (int phase = 0; phase < 2; ++phase) {
+    // As many tiles as multiprocessors, as long as every lane has a weight to fetch.
+    const int64_t length = phase == 0 ? p.channels : hidden_max(p);
+    plan.shares[phase] = 1;
+    while (plan.shares[phase] < kTransformWarps && tiles(phase) < device.multiprocessors &&
+           length >= 2 * plan.shares[phase] * kWarp * plan.width) {
+      plan.shares[phase] *= 2;
+    }
+    plan.grid.blocks[phase] = blocks_for(tiles(phase), device);
+  }
   plan.workspace = products_elements(p);
   return plan;
 }
@@ -94,21 +111,26 @@ TransformPlan make_transform_backward_plan(const TransformProblem& p, const Devi
   const auto pieces = [&](int64_t rows, int64_t columns) {
     return divide_up(rows, plan.slab_steps * kSlabStep) * divide_up(columns, kWarp);
   };
-  // High slabs leave fewer partial results; lower ones where they would leave multiprocessors idle.
+  // High slabs leave fewer partial results; lower ones where they would leave multiprocessors idle. A block's images go
+  // by one after the other: many of them take two blocks to a multiprocessor, which hide each other's waiting.
+  const int64_t wanted = p.images >= 2 * kSlabImages ? 2 * device.multiprocessors : device.multiprocessors / 2;
   plan.slab_steps = kMaxSlabSteps;
   while (plan.slab_steps > 1 &&
-         std::min(pieces(p.channels, hidden_sum(p)), pieces(hidden_sum(p), p.channels)) < device.multiprocessors) {
+         std::min(pieces(p.channels, hidden_sum(p)), pieces(hidden_sum(p), p.channels)) < wanted) {
     plan.slab_steps /= 2;
   }
-  plan.grid.phases = static_cast<int>(depth);
-  plan.grid.blocks[0] = blocks_for(pieces(p.channels, hidden_sum(p)), 1, device);
-  plan.grid.blocks[1] = blocks_for(p.images * p.branches, 1, device);
-  plan.grid.blocks[2] = blocks_for(pieces(hidden_sum(p), p.channels), 1, device);
-  plan.grid.blocks[3] = blocks_for(p.images * p.channels, kTransformThreads, device);
+  plan.grid.phases = depth == TransformDepth::kLastLayer ? 1 : 3;
+  plan.counters = kPhaseCounters + (depth == TransformDepth::kContext ? divide_up(p.channels, kWarp) : 0);
+  plan.grid.blocks[0] = blocks_for(pieces(p.channels, hidden_sum(p)), device);
+  plan.grid.blocks[1] = blocks_for(p.images * p.branches, device);
+  plan.grid.blocks[2] = blocks_for(pieces(hidden_sum(p), p.channels), device);
   const int bytes = accumulation_bytes(p.type);
-  plan.shared_bytes = shared_array(1, sizeof(int)) + shared_array(kSlabImages * plan.slab_steps * kSlabStep, bytes) +
-                      shared_array(kTransformWarps * kSlabImages * kWarp, bytes);
-  for (int branch = 0; branch < p.branches; ++branch) plan.workspace += backward_workspace(p, plan, branch).total();
+  plan.shared_bytes = 2 * shared_array(1, sizeof(int)) +
+                      shared_array(kSlabImages * plan.slab_steps * kSlabStep, bytes) +
+                      shared_array(kSlabScratch, bytes);
+  for (int branch = 0; branch < p.branches; ++branch) {
+    plan.workspace += backward_workspace(p, plan, branch).total();
+  }
   return plan;
 }
 
@@ -120,7 +142,8 @@ TransformWorkspace backward_workspace(const TransformProblem& p, const Transform
     workspace.partial_y = divide_up(p.channels, slab_rows) * hidden;
     workspace.grad_y = workspace.grad_hidden = hidden;
   }
-  if (plan.grid.phases > 3) workspace.partial_context = divide_up(p.hidden[branch], slab_rows) * p.images * p.channels;
+  if (plan.counters > kPhaseCounters)
+    workspace.partial_context = divide_up(p.hidden[branch], slab_rows) * p.images * p.channels;
   return workspace;
 }
 

@@ -19,10 +19,12 @@ struct TransformProblem {
 
 struct TransformPlan {
   ElementType type;
-  int width;           // weights moved by one load; forward
-  int images_at_once;  // forward
-  int slab_steps;      // backward
+  int width;        // weights moved by one load; forward
+  int tile_images;  // forward: images of a tile,
+  int shares[2];    // and warps to the length of a row in each phase
+  int slab_steps;   // backward
   PhaseGrid grid;
+  int64_t counters;  // 0 before and after the launch
   int shared_bytes;
   int64_t workspace;  // elements of the accumulation type
 
@@ -34,7 +36,7 @@ struct TransformPlan {
 enum class TransformDepth : int {
   kLastLayer = 1,   // gradients of w2 and b2 only
   kParameters = 3,  // of all parameters
-  kContext = 4,     // and of the context
+  kContext = 4,     // and of the context: the same three phases
 };
 
 // Both throw std::invalid_argument for a problem that is larger than a launch can be.

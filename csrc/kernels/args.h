@@ -29,9 +29,9 @@ struct PoolForwardArgs {
   void* logits;            // A [N, S]     out, kMask
   CompanionOut context;    // [N, C]       out, or null
   void* state;             // A [N, C + 2] out, or null
-  void* partial_context;   // A [N, splits, C]         workspace, splits > 1
-  void* partial_stats;     // A [N, chunks, splits, 2] workspace, splits > 1, but kUniform
-  unsigned* tickets;       // [N, chunks], 0 before and after; splits > 1
+  void* partial_context;   // A [N, rows, C]         workspace, splits > 1; rows = merged_rows(splits, group)
+  void* partial_stats;     // A [N, chunks, rows, 2] workspace, splits > 1, but kUniform
+  unsigned* tickets;       // [N, chunks, merge_tickets(splits, group)], 0 before and after; splits > 1
 };
 
 // What a pool_backward computes.
@@ -54,9 +54,8 @@ struct PoolBackwardArgs {
   void* grad_x;              // T like x out, or null
   CompanionOut grad_logits;  // [N, S]   out, without a mask
   CompanionOut grad_weight;  // [C]      out, with a mask, or null
-  void* partial_weight;      // A [N, splits, C] workspace, with a mask
-  void* image_weight;        // A [N, C]         workspace, with a mask
-  unsigned* tickets;         // [N, chunks] then [chunks], 0 before and after; with a mask
+  void* partial_weight;      // A [merged_rows(N * splits, group), C] workspace, with a mask
+  unsigned* tickets;         // [chunks, merge_tickets(N * splits, group)], 0 before and after; with a mask
 };
 
 struct PixelDotArgs {
@@ -84,12 +83,12 @@ struct BroadcastMulBackwardArgs {
   void* grad_x;             // T like grad out, or null
   CompanionOut grad_scale;  // [N, C]      out
   CompanionOut grad_term;   // [N, C]      out, or null
-  void* partial_sums;       // A [2, N, splits, C] workspace, splits > 1
-  unsigned* tickets;        // [N, chunks], 0 before and after; splits > 1
+  void* partial_sums;       // A [2, N, rows, C] workspace, splits > 1; rows = merged_rows(splits, group)
+  unsigned* tickets;        // [N, chunks, merge_tickets(splits, group)], 0 before and after; splits > 1
 };
 
 // The blocks of each phase of a launch, see phases.h.
-inline constexpr int kMaxPhases = 4;
+inline constexpr int kMaxPhases = 3;
 inline constexpr int kPhaseCounters = 1 + kMaxPhases;
 struct PhaseGrid {
   int phases;
@@ -115,7 +114,8 @@ struct TransformForwardArgs {
   PhaseGrid grid;
   unsigned* counters;  // [kPhaseCounters], 0 before and after
   int images, channels, branches;
-  int images_at_once;  // whose hidden units share a block's memory in the second phase
+  int tile_images;  // of a tile of either phase, see transform_geometry.h
+  int shares[2];    // of each phase
   double eps;
   Activation activation;
   const void* context;  // A, image n's from n * context_stride on
@@ -139,9 +139,8 @@ struct TransformGradients {
 
 struct TransformBackwardArgs {
   PhaseGrid grid;
-  unsigned* counters;  // [kPhaseCounters], 0 before and after
+  unsigned* counters;  // [kPhaseCounters, then one a kWarp channels], 0 before and after
   int images, channels, branches;
-  int slab_steps;       // a block takes slabs of slab_steps * kSlabStep rows of a weight matrix
   const void* context;  // A, image n's from n * context_stride on
   long long context_stride;
   double factor;  // of grad_context

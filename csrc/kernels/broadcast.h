@@ -54,6 +54,58 @@ broadcast(const BroadcastArgs args) {
   }
 }
 
+// NCHW with rows that are no multiple of a vector, in images that are: an image as one run of full vectors, which may
+// reach from one channel into the next. A tile is kRows vectors a thread.
+template <typename T, int kRows, bool kScale, bool kTerm>
+GC_KERNEL(kMaxThreads, 1)
+broadcast_flat(const BroadcastArgs args) {
+  using A = Acc<T>;
+  constexpr int kStep = kElements<T>;
+  const Walk& walk = args.walk;
+  const int block = walk.backwards ? port::grid_x() - 1 - port::block_x() : port::block_x();
+  const int image = block / walk.splits;
+  const unsigned elements = static_cast<unsigned>(walk.channels) * walk.pixels;  // below 2^31
+  const unsigned pixels = walk.pixels;
+  const long long channel0 = static_cast<long long>(image) * walk.channels;
+  const T* const x = static_cast<const T*>(args.x) + channel0 * pixels;
+  T* const out = static_cast<T*>(args.out) + channel0 * pixels;
+  const unsigned tile_elements = kRows * kStep * port::block_threads();
+  const int first = (block - image * walk.splits) * walk.tiles_per_split;
+  for (int tile = first; tile < first + walk.tiles_per_split; ++tile) {
+    const unsigned begin = tile * tile_elements + port::thread_index() * kStep;
+    PackedVector<T> rows[kRows];
+    GC_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      const unsigned at = begin + r * kStep * port::block_threads();
+      if (at < elements) rows[r].template load<kStep>(0, x + at);
+    }
+    GC_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      const unsigned at = begin + r * kStep * port::block_threads();
+      if (at >= elements) continue;
+      unsigned channel = at / pixels;
+      unsigned left = pixels - at % pixels;  // of the channel
+      A scale = kScale ? read<T>(args.scale, channel0 + channel) : A(1);
+      A term = kTerm ? read<T>(args.term, channel0 + channel) : A(0);
+      GC_UNROLL
+      for (int e = 0; e < kStep; ++e) {
+        if (left == 0) {
+          ++channel;
+          left = pixels;
+          if constexpr (kScale) scale = read<T>(args.scale, channel0 + channel);
+          if constexpr (kTerm) term = read<T>(args.term, channel0 + channel);
+        }
+        --left;
+        A v = rows[r].get(e);
+        if constexpr (kScale) v *= scale;
+        if constexpr (kTerm) v += term;
+        rows[r].set(e, v);
+      }
+      rows[r].template store<kStep>(0, out + at);
+    }
+  }
+}
+
 template <typename T, Layout kLayout, int kRows, int kWidth>
 GC_KERNEL(kMaxThreads, 1)
 broadcast_mul_backward(const BroadcastMulBackwardArgs args) {
@@ -100,32 +152,38 @@ broadcast_mul_backward(const BroadcastMulBackwardArgs args) {
   port::sync_block<kSyncGradSum>();
   OverPixels<kLayout, 2 * kChannels>::collect(map, sums, scratch);
 
-  A* const partial_product = static_cast<A*>(args.partial_sums) + map.channels0() * args.walk.splits;
-  A* const partial_grad = partial_product + static_cast<long long>(args.walk.images) * args.walk.splits * map.channels;
+  // Of both sums, a row of each part and each group of parts.
+  const int rows = merged_rows(args.walk.splits, args.walk.group);
+  A* const products = static_cast<A*>(args.partial_sums) + map.channels0() * rows;
+  A* const grads = products + static_cast<long long>(args.walk.images) * rows * map.channels;
+  const auto put = [&](int to, const CompanionOut& result, A* parts, int channel, A sum) {
+    if (to != kMergedResult) {
+      parts[static_cast<long long>(to) * map.channels + channel] = sum;
+    } else {
+      write<T>(result, map.channels0() + channel, sum);
+    }
+  };
   if (map.pixel_thread() == 0) {
+    const int to = args.walk.splits == 1 ? kMergedResult : map.split;
     GC_UNROLL
     for (int c = 0; c < kChannels; ++c) {
-      const int channel = map.channel(c);
-      if (channel >= map.channels) continue;
-      if (args.walk.splits == 1) {
-        write<T>(args.grad_scale, map.channels0() + channel, sums[c]);
-        if (args.grad_term.data != nullptr) write<T>(args.grad_term, map.channels0() + channel, sums[kChannels + c]);
-      } else {
-        partial_product[map.split * map.channels + channel] = sums[c];
-        partial_grad[map.split * map.channels + channel] = sums[kChannels + c];
-      }
+      if (map.channel(c) >= map.channels) continue;
+      put(to, args.grad_scale, products, map.channel(c), sums[c]);
+      if (args.grad_term.data != nullptr) put(to, args.grad_term, grads, map.channel(c), sums[kChannels + c]);
     }
   }
   if (args.walk.splits == 1) return;
   int* const flag = arena.take<int>(1);
-  unsigned* const ticket = args.tickets + map.image_chunk();
-  if (!arrive_last(ticket, args.walk.splits, flag)) return;
-  const auto plainly = [](int) { return A(1); };
-  add_rows(map, partial_product, args.walk.splits, plainly,
-           [&](int c, A sum) { write<T>(args.grad_scale, map.channels0() + c, sum); });
-  if (args.grad_term.data == nullptr) return;
-  add_rows(map, partial_grad, args.walk.splits, plainly,
-           [&](int c, A sum) { write<T>(args.grad_term, map.channels0() + c, sum); });
+  unsigned* const tickets = args.tickets + map.image_chunk() * merge_tickets(args.walk.splits, args.walk.group);
+  const auto add = [&](int first, int count, int to, const CompanionOut& result, A* parts) {
+    add_rows(
+        map, parts + static_cast<long long>(first) * map.channels, count, [](int) { return A(1); },
+        [&](int channel, A sum) { put(to, result, parts, channel, sum); });
+  };
+  merge_parts(map.split, args.walk.splits, args.walk.group, tickets, flag, [&](int first, int count, int to) {
+    add(first, count, to, args.grad_scale, products);
+    if (args.grad_term.data != nullptr) add(first, count, to, args.grad_term, grads);
+  });
 }
 
 }  // namespace gc

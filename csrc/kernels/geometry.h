@@ -37,6 +37,7 @@ struct TileShape {
 struct Walk {
   int images, channels, pixels;
   int splits, tiles_per_split;
+  int group;  // of partial results, see split_merge.h
   bool backwards;
   TileShape shape;
 };
@@ -50,6 +51,15 @@ GC_BOTH int channel_threads(Layout layout, TileShape shape) {
 GC_BOTH int pixel_threads(Layout layout, TileShape shape) {
   return channels_are_fast(layout) ? shape.slow_threads : shape.fast_threads;
 }
+
+// `parts` partial results of different blocks become one in two rounds (split_merge.h): each `group` of them leaves a
+// partial result of its own behind them, unless it is the only one.
+GC_BOTH int groups_of(int parts, int group) { return (parts + group - 1) / group; }
+GC_BOTH int merged_rows(int parts, int group) { return parts > group ? parts + groups_of(parts, group) : parts; }
+GC_BOTH int merged_at_most(int parts, int group) {  // in one round
+  return groups_of(parts, group) > group ? groups_of(parts, group) : group;
+}
+GC_BOTH int merge_tickets(int parts, int group) { return parts > group ? groups_of(parts, group) + 1 : 1; }
 
 // A reduction over one axis is finished inside each warp by shuffles; what is left are this many values a kept index.
 GC_BOTH int axis_slots(bool over_fast, TileShape shape) {

@@ -11,7 +11,7 @@
 //
 // Decomposition: as pool_forward; block (image * splits + split, chunk). Usually one chunk holds all channels; where
 // the registers cannot, `dots` brings gc . x[:, s] from pixel_dot. The weight gradient is summed over a block's pixels
-// in registers, over an image's splits by the image's last block, over images by the last image's.
+// in registers, over the blocks of all images by the last of them (split_merge.h).
 //
 // Moves: x once, grad_x once, with kBlock grad once (N*C*S elements each), logits once (N*S accumulation type).
 #pragma once
@@ -26,7 +26,7 @@ namespace gc {
 inline constexpr int kDotsRows = 8;
 // Vectors of grad that a thread fetches together; beside a taller tile's it has registers for one.
 template <int kRows>
-inline constexpr int kGradRows = kRows > 8 ? 1 : 4;
+inline constexpr int kGradRows = kRows > 8 ? 1 : kRows;
 
 template <typename T, Layout kLayout, int kRows, int kWidth, PoolGradient kGradient>
 GC_KERNEL(kMaxThreads, 1)
@@ -147,30 +147,34 @@ pool_backward(const PoolBackwardArgs args) {
 
   if constexpr (kMask) {
     A* const sum_scratch = arena.take<A>(over_pixels_scratch(kLayout, map.shape, kChannels));
-    int* const last_split = arena.take<int>(1);
-    int* const last_image = arena.take<int>(1);
+    int* const flag = arena.take<int>(1);
     if (args.grad_weight.data == nullptr) return;
     OverPixels<kLayout, kChannels>::publish(map, weight_sums, sum_scratch);
     port::sync_block<kSyncWeightSum>();
     OverPixels<kLayout, kChannels>::collect(map, weight_sums, sum_scratch);
+    // One part for each block of the chunk, of all images.
+    A* const rows = static_cast<A*>(args.partial_weight);
+    const int part = map.block_of(args.walk);
     if (map.pixel_thread() == 0) {
-      A* const out =
-          static_cast<A*>(args.partial_weight) + static_cast<long long>(map.block_of(args.walk)) * map.channels;
       GC_UNROLL
       for (int c = 0; c < kChannels; ++c) {
-        if (map.channel(c) < map.channels) out[map.channel(c)] = weight_sums[c];
+        if (map.channel(c) < map.channels)
+          rows[static_cast<long long>(part) * map.channels + map.channel(c)] = weight_sums[c];
       }
     }
-    unsigned* const image_ticket = args.tickets + map.image_chunk();
-    if (!arrive_last(image_ticket, args.walk.splits, last_split)) return;
-    A* const image_weight = static_cast<A*>(args.image_weight);
-    const auto plainly = [](int) { return A(1); };
-    const A* const parts = static_cast<const A*>(args.partial_weight) + map.channels0() * args.walk.splits;
-    add_rows(map, parts, args.walk.splits, plainly, [&](int c, A sum) { image_weight[map.channels0() + c] = sum; });
-    unsigned* const batch_ticket =
-        args.tickets + (static_cast<long long>(args.walk.images) * port::grid_y() + port::block_y());
-    if (!arrive_last(batch_ticket, args.walk.images, last_image)) return;
-    add_rows(map, image_weight, args.walk.images, plainly, [&](int c, A sum) { write<T>(args.grad_weight, c, sum); });
+    const int parts = args.walk.images * args.walk.splits;
+    merge_parts(part, parts, args.walk.group, args.tickets + port::block_y() * merge_tickets(parts, args.walk.group),
+                flag, [&](int first, int count, int to) {
+                  add_rows(
+                      map, rows + static_cast<long long>(first) * map.channels, count, [](int) { return A(1); },
+                      [&](int c, A sum) {
+                        if (to == kMergedResult) {
+                          write<T>(args.grad_weight, c, sum);
+                        } else {
+                          rows[static_cast<long long>(to) * map.channels + c] = sum;
+                        }
+                      });
+                });
   }
 }
 

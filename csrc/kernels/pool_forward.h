@@ -12,8 +12,8 @@
 // Decomposition: block (image * splits + split, chunk) walks the tiles of its pixel range for its chunk of channels
 // (with kMask the one chunk holds all channels). Every thread keeps kRows vectors of x and a running (m, z, sums over
 // its pixels); threads of the same pixels agree bit for bit, for they read the same dot products. At the end the block
-// combines its pixel threads, writes (m, z, sums) of its split, and the last block of an image and chunk merges the
-// splits in order.
+// combines its pixel threads, writes (m, z, sums) of its split, and the last blocks of an image and chunk merge the
+// splits in order (split_merge.h).
 //
 // Moves: x once (N*C*S elements), logits once (N*S accumulation type, read or written), N*splits*(C + 2) partial
 // values.
@@ -40,27 +40,41 @@ GC_DEVICE void write_stats(const PoolForwardArgs& args, const Map& map, Acc<T> m
   state[1] = kWeighting == Weighting::kUniform ? static_cast<Acc<T>>(map.pixels) : z;
 }
 
-// Merges the splits of the block's image and chunk: each thread some channels, each channel in split order.
+// Merges parts first .. first + count of the block's image and chunk into part `to` or the result: each thread some
+// channels, each channel in the order of the parts. shared: 3 values a part.
 template <Weighting kWeighting, typename T, typename Map>
-GC_DEVICE void merge_splits(const PoolForwardArgs& args, const Map& map, Acc<T>* split_weight) {
+GC_DEVICE void merge_splits(const PoolForwardArgs& args, const Map& map, int first, int count, int to, Acc<T>* shared) {
   using A = Acc<T>;
-  const int splits = args.walk.splits;
+  const int rows = merged_rows(args.walk.splits, args.walk.group);
+  A* const parts = static_cast<A*>(args.partial_context) + map.channels0() * rows;
+  A* const stats = static_cast<A*>(args.partial_stats) + map.image_chunk() * rows * 2;
+  A* const weight = shared + 2 * count;
   A m = minus_infinity<A>();
   A z = 0;
   if constexpr (kWeighting != Weighting::kUniform) {
-    const A* const stats = static_cast<const A*>(args.partial_stats) + map.image_chunk() * splits * 2;
-    for (int k = 0; k < splits; ++k) m = Max::combine(m, stats[2 * k]);
-    for (int k = port::thread_index(); k < splits; k += port::block_threads()) {
-      split_weight[k] = exp_below(stats[2 * k], m);
-    }
+    for (int i = port::thread_index(); i < 2 * count; i += port::block_threads()) shared[i] = stats[2 * first + i];
+    port::sync_block<kSyncSplitStats>();
+    for (int k = 0; k < count; ++k) m = Max::combine(m, shared[2 * k]);
+    for (int k = port::thread_index(); k < count; k += port::block_threads()) weight[k] = exp_below(shared[2 * k], m);
     port::sync_block<kSyncSplitWeights>();
-    for (int k = 0; k < splits; ++k) z += split_weight[k] * stats[2 * k + 1];
+    for (int k = 0; k < count; ++k) z += weight[k] * shared[2 * k + 1];
   }
-  const A* const parts = static_cast<const A*>(args.partial_context) + map.channels0() * splits;
   add_rows(
-      map, parts, splits, [&](int k) { return kWeighting == Weighting::kUniform ? A(1) : split_weight[k]; },
-      [&](int channel, A sum) { write_context<kWeighting, T>(args, map, channel, sum, z); });
-  write_stats<kWeighting, T>(args, map, m, z);
+      map, parts + static_cast<long long>(first) * map.channels, count,
+      [&](int k) { return kWeighting == Weighting::kUniform ? A(1) : weight[k]; },
+      [&](int channel, A sum) {
+        if (to == kMergedResult) {
+          write_context<kWeighting, T>(args, map, channel, sum, z);
+        } else {
+          parts[static_cast<long long>(to) * map.channels + channel] = sum;
+        }
+      });
+  if (to == kMergedResult) {
+    write_stats<kWeighting, T>(args, map, m, z);
+  } else if (kWeighting != Weighting::kUniform && port::thread_index() == 0) {
+    stats[2 * to] = m;
+    stats[2 * to + 1] = z;
+  }
 }
 
 template <typename T, Layout kLayout, int kRows, int kWidth, Weighting kWeighting>
@@ -185,23 +199,26 @@ pool_forward(const PoolForwardArgs args) {
     write_stats<kWeighting, T>(args, map, block_max[0], z);
     return;
   }
+  const int rows = merged_rows(args.walk.splits, args.walk.group);
   if (map.pixel_thread() == 0) {
     A* const out =
-        static_cast<A*>(args.partial_context) + static_cast<long long>(map.block_of(args.walk)) * map.channels;
+        static_cast<A*>(args.partial_context) + (static_cast<long long>(map.image) * rows + map.split) * map.channels;
     GC_UNROLL
     for (int c = 0; c < kChannels; ++c) {
       if (map.channel(c) < map.channels) out[map.channel(c)] = sums[c];
     }
     if (kWeighting != Weighting::kUniform && map.channel_thread() == 0) {
-      A* const stats = static_cast<A*>(args.partial_stats) + (map.image_chunk() * args.walk.splits + map.split) * 2;
+      A* const stats = static_cast<A*>(args.partial_stats) + (map.image_chunk() * rows + map.split) * 2;
       stats[0] = block_max[0];
       stats[1] = z;
     }
   }
   int* const flag = arena.take<int>(1);
-  A* const split_weight = arena.take<A>(kWeighting == Weighting::kUniform ? 0 : args.walk.splits);
-  unsigned* const ticket = args.tickets + map.image_chunk();
-  if (arrive_last(ticket, args.walk.splits, flag)) merge_splits<kWeighting, T>(args, map, split_weight);
+  const int most = merged_at_most(args.walk.splits, args.walk.group);
+  A* const shared = arena.take<A>(kWeighting == Weighting::kUniform ? 0 : 3 * most);
+  unsigned* const tickets = args.tickets + map.image_chunk() * merge_tickets(args.walk.splits, args.walk.group);
+  merge_parts(map.split, args.walk.splits, args.walk.group, tickets, flag,
+              [&](int first, int count, int to) { merge_splits<kWeighting, T>(args, map, first, count, to, shared); });
 }
 
 }  // namespace gc

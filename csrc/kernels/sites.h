@@ -9,6 +9,7 @@ enum Site : int {
   kSyncDot,            // pool_forward: every warp's part of the logits is in scratch
   kSyncPixelMax,       // pool_forward: every warp's largest logit is in scratch
   kSyncPixelSum,       // pool_forward: every warp's part of the sums over pixels is in scratch
+  kSyncSplitStats,     // pool_forward: the largest logit and the sum of every split are in shared memory
   kSyncSplitWeights,   // pool_forward: the weight of every split is in shared memory
   kSyncGradStaged,     // pool_backward: grad_context, mask weights and the parts of gc . context are in shared memory
   kSyncGradDot,        // pool_backward: every warp's part of gc . x is in scratch
@@ -25,10 +26,13 @@ enum Site : int {
   kFencePhaseRelease,  // Phase: a block's results are visible before it counts as finished
   kFencePhaseAcquire,  // Phase: the results of the phase before are read after its end
   kFencePhaseReset,    // Phase: the counters are used no more when they are put back to 0
+  kSyncTileShares,     // transform_forward: every warp's share of the dot products is in shared memory
   kSyncHiddenReady,    // transform_forward: the hidden units of these images are in shared memory
   kSyncHiddenDone,     // transform_forward: nobody reads them any more
   kSyncSlabStaged,     // transform_backward: the gradients of these images and rows are in shared memory
   kSyncSlabSums,       // transform_backward: every warp's part of the sums over rows is in shared memory
+  kSyncImageSums,      // transform_backward: every adder's part of the sums over images is in shared memory
+  kSyncNormParts,      // transform_backward: the sums over ranges of slabs are in shared memory
   kSyncNormSums,       // transform_backward: every warp's part of the norm's sums is in shared memory
   kSiteCount
 };

@@ -1,5 +1,7 @@
-// Splits of one image run in different blocks; the block that arrives last merges their partial results, in split order
-// whatever the order of arrival, so a result never depends on timing.
+// Splits of one image run in different blocks, and their partial results are merged in two rounds: the last block of a
+// group of splits to arrive merges the group's, the last of these the groups'. One block alone, reading all splits one
+// after the other, would take as long as all the others take to read x. The order of the additions is that of the
+// splits and groups, whatever the order of arrival, so a result never depends on timing.
 #pragma once
 
 #include "port.h"
@@ -24,14 +26,51 @@ GC_DEVICE bool arrive_last(unsigned* counter, int blocks, int* shared_flag) {
   return *shared_flag != 0;
 }
 
+inline constexpr int kMergedResult = -1;
+
+// To be called when this block has written part `part` of `parts`: calls merge(first part, how many, to), in which
+// `to` is the part that takes the sum or kMergedResult. Parts from `parts` on are the groups' results.
+// tickets: [merge_tickets(parts, group)].
+template <typename Merge>
+GC_DEVICE void merge_parts(int part, int parts, int group, unsigned* tickets, int* shared_flag, const Merge& merge) {
+  const int groups = groups_of(parts, group);
+  unsigned* ticket = tickets + part / group;
+  int first = part / group * group;
+  int count = parts - first < group ? parts - first : group;
+  int to = groups > 1 ? parts + part / group : kMergedResult;
+  GC_UNROLL_BY(1)
+  while (arrive_last(ticket, count, shared_flag)) {
+    merge(first, count, to);
+    if (to == kMergedResult) return;
+    ticket = tickets + groups;
+    first = parts;
+    count = groups;
+    to = kMergedResult;
+  }
+}
+
 // Adds `count` rows of [count, channels], each times its weight and in order, for the block's chunk of channels.
 template <typename A, typename Map, typename Weight, typename Write>
 GC_DEVICE void add_rows(const Map& map, const A* rows, int count, const Weight& weight, const Write& write) {
-  for (int c = map.channel0 + port::thread_index(); c < map.end_channel(); c += port::block_threads()) {
-    A sum = 0;
-    GC_UNROLL_BY(8)
-    for (int k = 0; k < count; ++k) sum += weight(k) * rows[static_cast<long long>(k) * map.channels + c];
-    write(c, sum);
+  constexpr int kChannelsAtOnce = 4;  // each some loads in flight
+  const int step = port::block_threads();
+  const int end = map.end_channel();
+  for (int c0 = map.channel0 + port::thread_index(); c0 < end; c0 += kChannelsAtOnce * step) {
+    A sum[kChannelsAtOnce];
+    GC_UNROLL
+    for (int i = 0; i < kChannelsAtOnce; ++i) sum[i] = 0;
+    GC_UNROLL_BY(4)
+    for (int k = 0; k < count; ++k) {
+      const A* const row = rows + static_cast<long long>(k) * map.channels;
+      GC_UNROLL
+      for (int i = 0; i < kChannelsAtOnce; ++i) {
+        if (c0 + i * step < end) sum[i] += weight(k) * row[c0 + i * step];
+      }
+    }
+    GC_UNROLL
+    for (int i = 0; i < kChannelsAtOnce; ++i) {
+      if (c0 + i * step < end) write(c0 + i * step, sum[i]);
+    }
   }
 }
 

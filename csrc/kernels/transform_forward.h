@@ -7,10 +7,12 @@
 //
 // context [N, C] -> out [N, C] a branch; W1 [P, C], W2 [C, P]. All sums in the accumulation type.
 //
-// Decomposition: two phases (phases.h). In the first, warps take rows of W1; in the second, every block computes the
-// norm for itself (P values an image) and its warps take rows of W2. A row is fetched once for kManyImages images.
+// Decomposition: two phases (phases.h), the products with W1 and those with W2. Both cut rows by images into tiles
+// (transform_geometry.h): a warp takes kTileRows rows for up to kManyImages images, and where there are few tiles,
+// several warps share the length of the rows. In the second phase every block computes the norm of its tile's images
+// for itself.
 //
-// Moves: W1 and W2 once from memory; context and h once a block, from the second-level cache.
+// Moves: W1 and W2 once from memory; context and h from the second-level cache, once for each row of tiles.
 #pragma once
 
 #include "transform.h"
@@ -45,84 +47,155 @@ GC_DEVICE int scattered_index(int lane) {
   return index;
 }
 
-// Calls write(n, row . vectors[n]) for the `images` vectors, each in one lane of the warp that took the row.
-template <int kWidth, int kImages, typename W, typename A, typename Write>
-GC_DEVICE void row_dots(const W* row, int count, const A* vectors, long long stride, int images, const Write& write) {
-  [[maybe_unused]] constexpr int kUnroll = kImages > kFewImages ? 2 : 8;  // loads in flight, as far as registers go
-  const int lane = port::thread_index() % kWarp;
-  for (int n0 = 0; n0 < images; n0 += kImages) {
-    A sums[kImages];
+// Of rows r and images n, the lane's sum over elements begin .. end: that of r * kImages + n = scattered_index(lane).
+// Rows and images past the last are read as the last.
+template <int kWidth, int kImages, typename W, typename A>
+GC_DEVICE A tile_dots(const W* matrix, int rows, int count, const A* vectors, long long stride, int images, int begin,
+                      int end) {
+  [[maybe_unused]] constexpr int kUnroll = kImages == kFewImages ? 4 : sizeof(A) == 4 ? 2 : 1;  // loads in flight
+  constexpr int kSums = kTileRows * kImages;
+  A sums[kSums];
+  GC_UNROLL
+  for (int i = 0; i < kSums; ++i) sums[i] = 0;
+  GC_UNROLL_BY(kUnroll)
+  for (int i = begin + port::thread_index() % kWarp * kWidth; i < end; i += kWarp * kWidth) {
+    Vector<W, kWidth> weight[kTileRows];
     GC_UNROLL
-    for (int n = 0; n < kImages; ++n) sums[n] = 0;
-    GC_UNROLL_BY(kUnroll)
-    for (int i = lane * kWidth; i < count; i += kWarp * kWidth) {
-      const auto weight = port::load_global(reinterpret_cast<const Vector<W, kWidth>*>(row + i));
+    for (int r = 0; r < kTileRows; ++r) {
+      const long long row = r < rows ? r : rows - 1;
+      weight[r] = port::load_global(reinterpret_cast<const Vector<W, kWidth>*>(matrix + row * count + i));
+    }
+    GC_UNROLL
+    for (int n = 0; n < kImages; ++n) {
+      const auto vector =
+          *reinterpret_cast<const Vector<A, kWidth>*>(vectors + (n < images ? n : images - 1) * stride + i);
       GC_UNROLL
-      for (int n = 0; n < kImages; ++n) {
-        if (n0 + n >= images) continue;
-        const auto v = *reinterpret_cast<const Vector<A, kWidth>*>(vectors + (n0 + n) * stride + i);
+      for (int r = 0; r < kTileRows; ++r) {
         GC_UNROLL
-        for (int k = 0; k < kWidth; ++k) sums[n] += to_acc(weight.value[k]) * v.value[k];
+        for (int k = 0; k < kWidth; ++k) sums[r * kImages + n] += to_acc(weight[r].value[k]) * vector.value[k];
       }
     }
-    const A sum = scatter_sums<kImages>(sums);
-    const int n = n0 + scattered_index<kImages>(lane);
-    if (lane < kImages && n < images) write(n, sum);
   }
+  return scatter_sums<kSums>(sums);
 }
 
-template <int kWidth, typename W, typename A, typename Write>
-GC_DEVICE void row_dots(const W* row, int count, const A* vectors, long long stride, int images, const Write& write) {
-  if (images <= kFewImages) {
-    row_dots<kWidth, kFewImages>(row, count, vectors, stride, images, write);
-  } else {
-    row_dots<kWidth, kManyImages>(row, count, vectors, stride, images, write);
+template <typename A>
+struct Dots {
+  int rows, count;
+  const A* vectors;
+  long long stride;
+  int images, begin, end;
+
+  template <int kWidth, typename W>
+  GC_DEVICE A of(const W* matrix) const {
+    if (images <= kFewImages)
+      return tile_dots<kWidth, kFewImages>(matrix, rows, count, vectors, stride, images, begin, end);
+    return tile_dots<kWidth, kManyImages>(matrix, rows, count, vectors, stride, images, begin, end);
   }
+};
+
+// One tile of out = matrix . vectors: rows of a matrix [rows, count] by images first_image .. + images.
+struct TransformTile {
+  int branch;
+  int row, first_image, images;  // the block's first row
+  int number;                    // of the tile among those of the same images
+};
+
+GC_DEVICE TransformTile tile_at(const TransformForwardArgs& args, int phase, int index) {
+  const int shares = phase == 0 ? args.shares[0] : args.shares[1];
+  TransformTile tile{};
+  int tiles = row_tiles(phase == 0 ? args.branch[0].hidden : args.channels, shares);
+  const int of_first = tiles * image_tiles(args.images, args.tile_images);
+  if (index >= of_first) {
+    index -= of_first;
+    tile.branch = 1;
+    tiles = row_tiles(phase == 0 ? args.branch[1].hidden : args.channels, shares);
+  }
+  tile.number = index % tiles;
+  tile.row = tile.number * kTileRows * (kTransformWarps / shares);
+  tile.first_image = index / tiles * args.tile_images;
+  tile.images = args.images - tile.first_image < args.tile_images ? args.images - tile.first_image : args.tile_images;
+  return tile;
 }
 
-// The same for row `r` of a matrix [rows, count].
+GC_DEVICE int tiles_in(const TransformForwardArgs& args, int phase) {
+  int tiles = 0;
+  for (int b = 0; b < args.branches; ++b) {
+    const int hidden = b == 0 ? args.branch[0].hidden : args.branch[1].hidden;
+    tiles += phase == 0 ? row_tiles(hidden, args.shares[0]) : row_tiles(args.channels, args.shares[1]);
+  }
+  return tiles * image_tiles(args.images, args.tile_images);
+}
+
+// Calls write(image of the tile, row, matrix[row] . vectors[image]). scratch: [kTransformThreads].
 template <typename T, int kWidth, typename Write>
-GC_DEVICE void matrix_row_dots(const Companion& matrix, int r, int count, const Acc<T>* vectors, long long stride,
-                               int images, const Write& write) {
+GC_DEVICE void multiply_tile(const TransformTile& tile, const Companion& matrix, int rows, int count,
+                             const Acc<T>* vectors, long long stride, int shares, Acc<T>* scratch, const Write& write) {
   using A = Acc<T>;
-  const long long first = static_cast<long long>(r) * count;
-  if constexpr (sizeof(T) < sizeof(A)) {
-    if (matrix.wide) {
-      row_dots<kWidth>(static_cast<const A*>(matrix.data) + first, count, vectors, stride, images, write);
-      return;
-    }
+  constexpr int kPieceStep = 16;  // elements: pieces of a row begin at multiples of this
+  const int lane = port::thread_index() % kWarp;
+  const int warp = port::thread_index() / kWarp;
+  const int share = warp % shares;
+  const int row0 = tile.row + warp / shares * kTileRows;
+  const int own_rows = rows - row0 < kTileRows ? rows - row0 : kTileRows;
+  const int piece = ((count + shares - 1) / shares + kPieceStep - 1) / kPieceStep * kPieceStep;
+  const int begin = share * piece;
+  const int end = begin + piece < count ? begin + piece : count;
+  const bool few = tile.images <= kFewImages;
+  A sum = 0;
+  if (own_rows > 0) {
+    const long long first = static_cast<long long>(row0) * count;
+    const Dots<A> dots{own_rows, count, vectors, stride, tile.images, begin, end};
+    sum = sizeof(T) == sizeof(A) || matrix.wide ? dots.template of<kWidth>(static_cast<const A*>(matrix.data) + first)
+                                                : dots.template of<kWidth>(static_cast<const T*>(matrix.data) + first);
   }
-  row_dots<kWidth>(static_cast<const T*>(matrix.data) + first, count, vectors, stride, images, write);
+  if (shares > 1) {
+    scratch[port::thread_index()] = sum;
+    port::sync_block<kSyncTileShares>();
+    if (share != 0) return;
+    for (int other = 1; other < shares; ++other) sum += scratch[port::thread_index() + other * kWarp];
+  }
+  const int at = few ? scattered_index<kTileRows * kFewImages>(lane) : scattered_index<kWarp>(lane);
+  const int images = few ? kFewImages : kManyImages;
+  const int row = row0 + at / images;
+  if (lane < kTileRows * images && row < rows && at % images < tile.images) write(at % images, row, sum);
 }
 
-// The norm and its activation for images n0 .. n0 + images of a branch, a warp an image: y [images, P] in shared
-// memory.
+// The norm and its activation for the tile's images, a warp an image: y [images, P] in shared memory.
 template <typename T>
-GC_DEVICE void normalize(const TransformForwardArgs& args, const TransformBranch& branch, const Phase& phase, int n0,
-                         int images, Acc<T>* y) {
+GC_DEVICE void normalize(const TransformForwardArgs& args, const TransformBranch& branch, const TransformTile& tile,
+                         Acc<T>* y) {
   using A = Acc<T>;
   const int lane = port::thread_index() % kWarp;
-  for (int n = port::thread_index() / kWarp; n < images; n += kTransformWarps) {
-    const long long row0 = static_cast<long long>(n0 + n) * branch.hidden;
+  for (int i = port::thread_index() / kWarp; i < tile.images; i += kTransformWarps) {
+    const int n = tile.first_image + i;
+    const long long row0 = static_cast<long long>(n) * branch.hidden;
     const A* const h = static_cast<const A*>(branch.products) + row0;
+    A* const own = y + i * branch.hidden;  // a lane reads what it wrote itself
     A mean = 0;
     A inverse_deviation = 1;
+    GC_UNROLL_BY(4)
+    for (int p = lane; p < branch.hidden; p += kWarp) {
+      own[p] = h[p];
+      mean += own[p];
+    }
     if (branch.norm_weight.data != nullptr) {
-      for (int p = lane; p < branch.hidden; p += kWarp) mean += h[p];
       mean = warp_sum(mean) / static_cast<A>(branch.hidden);
       A variance = 0;
-      for (int p = lane; p < branch.hidden; p += kWarp) variance += (h[p] - mean) * (h[p] - mean);
+      for (int p = lane; p < branch.hidden; p += kWarp) variance += (own[p] - mean) * (own[p] - mean);
       variance = warp_sum(variance) / static_cast<A>(branch.hidden);
       // A variance that overflows gives NaN, as in PyTorch, and not a finite number.
       inverse_deviation = A(1) / port::sqrt(variance + static_cast<A>(args.eps)) + (variance - variance);
+    } else {
+      mean = 0;
     }
-    const bool writer = (n0 + n) % phase.blocks() == phase.block();  // every block has them; one writes them down
+    const bool writer = tile.number == 0;  // every tile has them; one writes them down
     for (int p = lane; p < branch.hidden; p += kWarp) {
-      const A normalized = (h[p] - mean) * inverse_deviation;
-      y[n * branch.hidden + p] = activate(args.activation, before_activation<T>(branch, normalized, p));
+      const A normalized = (own[p] - mean) * inverse_deviation;
+      own[p] = activate(args.activation, before_activation<T>(branch, normalized, p));
       if (writer) static_cast<A*>(branch.normalized)[row0 + p] = normalized;
     }
-    if (writer && lane == 0) static_cast<A*>(branch.inverse_deviation)[n0 + n] = inverse_deviation;
+    if (writer && lane == 0) static_cast<A*>(branch.inverse_deviation)[n] = inverse_deviation;
   }
 }
 
@@ -135,40 +208,45 @@ transform_forward(const TransformForwardArgs args) {
   int* const ticket = arena.take<int>(1);
   const int hidden_max = args.branches > 1 && args.branch[1].hidden > args.branch[0].hidden ? args.branch[1].hidden
                                                                                             : args.branch[0].hidden;
-  A* const y = arena.take<A>(args.images_at_once * hidden_max);
+  A* const y = arena.take<A>(args.tile_images * hidden_max);
+  A* scratch = arena.take<A>(2 * kTransformThreads);
   const Phase phase(args.grid, args.counters, ticket);
   phase.await_previous();
 
-  const int warps = phase.blocks() * kTransformWarps;
-  const int warp = phase.block() * kTransformWarps + port::thread_index() / kWarp;
+  // Neighbouring tiles, of the same images as far as may be.
+  const int tiles = tiles_in(args, phase.number());
+  const int first = static_cast<int>(static_cast<long long>(tiles) * phase.block() / phase.blocks());
+  const int end = static_cast<int>(static_cast<long long>(tiles) * (phase.block() + 1) / phase.blocks());
+  int ready_branch = -1, ready_image = -1;  // whose hidden units are in y
   GC_UNROLL_BY(1)
-  for (int b = 0; b < args.branches; ++b) {
-    const TransformBranch branch = b == 0 ? args.branch[0] : args.branch[1];
-    const int first =
-        b == 0 ? warp : warps - 1 - warp;  // who has a row less in one branch may have one more in the other
+  for (int index = first; index < end; ++index) {
+    const TransformTile tile = tile_at(args, phase.number(), index);
+    const TransformBranch branch = tile.branch == 0 ? args.branch[0] : args.branch[1];
+    // Two scratch areas in turn: who writes one again has passed the barrier after which nobody reads it.
+    A* const own_scratch = scratch + index % 2 * kTransformThreads;
     if (phase.number() == 0) {
       A* const products = static_cast<A*>(branch.products);
-      for (int p = first; p < branch.hidden; p += warps) {
-        const A bias = read<T>(branch.b1, p);
-        matrix_row_dots<T, kWidth>(
-            branch.w1, p, args.channels, static_cast<const A*>(args.context), args.context_stride, args.images,
-            [&](int n, A sum) { products[static_cast<long long>(n) * branch.hidden + p] = sum + bias; });
-      }
+      multiply_tile<T, kWidth>(tile, branch.w1, branch.hidden, args.channels,
+                               static_cast<const A*>(args.context) + tile.first_image * args.context_stride,
+                               args.context_stride, args.shares[0], own_scratch, [&](int i, int p, A sum) {
+                                 products[static_cast<long long>(tile.first_image + i) * branch.hidden + p] =
+                                     sum + read<T>(branch.b1, p);
+                               });
       continue;
     }
-    for (int n0 = 0; n0 < args.images; n0 += args.images_at_once) {
-      const int images = args.images - n0 < args.images_at_once ? args.images - n0 : args.images_at_once;
-      if (b + n0 > 0) port::sync_block<kSyncHiddenDone>();
-      normalize<T>(args, branch, phase, n0, images, y);
+    if (ready_branch != tile.branch || ready_image != tile.first_image) {
+      if (index > first) port::sync_block<kSyncHiddenDone>();
+      normalize<T>(args, branch, tile, y);
       port::sync_block<kSyncHiddenReady>();
-      A* const out = static_cast<A*>(branch.out) + static_cast<long long>(n0) * args.channels;
-      for (int c = first; c < args.channels; c += warps) {
-        const A bias = read<T>(branch.b2, c);
-        matrix_row_dots<T, kWidth>(branch.w2, c, branch.hidden, y, branch.hidden, images, [&](int n, A sum) {
-          out[static_cast<long long>(n) * args.channels + c] = pass_gate(branch.gate, sum + bias);
-        });
-      }
+      ready_branch = tile.branch;
+      ready_image = tile.first_image;
     }
+    A* const out = static_cast<A*>(branch.out);
+    multiply_tile<T, kWidth>(tile, branch.w2, args.channels, branch.hidden, y, branch.hidden, args.shares[1],
+                             own_scratch, [&](int i, int c, A sum) {
+                               out[static_cast<long long>(tile.first_image + i) * args.channels + c] =
+                                   pass_gate(branch.gate, sum + read<T>(branch.b2, c));
+                             });
   }
   phase.finish();
 }

@@ -8,16 +8,28 @@ namespace gc {
 inline constexpr int kTransformThreads = 256;
 inline constexpr int kTransformWarps = kTransformThreads / kWarp;
 
-// Forward: how many images share one fetch of a weight, with a sum for each in registers.
-inline constexpr int kFewImages = 4;
-inline constexpr int kManyImages = 16;
-// Whose hidden units lie in a block's shared memory together.
-inline constexpr int kImagesAtOnce = 2 * kManyImages;
+// Forward: a warp multiplies kTileRows rows of a weight matrix with up to this many images' vectors at a time, so that
+// what it fetches of either is used several times.
+inline constexpr int kTileRows = 4;
+inline constexpr int kFewImages = 2;
+inline constexpr int kManyImages = 8;
+static_assert(kTileRows * kManyImages == kWarp, "a sum a lane");
+
+// Tiles of all rows and all images, of which a block takes kTransformWarps / shares times kTileRows rows by
+// tile_images images: `shares` warps share the length of a row.
+GC_BOTH int row_tiles(int rows, int shares) {
+  const int rows_in_tile = kTileRows * (kTransformWarps / shares);
+  return (rows + rows_in_tile - 1) / rows_in_tile;
+}
+GC_BOTH int image_tiles(int images, int tile_images) { return (images + tile_images - 1) / tile_images; }
 
 // Backward: a weight matrix is cut into slabs of rows. A warp takes kSlabRows of them at a time, a block kSlabStep.
 inline constexpr int kSlabImages = 8;  // at a time
 inline constexpr int kSlabRows = 4;
 inline constexpr int kSlabStep = kSlabRows * kTransformWarps;
 inline constexpr int kMaxSlabSteps = 4;
+// Shared memory beside the staged gradients: the warps' sums over rows, and behind them two areas for sums over images.
+inline constexpr int kSlabSums = kTransformWarps * kSlabImages * kWarp;
+inline constexpr int kSlabScratch = kSlabSums + 2 * kTransformThreads;
 
 }  // namespace gc

@@ -120,11 +120,13 @@ struct Block {
     pooling.logits = attention ? logits : nullptr;
     pooling.state = state;
     pooling.partial_context = output("pool_workspace", pool.workspace);
-    pooling.partial_stats = static_cast<A*>(pooling.partial_context) + outputs * pool.walk.splits;
+    pooling.partial_stats =
+        static_cast<A*>(pooling.partial_context) + outputs * merged_rows(pool.walk.splits, pool.walk.group);
     pooling.tickets = tickets.data();
     run_launch(pool, schedule, [&] { return launch_pool_forward(pool, pooling, nullptr); });
 
-    PhaseCounters counters;
+    const TransformPlan small_plan = make_transform_forward_plan(problem(), kDevice);
+    PhaseCounters counters(small_plan);
     TransformForwardArgs transform{};
     transform.counters = counters.data();
     transform.images = kShape.images;
@@ -139,7 +141,6 @@ struct Block {
           kHidden,      wide(own.w1), wide(own.b1), wide(own.norm_weight), wide(own.norm_bias),   wide(own.w2),
           wide(own.b2), gate_of(b),   own.products, own.normalized,        own.inverse_deviation, own.out};
     }
-    const TransformPlan small_plan = make_transform_forward_plan(problem(), kDevice);
     run_launch(small_plan, schedule, [&] { return launch_transform_forward(small_plan, transform, nullptr); });
 
     const Plan apply = plan(KernelKind::kBroadcast);
@@ -155,7 +156,7 @@ struct Block {
     sum_gradients(schedule);
 
     const TransformPlan small_plan = make_transform_backward_plan(problem(), kDevice, TransformDepth::kContext);
-    PhaseCounters counters;
+    PhaseCounters counters(small_plan);
     TransformBackwardArgs transform{};
     transform.counters = counters.data();
     transform.images = kShape.images;
@@ -238,7 +239,6 @@ struct Block {
     args.grad_x = grad_x.buffer().data();
     args.grad_weight = wide_out(grad_mask_weight);
     args.partial_weight = output("weight_workspace", last.workspace);
-    args.image_weight = static_cast<A*>(args.partial_weight) + outputs * last.walk.splits;
     args.tickets = tickets.data();
     run_launch(last, schedule, [&] { return launch_pool_backward(last, args, nullptr); });
   }

@@ -98,10 +98,10 @@ struct Backward {
       plan = plan_of(kind, true);
       args.dots = dots.data();
     }
-    const int splits = plan.walk.splits;
-    Buffer<A> partial_weight("partial_weight", mask ? channels_in_all() * splits : 0, Use::kOutput);
-    Buffer<A> image_weight("image_weight", mask ? channels_in_all() : 0, Use::kOutput);
-    host::require(static_cast<std::size_t>(plan.workspace) == partial_weight.size() + image_weight.size(),
+    const int rows = merged_rows(plan.walk.images * plan.walk.splits, plan.walk.group);
+    Buffer<A> partial_weight("partial_weight", mask ? static_cast<std::size_t>(rows) * on.shape.channels : 0,
+                             Use::kOutput);
+    host::require(static_cast<std::size_t>(plan.workspace) == partial_weight.size(),
                   "workspace of " + plan.to_string());
     Tickets tickets(plan);
     args.x = x.buffer().data();
@@ -115,7 +115,6 @@ struct Backward {
       args.mask_weight = mask_weight.companion();
       if (variant.grad_weight) args.grad_weight = grad_weight.out();
       args.partial_weight = partial_weight.data();
-      args.image_weight = image_weight.data();
       args.tickets = tickets.data();
     } else {
       args.grad_logits = grad_logits.out();
@@ -126,7 +125,7 @@ struct Backward {
     require_passes(grad.buffer(), variant.block() && variant.grad_x ? 1 : 0, 0);
     require_passes(grad_x.buffer(), 0, variant.grad_x ? 1 : 0);
     if (variant.grad_x) bits.check(grad_x.buffer());
-    if (mask && variant.grad_weight) bits.check(image_weight);
+    if (mask && variant.grad_weight) bits.check(partial_weight);
   }
 
   void run_pixel_dot(const Plan& plan, Buffer<A>& dots, const host::Schedule& schedule) {

@@ -89,9 +89,10 @@ struct Pooling {
       args.given_logits = {logits.data(), true};
     }
     const int splits = plan.walk.splits;
-    Buffer<A> partial_context("partial_context", splits > 1 ? channels_in_all() * splits : 0, Use::kOutput);
+    const int rows = merged_rows(splits, plan.walk.group);
+    Buffer<A> partial_context("partial_context", splits > 1 ? channels_in_all() * rows : 0, Use::kOutput);
     const bool softmax = weighting != Weighting::kUniform;
-    Buffer<A> partial_stats("partial_stats", splits > 1 && softmax ? on.shape.images * plan.chunks * splits * 2 : 0,
+    Buffer<A> partial_stats("partial_stats", splits > 1 && softmax ? on.shape.images * plan.chunks * rows * 2 : 0,
                             Use::kOutput);
     host::require(static_cast<std::size_t>(plan.workspace) == partial_context.size() + partial_stats.size(),
                   "workspace of " + plan.to_string());

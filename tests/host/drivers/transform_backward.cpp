@@ -229,7 +229,7 @@ void run(const Wanted& wanted, const TransformCase& on, bool wide, SameBits& bit
   for (std::size_t i = 0; i < context.size(); ++i) context[i] = static_cast<A>(numbers(1) + 0.25);
   Buffer<A> grad_context("grad_context", static_cast<std::size_t>(on.images) * on.channels, Use::kOutput);
   std::vector<std::unique_ptr<Branch<T>>> branches;
-  PhaseCounters counters;
+  PhaseCounters counters(plan);
   TransformBackwardArgs args{};
   args.counters = counters.data();
   args.images = on.images;

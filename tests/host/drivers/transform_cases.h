@@ -88,13 +88,15 @@ inline DeviceLimits device_of(const TransformCase& on) { return {on.multiprocess
 
 class PhaseCounters {
  public:
+  explicit PhaseCounters(const TransformPlan& plan)
+      : buffer_("counters", std::vector<unsigned>(plan.counters, 0), Use::kState) {}
   unsigned* data() { return buffer_.data(); }
   void check() const {
     for (std::size_t i = 0; i < buffer_.size(); ++i) host::require(buffer_[i] == 0, "counters are 0 after a launch");
   }
 
  private:
-  Buffer<unsigned> buffer_{"counters", std::vector<unsigned>(kPhaseCounters, 0), Use::kState};
+  Buffer<unsigned> buffer_;
 };
 
 // One case for every problem and element type; run(element, problem, wide, bits, schedule).

@@ -119,7 +119,7 @@ void run(const TransformCase& on, bool wide, SameBits& bits, const host::Schedul
 
   const TransformProblem problem = problem_of(on, Element<T>::type);
   const TransformPlan plan = make_transform_forward_plan(problem, device_of(on));
-  PhaseCounters counters;
+  PhaseCounters counters(plan);
   TransformForwardArgs args{};
   args.counters = counters.data();
   args.images = on.images;
@@ -138,16 +138,11 @@ void run(const TransformCase& on, bool wide, SameBits& bits, const host::Schedul
   run_launch(plan, schedule, [&] { return launch_transform_forward(plan, args, nullptr); });
 
   counters.check();
-  // A row is read once for each group of images.
-  const auto groups = [](int images) { return images <= kFewImages ? 1 : (images + kManyImages - 1) / kManyImages; };
-  const int w1_reads = groups(on.images);
-  int w2_reads = 0;
-  for (int n0 = 0; n0 < on.images; n0 += plan.images_at_once) {
-    w2_reads += groups(std::min(plan.images_at_once, on.images - n0));
-  }
+  // A row is read once for each tile of images.
+  const int reads = image_tiles(on.images, plan.tile_images);
   for (const auto& branch : branches) {
-    branch->w1.with_buffer([&](const auto& w1) { require_passes(w1, w1_reads, 0); });
-    branch->w2.with_buffer([&](const auto& w2) { require_passes(w2, w2_reads, 0); });
+    branch->w1.with_buffer([&](const auto& w1) { require_passes(w1, reads, 0); });
+    branch->w2.with_buffer([&](const auto& w2) { require_passes(w2, reads, 0); });
     bits.check(branch->normalized);
     bits.check(branch->out);
     for (int n = 0; n < on.images; ++n) {
