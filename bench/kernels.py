@@ -24,13 +24,14 @@ from peers import step
 
 COPY, SUM = "copy of x", "sum"
 FLUSHES = 5  # buffers of the cache's size that are overwritten to empty it
-# gc::Weighting of csrc/kernels/args.h: what one pooling kernel is used for, forward and for the gradient's
-# sums
+# gc::Weighting of csrc/kernels/args.h: what the pooling kernel is used for, forward and backward
 POOLINGS = {0: "pool_forward (mask)", 1: "pool_forward (logits)", 2: "pool_forward (uniform)"}
 # Passes over a tensor of x's size, by kernel; one more where the block has a scale.
 PASSES = {
     COPY: 2,
     "broadcast": 2,
+    "broadcast_flat": 2,
+    "pixel_dot": 1,
     "broadcast_mul_backward": 1,
     "pool_backward": 3,
     **dict.fromkeys(POOLINGS.values(), 1),
@@ -80,7 +81,7 @@ def name_of(event_name: str) -> str | None:
 
 
 def profile(calls: Sequence[Callable[[], object]], repeats: int, flush: torch.Tensor | None) -> Times:
-    """Microseconds that each kernel takes in one round of the calls, round by round."""
+    """Microseconds of every launch of each kernel, in their order."""
     for call in calls:
         call()
     torch.cuda.synchronize()
@@ -92,11 +93,17 @@ def profile(calls: Sequence[Callable[[], object]], repeats: int, flush: torch.Te
                 call()
         torch.cuda.synchronize()
     times: Times = collections.defaultdict(list)
-    for event in profiler.events():
+    for event in sorted(profiler.events(), key=lambda event: event.time_range.start):
         name = name_of(event.name) if event.device_type == torch.autograd.DeviceType.CUDA else None
         if name is not None:
             times[name].append(event.time_range.elapsed_us())
     return times
+
+
+def of_rounds(times: list[float], repeats: int) -> list[float]:
+    """What a kernel takes in each round, which may launch it more than once, for different work."""
+    launches = max(1, len(times) // repeats)
+    return [sum(times[i : i + launches]) for i in range(0, len(times) - launches + 1, launches)]
 
 
 def bytes_of(name: str, case: Case) -> int | None:
@@ -126,8 +133,7 @@ def rows(case: Case, problem: Problem, repeats: int, flush: torch.Tensor) -> lis
     for name in [COPY, *(n for n in warm if n != COPY)]:
         if name not in warm or name not in cold:
             continue
-        # A call may launch a kernel more than once, and the whole of it is what it takes.
-        medians = [statistics.median(t[name]) * max(1, round(len(t[name]) / repeats)) for t in (warm, cold)]
+        medians = [statistics.median(of_rounds(t[name], repeats)) for t in (warm, cold)]
         found.append(_row(case, name, bytes_of(name, case), *medians))
         if name != COPY:
             sums = [a + b for a, b in zip(sums, medians)]

@@ -42,8 +42,8 @@ def figures(result: dict[str, Any], path: str) -> str:
     setting = f"{setting_text(samples[0].setting)}; torch {versions['torch']}"
     said = (
         f"One block on {device['name']} ({setting}, {result['date'][:10]}, commit "
-        f"{versions['commit'] or 'unknown'}), medians, {cache} cache. The limit is a copy of as many bytes as "
-        f"the block must move, in the same run ([all of it, and how it was measured]({stem}.md)):"
+        f"{versions['commit'] or 'unknown'}), medians, {cache} cache. The limit is a copy of as many bytes "
+        f"as the block must move, in the same run ([all of it, and how it was measured]({stem}.md)):"
     )
     lines = [
         "",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -72,18 +73,34 @@ def test_bytes_of_kernels(bench):
     assert kernels.bytes_of("something new", case) is None
 
 
-def test_the_rows_of_a_case(bench, monkeypatch):
-    """A kernel that a call launches twice takes twice its median; the sum leaves the copy out."""
+def test_every_kernel_of_the_source_has_a_formula(bench):
+    """Of csrc/kernels: a kernel that is added there is to be added to bench/kernels.py."""
     kernels, cases = bench("kernels"), bench("cases")
-    times = {"copy of x": [3.0, 3.0], "pool_forward (mask)": [1.0, 2.0, 1.0, 2.0], "broadcast": [2.0, 2.2]}
+    case = cases.Case("forward+backward", "mul", 1 / 4, "float16", "s", (16, 9, 14), 3, "nchw")
+    folder = BENCH.parent / "csrc" / "kernels"
+    names = {
+        name
+        for path in folder.glob("*.h")
+        for name in re.findall(r"^GC_KERNEL\(.*\)\n(\w+)\(", path.read_text(), re.MULTILINE)
+    }
+    assert {"pool_forward", "transform_backward", "broadcast_flat"} <= names
+    for name in names:
+        pools = kernels.POOLINGS.values() if name == "pool_forward" else [name]
+        assert all(kernels.bytes_of(pool, case) for pool in pools), name
+
+
+def test_the_rows_of_a_case(bench, monkeypatch):
+    """A kernel that a call launches twice takes both times; the sum leaves the copy out."""
+    kernels, cases = bench("kernels"), bench("cases")
+    times = {"copy of x": [3.0, 3.0], "pool_forward (mask)": [1.0, 7.0, 1.0, 7.0], "broadcast": [2.0, 2.2]}
     monkeypatch.setattr(kernels, "profile", lambda calls, repeats, flush: times)
     case = cases.Case("forward+backward", "add", 1 / 4, "float32", "s", (16, 9, 14), 3, "nchw")
     rows = kernels.rows(case, cases.make(case, "cpu"), 2, torch.empty(1))
     assert [(row.kernel, row.warm_us) for row in rows] == [
         ("copy of x", 3.0),
-        ("pool_forward (mask)", 3.0),
+        ("pool_forward (mask)", 8.0),
         ("broadcast", pytest.approx(2.1)),
-        ("sum", pytest.approx(5.1)),
+        ("sum", pytest.approx(10.1)),
     ]
     assert rows[0].rates() == [f"{2 * 3 * 16 * 9 * 14 * 4 / 3e3:.0f}"] * 2
 
