@@ -255,6 +255,8 @@ def plan(settings: Settings, quick: bool) -> list[Step]:
     if device == "cuda":
         steps += profiling(settings, [case for case in headline if case.stage in DETECTION], quick)
     order = list(GUESSES)
+    if device == "cpu":  # where it is accounting alone, and takes no time
+        order.insert(0, order.pop(order.index("memory")))
     return sorted(steps, key=lambda step: order.index(step.section))
 
 

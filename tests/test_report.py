@@ -91,7 +91,7 @@ def test_what_there_is_no_time_for_is_named(tiny, tmp_path):
     assert tiny.main(["--quick", "--limit", "0.001", "--device", "cpu", "--output", str(tmp_path)]) == 0
     (path,) = tmp_path.glob("*.json")
     text = path.with_suffix(".md").read_text()
-    assert "No time for 6 steps: c4 1x16x9x14 nchw, forward," in text
+    assert "No time for 6 steps: memory of resnet50, 64×64; c4 1x16x9x14 nchw, forward," in text
     assert "Nothing was timed." in text
 
 
@@ -177,7 +177,13 @@ def test_the_plans_have_what_was_published(bench, device):
             }
             assert {(512, 100, 168), (1024, 50, 84), (2048, 25, 42)} <= found
     sections = [step.section for step in suite.plan(suite.Settings(device, 0.1, 3), quick=False)]
-    assert sections == sorted(sections, key=list(suite.GUESSES).index)
+    assert (
+        list(dict.fromkeys(sections))
+        == {
+            "cpu": ["memory", "times", "models", "more times"],
+            "cuda": ["times", "memory", "models", "more times", "launches", "kernels", "traffic"],
+        }[device]
+    )
     assert ("launches" in sections) == (device == "cuda")
 
 
