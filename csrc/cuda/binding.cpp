@@ -6,6 +6,7 @@
 // to the nearer of the two.
 #include "cuda/binding.h"
 
+#include <c10/cuda/CUDACachingAllocator.h>
 #include <torch/library.h>
 
 #include <map>
@@ -16,24 +17,50 @@
 namespace gc::cuda {
 
 DeviceLimits device_limits(int device) {
-  DeviceLimits limits{};
-  C10_CUDA_CHECK(cudaDeviceGetAttribute(&limits.multiprocessors, cudaDevAttrMultiProcessorCount, device));
-  C10_CUDA_CHECK(cudaDeviceGetAttribute(&limits.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-  return limits;
+  static std::mutex mutex;
+  static std::map<int, DeviceLimits> known;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto [at, is_new] = known.try_emplace(device);
+  if (is_new) {
+    DeviceLimits& limits = at->second;
+    C10_CUDA_CHECK(cudaDeviceGetAttribute(&limits.multiprocessors, cudaDevAttrMultiProcessorCount, device));
+    C10_CUDA_CHECK(cudaDeviceGetAttribute(&limits.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  }
+  return at->second;
 }
 
+namespace {
+
+// Zeroed counters for as long as the process lives. Not from torch's allocator: that one may be at the moment lending
+// from the pool of a CUDA graph, whose memory it takes back (torch.compile's warm-up runs do so without capturing).
+Tensor lasting_tickets(int64_t count, const at::TensorOptions& options, cudaStream_t stream) {
+  void* counters = nullptr;
+  const size_t bytes = count * sizeof(int);
+  if (cudaMalloc(&counters, bytes) != cudaSuccess) {
+    cudaGetLastError();  // which would be the next call's otherwise
+    c10::cuda::CUDACachingAllocator::emptyCache();
+    C10_CUDA_CHECK(cudaMalloc(&counters, bytes));
+  }
+  C10_CUDA_CHECK(cudaMemsetAsync(counters, 0, bytes, stream));
+  return at::from_blob(counters, {count}, options.dtype(at::kInt));
+}
+
+}  // namespace
+
 Tensor zeroed_tickets(int64_t count, const at::TensorOptions& options, cudaStream_t stream) {
-  const auto make = [&](int64_t size) { return at::zeros({size}, options.dtype(at::kInt)); };
   cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
   C10_CUDA_CHECK(cudaStreamIsCapturing(stream, &capture));
-  if (capture != cudaStreamCaptureStatusNone) return make(count);
+  if (capture != cudaStreamCaptureStatusNone) return at::zeros({count}, options.dtype(at::kInt));
 
   static std::mutex mutex;
-  static auto& sets = *new std::map<std::pair<int, cudaStream_t>, Tensor>;  // outlives the allocator's own end
+  static auto& sets = *new std::map<std::pair<int, cudaStream_t>, Tensor>;  // no destructor: torch may be gone by then
   const std::lock_guard<std::mutex> lock(mutex);
   Tensor& set = sets[{options.device().index(), stream}];
   constexpr int64_t kSmallestSet = 1024;
-  if (!set.defined() || set.numel() < count) set = make(std::max(kSmallestSet, 2 * count));
+  // One that has become too small is in use by launches that are still to run: it stays.
+  if (!set.defined() || set.numel() < count) {
+    set = lasting_tickets(std::max(kSmallestSet, 2 * count), options, stream);
+  }
   return set;
 }
 
