@@ -38,7 +38,19 @@ def export(net, random, **options):
     # The model halves its maps, and torch.export takes a map of one row or column for another case.
     n, h, w = (torch.export.Dim(name, min=least, max=4096) for name, least in (("n", 1), ("h", 3), ("w", 3)))
     x = random(*EXAMPLE, dtype=torch.float32)
-    return plain_export(net, (x,), dynamic_shapes={"x": {0: n, 2: h, 3: w}}, **options)
+    sizes = {0: n, 2: h, 3: w}
+    try:
+        return plain_export(net, (x,), dynamic_shapes={"x": sizes}, **options)
+    except torch._dynamo.exc.UserError as error:
+        convolutions = torch.nn.Sequential(
+            torch.nn.Conv2d(3, 4, 3, stride=2, padding=1), torch.nn.Conv2d(4, 1, 1)
+        )
+        try:
+            plain_export(convolutions, (x,), dynamic_shapes=(sizes,))
+        except torch._dynamo.exc.UserError:
+            # torch 2.8 does not see that (w - 1) // 2 + 1 is at least 1.
+            pytest.skip("this torch exports no strided convolution before another one for any size")
+        raise error
 
 
 def plain_export(net, inputs, *, strict=False, **options):
