@@ -124,7 +124,7 @@ def versions(device: str, stated_commit: str | None) -> dict[str, str | None]:
         driver = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     return {
         "gc_cuda": gc_cuda.__version__,
-        "commit": commit() or stated_commit,
+        "commit": stated_commit or commit(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "driver": driver.splitlines()[0] if driver else None,
@@ -143,7 +143,7 @@ def allocator(device: str, reused: bool) -> str:
 
 
 def describe(device: str, reused: bool, stated_commit: str | None = None) -> dict[str, Any]:
-    """The head of a result; the stated commit is for a copy of the source that git does not know."""
+    """The head of a result; the stated commit is for a copy of the source of which git knows less."""
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "device": device_of(device),

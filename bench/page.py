@@ -92,10 +92,11 @@ def others(pictures: dict[str, str]) -> list[str]:
     return lines
 
 
-def graphs(result: Result) -> list[str]:
-    """Plain stream and CUDA graph side by side, for all peers."""
-    samples = samples_of(result)
-    samples = [s for s in samples if s.setting == samples[0].setting]  # the others are among "every case"
+GRAPH_GAINS = ("graphs: faster than eager", "than torch.compile", "of the limit")
+
+
+def graph_rows(samples: list[Sample]) -> list[tuple[Sample, list[str]]]:
+    """For each case: milliseconds of plain stream and CUDA graph for all peers, and what the graphs gain."""
     rows = []
     for graph in comparisons(samples, launch=GRAPH):
         stream = {
@@ -106,23 +107,23 @@ def graphs(result: Result) -> list[str]:
         plain = Comparison(stream)
         cells = [f"{number(plain.ms(p))} → {number(graph.ms(p))}" for p in (OURS, EAGER, COMPILED)]
         gains = [times(graph.faster(EAGER)), times(graph.faster(COMPILED)), percent(graph.share(OURS))]
-        first = graph.any
-        rows.append(
-            [
-                first.map,
-                first.layout,
-                first.direction,
-                setting_text(first.setting),
-                first.cache,
-                *cells,
-                *gains,
-            ]
-        )
+        rows.append((graph.any, [*cells, *gains]))
+    return rows
+
+
+def graphs(result: Result) -> list[str]:
+    """Plain stream and CUDA graph side by side, for all peers."""
+    samples = samples_of(result)
+    samples = [s for s in samples if s.setting == samples[0].setting]  # the others are among "every case"
+    rows = [
+        [of.map, of.layout, of.direction, setting_text(of.setting), of.cache, *cells]
+        for of, cells in graph_rows(samples)
+    ]
     lines = ["## Plain stream and CUDA graph", ""]
     if not rows:
         return [*lines, "Not measured: this run was on a CPU." if is_cpu(result) else "Not measured."]
     titles = ["map", "layout", "direction", "block", "cache", *(f"{p}, ms" for p in (OURS, EAGER, COMPILED))]
-    titles += ["graphs: faster than eager", "than torch.compile", "of the limit"]
+    titles += GRAPH_GAINS
     lines += [method.GRAPHS, ""]
     refused = [m for m in result["missing"] if "CUDA graph" in m["reason"]]
     lines += table(titles, rows, 5)

@@ -19,7 +19,8 @@ from typing import Any
 
 from cases import DIRECTIONS, IMAGENET
 from markdown_text import table
-from page import SUMMARY, main_cache, summary_rows
+from page import GRAPH_GAINS, SUMMARY, graph_rows, main_cache, summary_rows
+from peers import COMPILED, EAGER, OURS
 from samples import headline, samples_of, setting_text
 
 SECTION = re.compile(r"<!-- figures: (?P<path>\S+) -->\n(?P<body>.*?)<!-- end figures -->", re.DOTALL)
@@ -33,23 +34,30 @@ def figures(result: dict[str, Any], path: str) -> str:
     samples = headline(samples_of(result))
     cache = main_cache(samples)
     of_detectors = [s for s in samples if s.stage not in IMAGENET]  # the first screen is short
-    rows = [
-        [direction, *row]
-        for direction in DIRECTIONS
-        for row in summary_rows(of_detectors or samples, direction, cache)
-    ]
+    shown = of_detectors or samples
+    on_graphs = graph_rows([s for s in shown if s.cache == cache])
+    if on_graphs:
+        titles = ["direction", "map", "layout", *(f"{p}, ms" for p in (OURS, EAGER, COMPILED)), *GRAPH_GAINS]
+        rows = [[of.direction, of.map, of.layout, *cells] for of, cells in on_graphs]
+        launched = (
+            " Milliseconds of calls on the plain stream → replayed as a CUDA graph: the difference is what "
+            "Python and launching cost on this host."
+        )
+    else:
+        titles, launched = ["direction", *SUMMARY], ""
+        rows = [[d, *row] for d in DIRECTIONS for row in summary_rows(shown, d, cache)]
     stem = path.removesuffix(".json")
     setting = f"{setting_text(samples[0].setting)}; torch {versions['torch']}"
     said = (
         f"One block on {device['name']} ({setting}, {result['date'][:10]}, commit "
         f"{versions['commit'] or 'unknown'}), medians, {cache} cache. The limit is a copy of as many bytes "
-        f"as the block must move, in the same run ([all of it, and how it was measured]({stem}.md)):"
+        f"as the block must move, in the same run.{launched} [All of it, and how it was measured]({stem}.md):"
     )
     lines = [
         "",
         textwrap.fill(said, WIDTH, break_long_words=False, break_on_hyphens=False),
         "",
-        *table(("direction", *SUMMARY), rows, 3),
+        *table(titles, rows, 3),
         "",
         f"![Time of the block over the size of the feature map]({stem}-times-{cache}.png)",
         "",

@@ -68,7 +68,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--reuse-pages", action="store_true", help="CPU: outputs get used pages, not fresh ones"
     )
-    parser.add_argument("--commit", help="of this source, where git cannot say it")
+    parser.add_argument("--commit", help="of this source, where git cannot say it or says another")
     own = parser.add_argument_group("one case of your own: a table, no page")
     own.add_argument("--shape", type=shape_of, metavar="N,C,H,W")
     own.add_argument("--dtype", choices=DTYPES, default="float32")

@@ -57,10 +57,16 @@ def test_every_element_is_covered_once_within_the_limits_of_a_launch(kernel, pro
         assert grid_x == images * p.splits < 2**31 and 1 <= grid_y <= 65535, p
         assert p.shared_bytes <= device["shared_bytes"] or not p.holds_channels, p
 
-        covered = p.splits * p.tiles_per_split * p.tile_pixels
-        assert covered >= pixels, p
-        last_split_begins = (p.splits - 1) * p.tiles_per_split * p.tile_pixels
-        assert last_split_begins < pixels, f"an empty split: {p}"
+        # A flat tile is a run of elements, whatever their channel.
+        tile, extent = (
+            (p.threads * p.rows * p.width, channels * pixels) if p.flat else (p.tile_pixels, pixels)
+        )
+        covered = p.splits * p.tiles_per_split * tile
+        assert covered >= extent, p
+        last_split_begins = (p.splits - 1) * p.tiles_per_split * tile
+        assert last_split_begins < extent, f"an empty split: {p}"
+        if p.flat:
+            continue
         if p.holds_channels and kernel != "pixel_dot":
             assert p.chunks * p.tile_channels >= channels > (p.chunks - 1) * p.tile_channels, p
 
@@ -84,14 +90,27 @@ def test_too_many_channels_for_a_block_ask_for_the_dot_products_first(kernel):
 
 
 def test_the_width_of_loads_follows_alignment_and_extent():
-    assert plan("broadcast", 1, 8, 64).width == 4
-    assert plan("broadcast", 1, 8, 64, alignment=8).width == 2
-    assert plan("broadcast", 1, 8, 1050).width == 2
-    assert plan("broadcast", 1, 8, 49).width == 1
-    assert plan("broadcast", 1, 8, 49, "NHWC").width == 4
-    assert plan("broadcast", 1, 8, 64, dtype="float16").width == 8
-    assert plan("broadcast", 1, 8, 64, dtype="float16", alignment=2).width == 1
-    assert plan("broadcast", 1, 8, 64, dtype="float64").width == 2
+    assert plan("pool_uniform", 1, 8, 64).width == 4
+    assert plan("pool_uniform", 1, 8, 64, alignment=8).width == 2
+    assert plan("pool_uniform", 1, 8, 1050).width == 2
+    assert plan("pool_uniform", 1, 8, 49).width == 1
+    assert plan("pool_uniform", 1, 8, 49, "NHWC").width == 4
+    assert plan("pool_uniform", 1, 8, 64, dtype="float16").width == 8
+    assert plan("pool_uniform", 1, 8, 64, dtype="float16", alignment=2).width == 1
+    assert plan("pool_uniform", 1, 8, 64, dtype="float64").width == 2
+
+
+def test_a_broadcast_over_odd_rows_takes_the_image_as_one_run_of_full_vectors():
+    p = plan("broadcast", 2, 2048, 1050)
+    assert p.flat and p.width == 4, p
+    assert plan("broadcast", 32, 2048, 49, dtype="float16").width == 8
+    for other in (
+        plan("broadcast", 2, 512, 16800),  # its rows are full vectors
+        plan("broadcast", 2, 2048, 1050, "NHWC"),
+        plan("broadcast", 2, 3, 49),  # the next image would begin inside a vector
+        plan("broadcast", 2, 2048, 1050, alignment=8),
+    ):
+        assert not other.flat, other
 
 
 @pytest.mark.parametrize("kernel", ["pool_mask", "pool_backward_mask", "pool_backward_block"])
@@ -177,12 +196,32 @@ def test_the_transform_stays_within_the_limits_of_a_launch(problem, device):
         assert 0 < partial <= images * 2 * channels * sum(hidden) // 32 + rounding, p
     for pass_ in ("forward", "backward"):
         p = transform_plan(pass_, images, channels, hidden, **device)
-        assert all(1 <= blocks <= device["multiprocessors"] for blocks in p.blocks), p
+        assert all(1 <= blocks <= 2 * device["multiprocessors"] for blocks in p.blocks), p
 
 
-def test_a_large_transform_takes_every_multiprocessor():
-    assert transform_plan("forward", 2, 2048, [512]).blocks == [64, 132]
-    assert min(transform_plan("backward", 2, 2048, [512]).blocks[::2]) == 132
+def test_a_large_transform_fills_the_device():
+    """Few images leave each block one piece of a matrix; many take two blocks to a multiprocessor."""
+    p = transform_plan("forward", 2, 2048, [512])
+    assert p.tile_images == 2 and min(p.blocks) >= 64, p
+    assert min(transform_plan("backward", 2, 2048, [512]).blocks[::2]) >= 132
+    p = transform_plan("forward", 256, 2048, [128])
+    assert p.tile_images == 8 and min(p.blocks) >= 132, p
+    assert min(transform_plan("backward", 256, 2048, [128]).blocks[::2]) >= 132
+
+
+def test_rows_of_a_matrix_are_shared_where_there_are_few_of_them():
+    assert transform_plan("forward", 2, 2048, [128]).shares == [8, 2]
+    assert transform_plan("forward", 2, 64, [4]).shares == [1, 1], "a lane would have nothing to fetch"
+
+
+@pytest.mark.parametrize("parts", [1, 8, 9, 66, 132])
+def test_many_partial_results_are_merged_in_two_rounds(parts):
+    """In either round, a block reads about the root of their number."""
+    p = plan("pool_mask", 1, 512, 32 * parts, multiprocessors=1000)
+    assert p.splits == parts and p.group == (8 if parts <= 64 else -int(-(parts**0.5) // 1)), p
+    groups = -(-parts // p.group)
+    assert p.workspace == (0 if parts == 1 else (parts + (groups if groups > 1 else 0)) * (512 + 2)), p
+    assert p.tickets == (0 if parts == 1 else groups + 1 if groups > 1 else 1), p
 
 
 def test_single_weights_are_loaded_where_pairs_do_not_fit():

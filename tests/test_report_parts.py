@@ -249,10 +249,11 @@ def test_a_section_whose_time_is_over_stays_so(bench, monkeypatch):
     assert done == list(range(20))
 
 
-def test_the_commit_is_gits_or_what_was_stated(bench, monkeypatch):
+def test_the_commit_is_what_was_stated_or_gits(bench, monkeypatch):
     environment = bench("environment")
     monkeypatch.setattr(environment, "output_of", lambda *command, **_: None)
     assert environment.versions("cpu", "0123abc")["commit"] == "0123abc"
     said = {"describe": "fedcba", "status": " M bench/suite.py"}
     monkeypatch.setattr(environment, "output_of", lambda *command, **_: said.get(command[1]))
-    assert environment.versions("cpu", "0123abc")["commit"] == "fedcba-dirty"
+    assert environment.versions("cpu", "0123abc")["commit"] == "0123abc"
+    assert environment.versions("cpu", None)["commit"] == "fedcba-dirty"
