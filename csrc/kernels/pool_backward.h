@@ -24,9 +24,11 @@ namespace gc {
 
 // Taller tiles serve only launches whose blocks hold all channels: they never take `dots`, and spare its registers.
 inline constexpr int kDotsRows = 8;
-// Vectors of grad that a thread fetches together; beside a taller tile's it has registers for one.
-template <int kRows>
-inline constexpr int kGradRows = kRows > 8 ? 1 : kRows;
+// Vectors of grad that a thread fetches together, as far as registers go beside the tile's.
+template <typename T, int kRows>
+inline constexpr int kGradRows = kRows > 8        ? 1
+                                 : sizeof(T) == 2 ? 4
+                                                  : kRows;
 
 template <typename T, Layout kLayout, int kRows, int kWidth, PoolGradient kGradient>
 GC_KERNEL(kMaxThreads, 1)
@@ -114,7 +116,7 @@ pool_backward(const PoolBackwardArgs args) {
       }
     }
     // Row by row, each stored when it is done: its registers are free for the next.
-    constexpr int kStep = kGradRows<kRows>;
+    constexpr int kStep = kGradRows<T, kRows>;
     GC_UNROLL
     for (int r0 = 0; r0 < kRows; r0 += kStep) {
       PackedVector<T> grad_rows[kStep] = {};

@@ -4,6 +4,7 @@
 // splits and groups, whatever the order of arrival, so a result never depends on timing.
 #pragma once
 
+#include "geometry.h"
 #include "port.h"
 #include "sites.h"
 

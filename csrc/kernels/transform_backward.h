@@ -65,7 +65,9 @@ GC_DEVICE void slab_backward(const Linear<T, In, GradOut>& linear, int slab, int
   }
   ready();
 
-  // The next images' values are on their way while those before are multiplied. A thread stages a value a step.
+  // The next images' values are on their way while those before are multiplied, but for the highest slabs, which leave
+  // no registers for that. A thread stages a value a step.
+  constexpr bool kAhead = kSteps < kMaxSlabSteps;
   static_assert(kSlabImages * kSlabStep == kTransformThreads, "a value a thread and step");
   A next_in[kSlabImages];
   A next_staged[kSteps];
@@ -82,9 +84,10 @@ GC_DEVICE void slab_backward(const Linear<T, In, GradOut>& linear, int slab, int
       next_staged[step] = n < linear.images && row < linear.rows ? linear.grad_out(n, row) : A(0);
     }
   };
-  fetch(0);
+  if (kAhead) fetch(0);
   for (int n0 = 0; n0 < linear.images; n0 += kSlabImages) {
     const int images = linear.images - n0 < kSlabImages ? linear.images - n0 : kSlabImages;
+    if (!kAhead) fetch(n0);
     A in[kSlabImages];
     A product[kSlabImages];
     GC_UNROLL
@@ -97,7 +100,7 @@ GC_DEVICE void slab_backward(const Linear<T, In, GradOut>& linear, int slab, int
       staged[step * kTransformThreads + thread] = next_staged[step];
     }
     port::sync_block<kSyncSlabStaged>();
-    if (n0 + kSlabImages < linear.images) fetch(n0 + kSlabImages);
+    if (kAhead && n0 + kSlabImages < linear.images) fetch(n0 + kSlabImages);
     GC_UNROLL
     for (int step = 0; step < kSteps; ++step) {
       GC_UNROLL

@@ -52,7 +52,9 @@ GC_DEVICE int scattered_index(int lane) {
 template <int kWidth, int kImages, typename W, typename A>
 GC_DEVICE A tile_dots(const W* matrix, int rows, int count, const A* vectors, long long stride, int images, int begin,
                       int end) {
-  [[maybe_unused]] constexpr int kUnroll = kImages == kFewImages ? 4 : sizeof(A) == 4 ? 2 : 1;  // loads in flight
+  // Loads in flight, as far as registers go.
+  constexpr int kVectors = kImages == kFewImages ? 4 : 2;
+  [[maybe_unused]] constexpr int kUnroll = sizeof(W) == 2 ? kVectors / 2 : sizeof(W) == 4 ? kVectors : 1;
   constexpr int kSums = kTileRows * kImages;
   A sums[kSums];
   GC_UNROLL

@@ -33,23 +33,36 @@ ELEMENT_BYTES = {"float": 4, "__half": 2, "__nv_bfloat16": 2}  # float64 is for 
 
 def is_hot(kernel: str) -> bool:
     """Is it among the instantiations whose speed counts?"""
-    transform = re.search(r"transform_\w+<(\w+)(?:, (\d+))?>", kernel)
+    transform = re.search(r"(transform_\w+)<(\w+), (\d+)>", kernel)
     if transform is not None:
-        return transform[1] in ELEMENT_BYTES and transform[2] != "1"
+        single_weights = transform[1] == "transform_forward" and transform[3] == "1"
+        return transform[2] in ELEMENT_BYTES and not single_weights
     return moves_vectors(kernel)
 
 
 def moves_vectors(kernel: str) -> bool:
-    """Does an instantiation <type, layout, rows, width, ...> move 16 bytes of a feature map at a time?"""
+    """Does an instantiation <type, layout, rows, width, ...> move 16 bytes of a feature map at a time? A flat one
+    does.
+    """
     if "transform_" in kernel:
         return False
+    flat = re.search(r"broadcast_flat<(\w+),", kernel)
+    if flat is not None:
+        return flat[1] in ELEMENT_BYTES
     match = re.search(r"<(\w+), \(gc::Layout\)\d, \d+, (\d+)", kernel)
     assert match is not None, f"not <type, layout, rows, width, ...>: {kernel}"
     return ELEMENT_BYTES.get(match[1], 0) * int(match[2]) == 16
 
 
-# The backward of attention_pool alone, for maps of 2,048 channels; a whole block does not use it.
-KNOWN_SPILLS = {("gc::pool_backward<float, (gc::Layout)0, 16, 4, (gc::PoolGradient)1>", "sm_120"): 48}
+# The backward of attention_pool alone, for maps of 2,048 channels, which a whole block does not use; and some words of
+# the transform, which without them would have to fetch later.
+KNOWN_SPILLS = {
+    ("gc::pool_backward<float, (gc::Layout)0, 16, 4, (gc::PoolGradient)1>", "sm_120"): 48,
+    ("gc::transform_forward<__half, 2>", "sm_120"): 32,
+    ("gc::transform_forward<__nv_bfloat16, 2>", "sm_120"): 32,
+    ("gc::transform_backward<__half, 2>", "sm_70"): 24,
+    ("gc::transform_backward<__nv_bfloat16, 2>", "sm_70"): 24,
+}
 
 
 def forbidden_spills(found: list[Resources]) -> list[Resources]:
