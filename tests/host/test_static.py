@@ -41,8 +41,8 @@ def is_hot(kernel: str) -> bool:
 
 
 def moves_vectors(kernel: str) -> bool:
-    """Does an instantiation <type, layout, rows, width, ...> move 16 bytes of a feature map at a time? A flat one
-    does.
+    """Does an instantiation move 16 bytes of a feature map at a time? A flat one does; the others are
+    <type, layout, rows, width, ...>.
     """
     if "transform_" in kernel:
         return False
@@ -54,8 +54,8 @@ def moves_vectors(kernel: str) -> bool:
     return ELEMENT_BYTES.get(match[1], 0) * int(match[2]) == 16
 
 
-# The backward of attention_pool alone, for maps of 2,048 channels, which a whole block does not use; and some words of
-# the transform, which without them would have to fetch later.
+# The backward of attention_pool alone, for maps of 2,048 channels, which a whole block does not use; and some
+# words of the transform, which without them would have to fetch later.
 KNOWN_SPILLS = {
     ("gc::pool_backward<float, (gc::Layout)0, 16, 4, (gc::PoolGradient)1>", "sm_120"): 48,
     ("gc::transform_forward<__half, 2>", "sm_120"): 32,
