@@ -73,7 +73,9 @@ def figures_by_hand() -> list[str]:
 
 
 def test_figures_by_hand_are_in_a_linked_result():
-    linked = sorted({f"{stem}.json" for stem in LINKED.findall(README)})
+    pages = sorted(set(LINKED.findall(README)))
+    assert all((ROOT / f"{page}.md").exists() for page in pages)
+    linked = [f"{page}.json" for page in pages if not page.endswith("-checks")]  # which is of no figures
     numbers = [number for name in linked for number in numbers_in(json.loads((ROOT / name).read_text()))]
     missing = sorted({figure for figure in figures_by_hand() if not is_rounded(figure, numbers)})
     assert not missing, f"in none of {linked}"
