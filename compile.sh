@@ -19,9 +19,11 @@ build_needs=(ninja numpy pybind11 setuptools wheel)
 bench_needs=(matplotlib tqdm)
 # None of these brings a torch: fuzzing, ONNX, the example, and the form of result files.
 test_needs=(pytest hypothesis onnx onnxscript onnxruntime scikit-learn jsonschema matplotlib tqdm)
-# For the comparison with mmcv. Installed without dependencies, which would bring a second OpenCV and perhaps a torch.
-mmcv_needs=(mmcv-lite==2.2.0 mmengine==0.10.7 addict pyyaml rich termcolor yapf packaging opencv-python-headless
-  markdown-it-py mdurl pygments platformdirs Pillow)
+# For the comparison with mmcv, mmdetection and mmsegmentation, which wants this mmcv. Installed without dependencies,
+# which would bring a second OpenCV and perhaps a torch.
+mmcv_needs=(mmcv-lite==2.1.0 mmengine==0.10.7 addict pyyaml rich termcolor yapf packaging opencv-python-headless
+  markdown-it-py mdurl pygments platformdirs Pillow mmdet==3.3.0 mmsegmentation==1.2.2 pycocotools scipy shapely
+  terminaltables prettytable wcwidth six ftfy regex)
 
 # This torchvision wants exactly that torch, so that no other comes with it.
 model_needs=(timm==1.0.31 torchvision==0.28.0)
