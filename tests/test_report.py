@@ -3,31 +3,14 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from invented_result import gpu_result
 
 BENCH = Path(__file__).parents[1] / "bench"
 TINY = {"c4": (16, 9, 14), "c5": (24, 5, 7)}
-
-
-@pytest.fixture
-def bench(monkeypatch):
-    """Import one of the benchmark's modules."""
-    monkeypatch.syspath_prepend(str(BENCH))
-    yield importlib.import_module
-    for path in BENCH.glob("*.py"):
-        sys.modules.pop(path.stem, None)
-
-
-@pytest.fixture
-def result():
-    return gpu_result()
 
 
 @pytest.fixture
