@@ -1,4 +1,4 @@
-"""What tests share: devices, layouts, dtypes, a grid of shapes with a reason for each; the benchmark itself."""
+"""What tests share: devices, layouts, dtypes, a grid of shapes with a reason for each; the benchmark."""
 
 from __future__ import annotations
 
