@@ -34,9 +34,9 @@ struct TransformPlan {
 
 // How much of the backward pass is wanted.
 enum class TransformDepth : int {
-  kLastLayer = 1,   // gradients of w2 and b2 only
-  kParameters = 3,  // of all parameters
-  kContext = 4,     // and of the context: the same three phases
+  kLastLayer,   // gradients of w2 and b2 only: one phase
+  kParameters,  // of all parameters
+  kContext,     // and of the context
 };
 
 // Both throw std::invalid_argument for a problem that is larger than a launch can be.
