@@ -2,23 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import sys
-from pathlib import Path
 
 import pytest
-
-BENCH = Path(__file__).parents[1] / "bench"
-
-
-@pytest.fixture
-def bench(monkeypatch):
-    """Import one of the benchmark's modules."""
-    monkeypatch.syspath_prepend(str(BENCH))
-    yield importlib.import_module
-    for path in BENCH.glob("*.py"):
-        sys.modules.pop(path.stem, None)
 
 
 def test_blocks(bench, tmp_path, capsys):
