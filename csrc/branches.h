@@ -27,15 +27,28 @@ struct Branch {
     TORCH_CHECK(norm || given.size() == kParameters - 2, name,
                 " must be empty, or hold w1, b1, norm_weight, norm_bias, w2, b2, or those without the norm's two; got ",
                 given.size(), " tensors");
-    const int64_t channels = x.size(1);
     hidden = given[kB1].numel();
     TORCH_CHECK(hidden > 0, names[kB1], " must have at least one element, got shape ", given[kB1].sizes());
-    const int64_t sizes[kParameters] = {hidden * channels, hidden, hidden, hidden, channels * hidden, channels};
     size_t next = 0;
     for (int i = 0; i < kParameters; ++i) {
       if (!norm && (i == kNormWeight || i == kNormBias)) continue;
-      check_companion(given[next], names[i], x, sizes[i]);
+      check(given[next], static_cast<Parameter>(i), names[i], x);
       parameters[i] = given[next++].contiguous();
+    }
+  }
+
+ private:
+  void check(const at::Tensor& tensor, Parameter which, const char* name, const at::Tensor& x) const {
+    const int64_t channels = x.size(1);
+    switch (which) {
+      case kW1:
+        return check_matrix(tensor, name, x, hidden, channels);
+      case kW2:
+        return check_matrix(tensor, name, x, channels, hidden);
+      case kB2:
+        return check_companion(tensor, name, x, channels);
+      default:
+        return check_companion(tensor, name, x, hidden);
     }
   }
 };

@@ -1,9 +1,11 @@
-// What the CPU and CUDA bindings both demand of their arguments before a pointer is taken. The public functions in
-// gc_cuda/functional.py say the same earlier and in the user's words; these hold for direct callers of
-// torch.ops.gc_cuda.
+// What the CPU and CUDA bindings both demand of their arguments before a pointer is taken. For most public functions
+// gc_cuda/_checks.py has said the same before, in the user's words; for the whole block it says so only after one of
+// these has failed: what passes here is computed.
 #pragma once
 
 #include <ATen/ATen.h>
+
+#include <optional>
 
 namespace gc {
 
@@ -25,6 +27,26 @@ inline void check_companion(const at::Tensor& tensor, const char* name, const at
       tensor.scalar_type() == x.scalar_type() || tensor.scalar_type() == accumulation_type(x.scalar_type()), name,
       " must be ", x.scalar_type(), " like x, or ", accumulation_type(x.scalar_type()), ", got ", tensor.scalar_type());
   TORCH_CHECK(tensor.numel() == count, name, " must have ", count, " elements, got shape ", tensor.sizes());
+}
+
+// A matrix of a 1x1 convolution: [rows, columns], where trailing dimensions of size 1 do not matter.
+inline void check_matrix(const at::Tensor& tensor, const char* name, const at::Tensor& x, int64_t rows,
+                         int64_t columns) {
+  check_companion(tensor, name, x, rows * columns);
+  TORCH_CHECK(tensor.dim() >= 2 && tensor.size(0) == rows && tensor.size(1) == columns, name, " must have shape [",
+              rows, ", ", columns, "] or [", rows, ", ", columns, ", 1, 1], got ", tensor.sizes());
+}
+
+// The mask of attention pooling; average pooling has neither of the two.
+inline void check_mask(const std::optional<at::Tensor>& weight, const std::optional<at::Tensor>& bias,
+                       const at::Tensor& x) {
+  TORCH_CHECK(weight.has_value() || !bias.has_value(), "mask_bias must be None without a mask_weight");
+  if (weight.has_value()) check_companion(*weight, "mask_weight", x, x.size(1));
+  if (bias.has_value()) check_companion(*bias, "mask_bias", x, 1);
+}
+
+inline void check_epsilon(double eps) {
+  TORCH_CHECK(eps >= 0, "eps must be 0 or more, got ", eps);  // NaN is not
 }
 
 // A second feature map, a gradient say: x's own shape, type and device.

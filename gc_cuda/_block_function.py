@@ -22,9 +22,10 @@ _GATE = {name: number for number, name in enumerate(reference.GATES)}
 class Policy(NamedTuple):
     """What the block computes besides its tensors."""
 
-    eps: float
+    pooling_type: str
     activation: str
     gate: str
+    eps: float
 
     def numbers(self) -> tuple[int, int]:
         """The operators' arguments activation and gate."""
@@ -39,13 +40,13 @@ def whole_block(
     mul: Transform | None,
     policy: Policy,
 ) -> Tensor:
-    """The output for arguments that fit."""
+    """The output, or some error where an argument does not fit: :mod:`gc_cuda._checks` finds the words."""
+    of_add, of_mul = _six(add), _six(mul)
     if torch.is_grad_enabled():
-        out, _ = _WholeBlock.apply(x, mask_weight, mask_bias, policy, *(add or _ABSENT), *(mul or _ABSENT))
+        out, _ = _WholeBlock.apply(x, mask_weight, mask_bias, policy, *of_add, *of_mul)
     else:  # a Function of 16 arguments would take as long as the operator does on a small map
-        branches = _present(add or ()), _present(mul or ())
         out, *_ = torch.ops.gc_cuda.global_context.default(
-            x, mask_weight, mask_bias, *branches, policy.eps, *policy.numbers()
+            x, mask_weight, mask_bias, _present(of_add), _present(of_mul), policy.eps, *policy.numbers()
         )
     return out
 
@@ -101,8 +102,23 @@ class _WholeBlock(Function):
         return grad_x, grad_weight, grad_bias, None, *grad_branches
 
 
-def _present(branch: Sequence[Tensor | None]) -> list[Tensor]:
-    return [tensor for tensor in branch if tensor is not None]
+def _six(branch: Transform | None) -> Sequence[Tensor | None]:
+    """The tensors of a branch by their places; what has no six places, or none in the first, is no branch."""
+    if branch is None:
+        return _ABSENT
+    if not isinstance(branch, (tuple, list)) or len(branch) != 6 or branch[0] is None:
+        raise TypeError(f"no Transform: {type(branch).__name__}")
+    return branch
+
+
+def _present(branch: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """What the operator takes for a branch; a None that should not be there stays, and is rejected there."""
+    w1, b1, norm_weight, norm_bias, w2, b2 = branch
+    if w1 is None:
+        return []
+    if norm_weight is None and norm_bias is None:
+        return [w1, b1, w2, b2]
+    return [w1, b1, norm_weight, norm_bias, w2, b2]
 
 
 def _as_transform(branch: Sequence[Tensor | None]) -> Transform | None:
@@ -147,7 +163,6 @@ def _differentiable(
             mask_weight,
             add=_as_transform(branches[:6]),
             mul=_as_transform(branches[6:]),
-            pooling_type="avg" if mask_weight is None else "att",
             **ctx.policy._asdict(),
         )
 

@@ -1,6 +1,9 @@
 """What the public functions demand of their arguments, in the caller's words: name, expected, got.
 
-A valid call costs a few attribute reads; the messages are put together only when they are needed.
+For most functions they run first, at the cost of a few attribute reads. The whole block takes up to 15
+tensors: only :func:`unseen_by_the_operator` runs first, and :func:`global_context` after an error, for the
+words. What that rejects the operator rejects by itself (csrc/checks.h, csrc/branches.h, and gc_cuda/_fake.py
+for meta tensors); tests/test_errors.py holds it to that.
 """
 
 from __future__ import annotations
@@ -18,6 +21,36 @@ _ACCUMULATION = {
     torch.bfloat16: torch.float32,
     torch.float64: torch.float64,
 }
+
+
+def global_context(
+    x: Tensor,
+    mask_weight: Tensor | None,
+    mask_bias: Tensor | None,
+    add: Transform | None,
+    mul: Transform | None,
+    pooling_type: str,
+    activation: str,
+    gate: str,
+    eps: float,
+) -> None:
+    """All that the whole block demands."""
+    feature_map(x)
+    pooling(pooling_type, mask_weight, mask_bias, x)
+    branches(add, mul, x)
+    policy(activation, gate)
+    epsilon(eps)
+
+
+def unseen_by_the_operator(x: Tensor, mask_weight: Tensor | None, pooling_type: str, eps: float) -> None:
+    """Demand what the operator of the whole block cannot: it is told no pooling type, would take a tensor of
+    one element for eps, and may run for another kind of device on the CPU, by that device's fallback.
+    """
+    if not isinstance(x, Tensor) or not (x.is_cpu or x.is_cuda or x.is_meta):
+        feature_map(x)
+    if pooling_type != ("avg" if mask_weight is None else "att"):
+        pooling(pooling_type, mask_weight, None, x)
+    epsilon(eps)
 
 
 def feature_map(x: Tensor) -> None:
@@ -201,6 +234,11 @@ def _companion(tensor: Tensor | None, name: str, x: Tensor) -> None:
         raise TypeError(f"{name} must be {x.dtype} like x{also}, got {tensor.dtype}")
     if tensor.device != x.device:
         raise ValueError(f"{name} must be on {x.device} like x, got {tensor.device}")
+
+
+def is_served(dtype: torch.dtype) -> bool:
+    """Whether a feature map may have it."""
+    return dtype in _ACCUMULATION
 
 
 def fits(tensor: Tensor, x: Tensor) -> bool:

@@ -1,5 +1,7 @@
 """Fake (meta) kernels: the shapes, dtypes and strides that the operators return, for torch.compile.
 
+That of the whole block demands what the real ones demand: one meta tensor among others is enough to get here.
+
 They can be registered only once the extension has defined the operators, hence :func:`register`.
 """
 
@@ -10,6 +12,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
+
+from gc_cuda import _checks
+from gc_cuda.reference import ACTIVATIONS, GATES, Transform
 
 
 def _accumulation(x: Tensor) -> torch.dtype:
@@ -78,6 +83,13 @@ def global_context(
     activation: int,
     gate: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    _checks.feature_map(x)
+    _checks.pooling("avg" if mask_weight is None else "att", mask_weight, mask_bias, x)
+    _checks.branches(_transform(add), _transform(mul), x)
+    _checks.epsilon(eps)
+    for name, number, kinds in (("activation", activation, ACTIVATIONS), ("gate", gate, GATES)):
+        if number not in range(len(kinds)):
+            raise ValueError(f"{name} must be one of 0 to {len(kinds) - 1}, got {number}")
     n, c, h, w = x.shape
     wide = _accumulation(x)
     branches = [branch for branch in (add, mul) if branch]
@@ -112,6 +124,10 @@ def global_context_backward(
     for tensor, wanted in zip(small, needed[1:]):
         gradients.append(like_x.new_empty(0) if tensor is None or not wanted else _dense_like(tensor))
     return gradients
+
+
+def _transform(branch: Sequence[Tensor]) -> Transform | None:
+    return Transform(*_numbered(branch)) if branch else None  # type: ignore[arg-type]
 
 
 def _numbered(branch: Sequence[Tensor]) -> tuple[Tensor | None, ...]:

@@ -210,12 +210,25 @@ def global_context(
             eps=eps,
         )
     _extension.require()
-    _checks.feature_map(x)
-    _checks.pooling(pooling_type, mask_weight, mask_bias, x)
-    _checks.branches(add, mul, x)
-    _checks.policy(activation, gate)
-    _checks.epsilon(eps)
-    return whole_block(x, mask_weight, mask_bias, add, mul, Policy(eps, activation, gate))
+    tensors = x, mask_weight, mask_bias, add, mul
+    policy = Policy(pooling_type, activation, gate, eps)
+    if torch.compiler.is_compiling():  # a check costs no run time then
+        _checks.global_context(*tensors, *policy)
+        return whole_block(*tensors, policy)
+    try:
+        _checks.unseen_by_the_operator(x, mask_weight, pooling_type, eps)
+        return whole_block(*tensors, policy)
+    except Exception:
+        _explain(*tensors, *policy)
+        raise
+
+
+def _explain(*arguments: Any) -> None:
+    """After an error of the whole block: raise what is wrong with its arguments, if it is their fault."""
+    try:
+        _checks.global_context(*arguments)
+    except (ValueError, TypeError, ImportError) as explanation:
+        raise explanation from None
 
 
 class _SoftmaxPool(Function):

@@ -177,6 +177,25 @@ def test_parametrized_weights(random):
         assert_close_to_truth(f"grad of {name}", gradients[name], gradient, gradient, scale)
 
 
+def test_parameters_that_appear_when_they_are_looked_up(random):
+    """As DeepSpeed's ZeRO-3 gathers them: in the dictionary of the module, by its subscript."""
+    read = []
+
+    class Gathering(dict):
+        def __getitem__(self, name):
+            read.append(name)
+            return super().__getitem__(name)
+
+    block = randomised(gc_cuda.ContextBlock(16, 1 / 4))
+    x = random(2, 16, 5, 6)
+    expected = block(x)
+    parts = [module for module in block.modules() if module._parameters]
+    for module in parts:
+        module._parameters = Gathering(module._parameters)
+    assert torch.equal(block(x), expected)
+    assert read == ["weight", "bias"] * len(parts)
+
+
 def test_parameters_of_a_dtype_that_does_not_fit(random):
     """They are taken in x's dtype, and get their gradients in their own."""
     block = randomised(gc_cuda.ContextBlock(16, 1 / 4)).bfloat16()

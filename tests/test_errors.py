@@ -9,14 +9,15 @@ import sys
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import gc_cuda
-from gc_cuda import _extension
+from gc_cuda import Transform, _extension
 
 X = torch.arange(2 * 4 * 3 * 5, dtype=torch.float32).view(2, 4, 3, 5)
 LOGITS, WEIGHT, BIAS, PER_CHANNEL = torch.zeros(2, 15), torch.zeros(4), torch.zeros(1), torch.zeros(2, 4)
 # C = 4 channels and P = 3 hidden units
-TRANSFORM = gc_cuda.Transform(
+TRANSFORM = Transform(
     torch.zeros(3, 4, 1, 1),
     torch.zeros(3),
     torch.zeros(3, 1, 1),
@@ -255,6 +256,46 @@ BAD_BLOCKS = {
         TypeError,
         "mul must have the tensors w1, b1, norm_weight, norm_bias, w2, b2, got 5 of them",
     ),
+    "five tensors and seven": (
+        {"add": TRANSFORM[:5], "mul": TRANSFORM[5:] + TRANSFORM},
+        TypeError,
+        "add must have the tensors w1, b1, norm_weight, norm_bias, w2, b2, got 5 of them",
+    ),
+    "add of six times nothing": (
+        {"add": (None,) * 6},
+        TypeError,
+        "add.w1 must be a torch.Tensor, got NoneType",
+    ),
+    "add, an empty tuple": (
+        {"add": ()},
+        TypeError,
+        "add must have the tensors w1, b1, norm_weight, norm_bias, w2, b2, got 0 of them",
+    ),
+    "add, an iterator": (
+        {"add": iter(TRANSFORM)},
+        TypeError,
+        "add must be a gc_cuda.Transform or None, got tuple_iterator",
+    ),
+    "mask_weight on another device": (
+        {"mask_weight": WEIGHT.to("meta")},
+        ValueError,
+        "mask_weight must be on cpu like x, got meta",
+    ),
+    "mask_bias on another device": (
+        {"mask_bias": BIAS.to("meta")},
+        ValueError,
+        "mask_bias must be on cpu like x, got meta",
+    ),
+    "all but x on another device": (
+        {
+            "mask_weight": WEIGHT.to("meta"),
+            "mask_bias": None,
+            "add": Transform(*(tensor.to("meta") for tensor in TRANSFORM)),
+            "mul": None,
+        },
+        ValueError,
+        "mask_weight must be on cpu like x, got meta",
+    ),
 }
 
 # the field of the transform, its value, the error without the field's name
@@ -325,19 +366,105 @@ BAD_FIELDS = {
 }
 
 
+@pytest.fixture(params=[True, False], ids=["gradients", "no gradients"])
+def gradients(request):
+    """The operator is called inside an autograd.Function, or directly."""
+    with torch.set_grad_enabled(request.param):
+        yield
+
+
 @pytest.mark.parametrize("case", BAD_BLOCKS)
-def test_global_context(case):
+def test_global_context(case, gradients):
     arguments, error, message = BAD_BLOCKS[case]
-    with pytest.raises(error, match=re.escape(message)):
+    with pytest.raises(error, match=re.escape(message)) as raised:
         gc_cuda.global_context(X, **VALID | arguments)
+    assert raised.value.__suppress_context__, "without the operator's own error"
 
 
 @pytest.mark.parametrize("branch", ["add", "mul"])
 @pytest.mark.parametrize("case", BAD_FIELDS)
-def test_transform(case, branch):
+def test_transform(case, branch, gradients):
     field, value, error, message = BAD_FIELDS[case]
     with pytest.raises(error, match=re.escape(f"{branch}.{field} {message}")):
         gc_cuda.global_context(X, **VALID | {branch: TRANSFORM._replace(**{field: value})})
+
+
+def test_the_first_of_two_errors_is_told():
+    with pytest.raises(ValueError, match="x must have shape"):
+        gc_cuda.global_context(X[0], pooling_type="max", eps=-1)
+
+
+def test_an_error_that_no_argument_explains_stays_what_it_is(gradients):
+    class OutOfMemory(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            raise MemoryError("no memory for the output")
+
+    with OutOfMemory(), pytest.raises(MemoryError, match="no memory for the output"):
+        gc_cuda.global_context(X, **VALID)
+
+
+# The checks run only when the operator has failed: it must reject by itself what they reject.
+# The arguments that differ from the valid ones, in its own terms:
+OPERANDS = {
+    "x": X,
+    "mask_weight": WEIGHT,
+    "mask_bias": BIAS,
+    "add": list(TRANSFORM),
+    "mul": list(TRANSFORM),
+    "eps": 1e-5,
+    "activation": 0,
+    "gate": 0,
+}
+BAD_OPERANDS = {
+    **{f"x: {case}": {"x": value} for case, (value, *_) in BAD_X.items()},
+    **{
+        f"{branch}.{field}: {case}": {branch: list(TRANSFORM._replace(**{field: value}))}
+        for case, (field, value, *_) in BAD_FIELDS.items()
+        for branch in ("add", "mul")
+    },
+    **{
+        f"{branch}.{field}: None": {branch: list(TRANSFORM._replace(**{field: None}))}
+        for field in Transform._fields
+        for branch in ("add", "mul")
+    },
+    "x: None": {"x": None},
+    "mask_weight of another C": {"mask_weight": torch.zeros(5)},
+    "half mask_weight": {"mask_weight": WEIGHT.half()},
+    "sparse mask_weight": {"mask_weight": WEIGHT.to_sparse()},
+    "mask_weight, a list": {"mask_weight": [1.0] * 4},
+    "mask_weight on another device": {"mask_weight": WEIGHT.to("meta")},
+    "mask_bias with two elements": {"mask_bias": torch.zeros(2)},
+    "mask_bias, a number": {"mask_bias": 0.5},
+    "double mask_bias": {"mask_bias": BIAS.double()},
+    "mask_bias on another device": {"mask_bias": BIAS.to("meta")},
+    "mask_bias alone": {"mask_weight": None},
+    "no branch": {"add": [], "mul": []},
+    "add of three tensors": {"add": list(TRANSFORM[:3])},
+    "mul of five tensors": {"mul": list(TRANSFORM[:5])},
+    "mul, no list": {"mul": None},
+    "negative eps": {"eps": -1e-5},
+    "eps, a NaN": {"eps": float("nan")},
+    "unknown activation": {"activation": 3},
+    "negative activation": {"activation": -1},
+    "unknown gate": {"gate": 2},
+    "negative gate": {"gate": -1},
+}
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("case", BAD_OPERANDS)
+def test_the_operator_rejects(case, device):
+    def place(value):
+        if isinstance(value, list):
+            return [place(one) for one in value]
+        if not isinstance(value, torch.Tensor) or device == "cpu":
+            return value
+        return value.to("cpu" if value.is_meta else "meta")
+
+    operator = torch.ops.gc_cuda.global_context.default
+    operator(*map(place, OPERANDS.values()))
+    with pytest.raises((RuntimeError, TypeError, ValueError)):
+        operator(*map(place, (OPERANDS | BAD_OPERANDS[case]).values()))
 
 
 @pytest.mark.parametrize("case", BAD_COMPANIONS)
@@ -424,9 +551,21 @@ def test_constructor(library, arguments, error, message):
         library.ContextBlock(**{"in_channels": 16, "ratio": 1 / 4, **arguments})
 
 
-def test_unsupported_device_is_named():
-    with FakeTensorMode(), pytest.raises(ValueError, match="x must be on a CPU or CUDA device, got xpu:0"):
-        gc_cuda.average_pool(torch.empty(2, 4, 3, 5, device="xpu"))
+def test_integers_are_no_feature_map_under_autocast_either():
+    with (
+        torch.autocast("cpu", dtype=torch.bfloat16),
+        pytest.raises(TypeError, match=r"float64, got torch\.int64"),
+    ):
+        gc_cuda.ContextBlock(4, 1 / 2)(X.long())
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_unsupported_device_is_named(call):
+    function, companions = CALLS[call]
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        x = torch.empty(2, 4, 3, 5, device="xpu")
+        with pytest.raises(ValueError, match="x must be on a CPU or CUDA device, got xpu:0"):
+            function(x, *companions)
 
 
 @pytest.mark.skipif(_extension.has_cuda(), reason="this build has the CUDA kernels")

@@ -102,8 +102,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> global_context(
     const Tensor& x, const OptionalTensor& mask_weight, const OptionalTensor& mask_bias, at::TensorList add,
     at::TensorList mul, double eps, int64_t activation, int64_t gate) {
   const FeatureMap map(x, "x");
-  if (mask_weight.has_value()) check_companion(*mask_weight, "mask_weight", x, map.channels());
-  if (mask_bias.has_value()) check_companion(*mask_bias, "mask_bias", x, 1);
+  check_mask(mask_weight, mask_bias, x);
+  check_epsilon(eps);
   const Branches branches(add, mul, x);
   const int64_t images = map.images(), channels = map.channels();
   const bool attention = mask_weight.has_value();

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from gc_cuda import _checks, reference
-from gc_cuda._recipe import Branch, Recipe, run
+from gc_cuda._recipe import Branch, Recipe, part, run
 from gc_cuda._tracing import node_of, standard_operators_wanted
 
 
@@ -34,14 +34,17 @@ class ContextBlock(reference.ContextBlock):
         if isinstance(x, torch.fx.Proxy):
             return node_of(self, x)
         if not standard_operators_wanted():  # a tracer would take the sizes that are compared for constants
-            _checks.feature_map(x)
-            if x.shape[1] != self.in_channels:
-                raise ValueError(
-                    f"x must have {self.in_channels} channels (in_channels of the block), "
-                    f"got shape {list(x.shape)}"
-                )
-        add, mul = _branch(self.channel_add_conv), _branch(self.channel_mul_conv)
-        return run(Recipe(self.conv_mask, add, mul, eps=self.eps), x)
+            self._check_channels(x)
+        add, mul = _branch(part(self, "channel_add_conv")), _branch(part(self, "channel_mul_conv"))
+        return run(Recipe(part(self, "conv_mask"), add, mul, eps=self.eps), x)
+
+    def _check_channels(self, x: Tensor) -> None:
+        if isinstance(x, Tensor) and x.dim() == 4 and x.shape[1] == self.in_channels:
+            return
+        _checks.feature_map(x)
+        raise ValueError(
+            f"x must have {self.in_channels} channels (in_channels of the block), got shape {list(x.shape)}"
+        )
 
 
 def _branch(transform: nn.Sequential | None) -> Branch | None:

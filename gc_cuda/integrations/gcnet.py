@@ -15,6 +15,7 @@ from gc_cuda._recipe import (
     convolution,
     normalization,
     one_eps,
+    part,
     plain,
 )
 
@@ -24,12 +25,12 @@ _LAYER_NORM = (("torch.nn.modules.normalization", "LayerNorm"),)
 def _read(block: Any) -> Recipe:
     mask = None
     if block.pooling_type == "att":
-        mask = convolution(block.conv_mask, "conv_mask", bias=False)
-        plain(block.softmax, "softmax")
+        mask = convolution(part(block, "conv_mask"), "conv_mask", bias=False)
+        plain(part(block, "softmax"), "softmax")
     else:
-        plain(block.avg_pool, "avg_pool")
-    add = _branch(block.channel_add_conv, "channel_add_conv")
-    mul = _branch(block.channel_mul_conv, "channel_mul_conv")
+        plain(part(block, "avg_pool"), "avg_pool")
+    add = _branch(part(block, "channel_add_conv"), "channel_add_conv")
+    mul = _branch(part(block, "channel_mul_conv"), "channel_mul_conv")
     return Recipe(mask, add, mul, eps=one_eps(add, mul))
 
 

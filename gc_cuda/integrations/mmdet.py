@@ -6,30 +6,30 @@ from typing import Any
 
 from torch import nn
 
-from gc_cuda._recipe import Branch, Kind, Recipe, Unserved, activation, convolution, gate, plain
+from gc_cuda._recipe import Branch, Kind, Recipe, Unserved, activation, convolution, gate, part, plain
 
 
 def _read(block: Any) -> Recipe:
-    plain(block.global_avgpool, "global_avgpool")
-    for name in ("conv1", "conv2"):
-        module = getattr(block, name)
+    plain(part(block, "global_avgpool"), "global_avgpool")
+    first, last = part(block, "conv1"), part(block, "conv2")
+    for name, module in (("conv1", first), ("conv2", last)):
         plain(module, name)
         if module.order != ("conv", "norm", "act") or module.with_norm or not module.with_activation:
             raise Unserved(f"{name} is not a convolution and an activation")
         if module.with_explicit_padding:
             raise Unserved(f"{name} pads")
-    branch = Branch(_convolution(block.conv1, "conv1"), None, _convolution(block.conv2, "conv2"))
+    branch = Branch(_convolution(first, "conv1"), None, _convolution(last, "conv2"))
     return Recipe(
         None,
         None,
         branch,
-        activation(block.conv1.activate, "conv1.activate"),
-        gate(block.conv2.activate, "conv2.activate"),
+        activation(part(first, "activate"), "conv1.activate"),
+        gate(part(last, "activate"), "conv2.activate"),
     )
 
 
 def _convolution(module: Any, where: str) -> nn.Module:
-    return convolution(module.conv, f"{where}.conv")
+    return convolution(part(module, "conv"), f"{where}.conv")
 
 
 _SE_LAYER = Kind(_read)

@@ -17,7 +17,9 @@ from gc_cuda._recipe import (
     gate,
     normalization,
     one_eps,
+    part,
     plain,
+    squeeze_excite,
 )
 
 _LAYER_NORM = (
@@ -28,20 +30,21 @@ _LAYER_NORM = (
 
 
 def _read_global_context(block: Any) -> Recipe:
-    mask = None
-    if block.conv_attn is not None:
-        mask = convolution(block.conv_attn, "conv_attn", bias=False)
-    add, mul = _mlp(block.mlp_add, "mlp_add"), _mlp(block.mlp_scale, "mlp_scale")
+    mask = part(block, "conv_attn")
+    if mask is not None:
+        mask = convolution(mask, "conv_attn", bias=False)
+    mlp_add, mlp_scale = part(block, "mlp_add"), part(block, "mlp_scale")
+    add, mul = _mlp(mlp_add, "mlp_add"), _mlp(mlp_scale, "mlp_scale")
     if add is None and mul is None:
         raise Unserved("it neither adds nor scales")
     activations = {
-        activation(mlp.act, f"{name}.act")
-        for name, mlp in (("mlp_add", block.mlp_add), ("mlp_scale", block.mlp_scale))
+        activation(part(mlp, "act"), f"{name}.act")
+        for name, mlp in (("mlp_add", mlp_add), ("mlp_scale", mlp_scale))
         if mlp is not None
     }
     if len(activations) > 1:
         raise Unserved("its branches have different activations")
-    kind = gate(block.gate, "gate") if mul is not None else "sigmoid"
+    kind = gate(part(block, "gate"), "gate") if mul is not None else "sigmoid"
     return Recipe(mask, add, mul, activations.pop(), kind, one_eps(add, mul))
 
 
@@ -51,33 +54,32 @@ def _mlp(mlp: Any, where: str) -> Branch | None:
     if type(mlp).__name__ != "ConvMlp":
         raise Unserved(f"{where} is a {type(mlp).__name__}, not a ConvMlp")
     plain(mlp, where)
-    plain(mlp.drop, f"{where}.drop")
-    if getattr(mlp.drop, "p", 0) != 0:
+    drop = part(mlp, "drop")
+    plain(drop, f"{where}.drop")
+    if getattr(drop, "p", 0) != 0:
         raise Unserved(f"{where} has dropout")
-    norm = normalization(mlp.norm, f"{where}.norm", _LAYER_NORM)
-    return Branch(convolution(mlp.fc1, f"{where}.fc1"), norm, convolution(mlp.fc2, f"{where}.fc2"))
+    norm = normalization(part(mlp, "norm"), f"{where}.norm", _LAYER_NORM)
+    return Branch(
+        convolution(part(mlp, "fc1"), f"{where}.fc1"), norm, convolution(part(mlp, "fc2"), f"{where}.fc2")
+    )
 
 
 def _read_se_module(block: Any) -> Recipe:
     if block.add_maxpool:
         raise Unserved("it pools by the maximum too")
-    if type(block.bn) is not nn.Identity:
-        raise Unserved(f"norm {type(block.bn).__name__}")
-    plain(block.bn, "bn")
-    branch = Branch(convolution(block.fc1, "fc1"), None, convolution(block.fc2, "fc2"))
-    return Recipe(None, None, branch, activation(block.act, "act"), gate(block.gate, "gate"))
+    norm = part(block, "bn")
+    if type(norm) is not nn.Identity:
+        raise Unserved(f"norm {type(norm).__name__}")
+    plain(norm, "bn")
+    return squeeze_excite(block, "fc1", "act", "fc2", "gate")
 
 
 def _read_squeeze_excite(block: Any) -> Recipe:
-    branch = Branch(
-        convolution(block.conv_reduce, "conv_reduce"), None, convolution(block.conv_expand, "conv_expand")
-    )
-    return Recipe(None, None, branch, activation(block.act1, "act1"), gate(block.gate, "gate"))
+    return squeeze_excite(block, "conv_reduce", "act1", "conv_expand", "gate")
 
 
 def _read_senet(block: Any) -> Recipe:
-    branch = Branch(convolution(block.fc1, "fc1"), None, convolution(block.fc2, "fc2"))
-    return Recipe(None, None, branch, activation(block.relu, "relu"), gate(block.sigmoid, "sigmoid"))
+    return squeeze_excite(block, "fc1", "relu", "fc2", "sigmoid")
 
 
 SLOT = "se"  # timm's own forward runs what stands there after the last norm

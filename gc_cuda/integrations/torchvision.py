@@ -8,19 +8,12 @@ from typing import Any
 
 from torch import Tensor
 
-from gc_cuda._recipe import Branch, Kind, Recipe, activation, convolution, gate, plain
+from gc_cuda._recipe import Kind, Recipe, part, plain, squeeze_excite
 
 
 def _read(block: Any) -> Recipe:
-    plain(block.avgpool, "avgpool")
-    branch = Branch(convolution(block.fc1, "fc1"), None, convolution(block.fc2, "fc2"))
-    return Recipe(
-        None,
-        None,
-        branch,
-        activation(block.activation, "activation"),
-        gate(block.scale_activation, "scale_activation"),
-    )
+    plain(part(block, "avgpool"), "avgpool")
+    return squeeze_excite(block, "fc1", "activation", "fc2", "scale_activation")
 
 
 SLOT = "context_block"  # mmdetection's name
