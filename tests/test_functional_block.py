@@ -48,6 +48,22 @@ def test_every_configuration(random, configuration, size, layout, dtype, device)
     assert ours.gradients[0].is_contiguous(memory_format=layout)
 
 
+# Outputs of 8 MiB and more are written past the caches on the CPU. The rows of NCHW are shorter than a vector, short
+# and no multiple of one, short and even, a few vectors long, long, and too long to be written at once.
+@pytest.mark.parametrize("pixels", [(3, 3), (7, 7), (8, 8), (25, 42), (46, 47), (2, 33000)], ids=str)
+@pytest.mark.parametrize(
+    ("configuration", "dtype"),
+    [(Configuration("att", ("add",)), torch.float32), (WHOLE, torch.bfloat16)],
+    ids=str,
+)
+def test_outputs_too_large_for_the_caches(random, configuration, pixels, dtype, layout, device):
+    channels = 67
+    images = 1 + 2**23 // (channels * pixels[0] * pixels[1] * dtype.itemsize)
+    size = (images, channels, *pixels)
+    inputs = draw_inputs(random, configuration, size, dtype=dtype, device=device, layout=layout)
+    check(configuration, inputs, random(*size, dtype=dtype, device=device, layout=layout))
+
+
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("configuration", CONFIGURATIONS, ids=str)
 def test_half_x_with_float32_parameters(random, configuration, layout, dtype, device):

@@ -96,34 +96,23 @@ PoolGradients run_pool_backward(const Tensor& grad_context, const FeatureMap& x,
   const Tensor wide_state = accumulated(state, x);
   const bool mask = mask_weight.defined();
   const Tensor wide_weight = mask ? accumulated(mask_weight, x) : Tensor();
+  const Tensor attention = at::empty(logits.sizes(), x.accumulation());
+  const Tensor grad_logits = at::empty(logits.sizes(), x.accumulation());
   PoolGradients out;
   out.x = x.like();
-  Tensor parts;
-  if (mask) {
-    parts = at::empty({1, shape.images * plan.splits, shape.channels}, x.accumulation());
-  } else {
-    out.logits = at::empty(logits.sizes(), x.accumulation());
-  }
+  const Tensor parts = mask ? at::empty({1, shape.images * plan.splits, shape.channels}, x.accumulation()) : Tensor();
   dispatch(x.tensor.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     using A = acc_t<T>;
-    const PoolBackwardArgs<T> args{shape,
-                                   plan,
-                                   wide_grad.data_ptr<A>(),
-                                   x.tensor.data_ptr<T>(),
-                                   nullptr,
-                                   nullptr,
-                                   mask ? wide_weight.data_ptr<A>() : nullptr,
-                                   wide_logits.data_ptr<A>(),
-                                   wide_state.data_ptr<A>(),
-                                   out.x.data_ptr<T>(),
-                                   mask ? nullptr : out.logits.data_ptr<A>(),
-                                   mask ? parts.data_ptr<A>() : nullptr,
-                                   false};
-    run(args);
+    run(PoolBackwardArgs<T>{shape, plan, wide_grad.data_ptr<A>(), x.tensor.data_ptr<T>(), wide_logits.data_ptr<A>(),
+                            wide_state.data_ptr<A>(), attention.data_ptr<A>(), grad_logits.data_ptr<A>(),
+                            mask ? parts.data_ptr<A>() : nullptr});
+    run(GradXArgs<T>{shape, nullptr, nullptr, attention.data_ptr<A>(), wide_grad.data_ptr<A>(),
+                     grad_logits.data_ptr<A>(), mask ? wide_weight.data_ptr<A>() : nullptr, out.x.data_ptr<T>(),
+                     past_caches(x)});
     if (mask) out.mask_weight = sum_members<T>(parts).to(mask_weight.scalar_type()).view(mask_weight.sizes());
   });
-  if (!mask) out.logits = out.logits.to(logits.scalar_type());
+  if (!mask) out.logits = grad_logits.to(logits.scalar_type());
   return out;
 }
 

@@ -1,5 +1,5 @@
 // The whole block as one operator: pool, transform, broadcast; and its backward pass. x is read twice and out written
-// once; backward, grad is read, then x and grad are read and grad_x written (with mul x is read along the first time).
+// once; backward, grad is read (with mul x along with it), then x, then grad again, and grad_x is written.
 //
 // Everything between the two passes over x has N * C or P * C elements. No step of it is an ATen operator: for a small
 // x those would cost more than the work.
@@ -112,9 +112,9 @@ Forward run_forward(const FeatureMap& x, const OptionalTensor& mask_weight, cons
     second.push_back(linear_share<T>(branch.parameters[kW2], vector(kB2), activated + start, units, applied[b], images,
                                      channels, units, kinds.of(b)));
   }
-  run_together(first, kLinearRows * channels * images);
+  run_together(first);
   for (const NormalizeArgs<A>& args : between) kernels<A>().normalize(args, 0, images);
-  run_together(second, kLinearRows * branches.hidden() * images);
+  run_together(second);
 
   result.out = x.like();
   run(BroadcastArgs<T>{x.shape, x.tensor.data_ptr<T>(), applied[kMul], applied[kAdd], result.out.data_ptr<T>(),
@@ -220,9 +220,9 @@ const acc_t<T>* run_transform_backward(const Backward& problem, const TermGradie
     int64_t hidden;
     const A* grad_term;  // [N, C]
     A* activated;        // [N, P]
+    Pieces pieces;       // of w2
     A* grad_parts;       // [chunks, N, P]
-    int64_t chunks;
-    A* grad_hidden;  // [N, P]
+    A* grad_hidden;      // [N, P]
   };
   std::vector<Live> live;
   std::vector<Share> shares;
@@ -240,16 +240,14 @@ const acc_t<T>* run_transform_backward(const Backward& problem, const TermGradie
                              scratch.template widened<T>(branch.parameters[kNormBias]), one.activated, one.hidden, 0,
                              problem.kinds.activation},
                             0, images);
-      one.chunks = chunks(branch.parameters[kW2], channels);
-      if (problem.needs.activated(b)) one.grad_parts = scratch.take(one.chunks * images * one.hidden);
+      one.pieces = make_pieces(branch.parameters[kW2], channels);
+      if (problem.needs.activated(b)) one.grad_parts = scratch.take(one.pieces.chunks * images * one.hidden);
       shares.push_back(linear_backward_share<T>(branch.parameters[kW2], one.grad_term, one.activated, one.hidden,
                                                 fresh(b, kW2), one.grad_parts, images, channels));
     }
     live.push_back(one);
   }
-  int64_t work = 0;
-  for (const Live& one : live) work = std::max(work, one.hidden * channels / std::max<int64_t>(one.chunks, 1));
-  run_together(shares, work * images);
+  run_together(shares);
 
   shares.clear();
   int64_t context_chunks = 0;
@@ -258,7 +256,7 @@ const acc_t<T>* run_transform_backward(const Backward& problem, const TermGradie
     const Branch& branch = problem.branches.each[one.b];
     const int64_t start = images * problem.branches.hidden_before(one.b);
     one.grad_hidden = scratch.take(images * one.hidden);
-    run<T>(ReduceArgs<A>{one.grad_parts, one.grad_hidden, 1, one.chunks, images * one.hidden});
+    run<T>(ReduceArgs<A>{one.grad_parts, one.grad_hidden, 1, one.pieces.chunks, images * one.hidden});
     A* grad_weight = scratch.take(one.hidden);
     A* grad_bias = scratch.take(one.hidden);
     kernels<A>().normalize_backward({problem.normalized.data_ptr<A>() + start,
@@ -276,7 +274,7 @@ const acc_t<T>* run_transform_backward(const Backward& problem, const TermGradie
     if (problem.needs.parameter(one.b, kB1)) {
       grads[Needs::index(one.b, kB1)] = summed<T>(one.grad_hidden, images, branch.parameters[kB1], scratch);
     }
-    context_chunks += chunks(branch.parameters[kW1], one.hidden);
+    context_chunks += make_pieces(branch.parameters[kW1], one.hidden).chunks;
   }
 
   A* context_parts = needs_context ? scratch.take(context_chunks * images * channels) : nullptr;
@@ -287,11 +285,10 @@ const acc_t<T>* run_transform_backward(const Backward& problem, const TermGradie
     A* parts = needs_context ? context_parts + chunk * images * channels : nullptr;
     shares.push_back(linear_backward_share<T>(w1, one.grad_hidden, problem.state.data_ptr<A>() + 2, channels + 2,
                                               fresh(one.b, kW1), parts, images, one.hidden));
-    chunk += chunks(w1, one.hidden);
-    work = one.hidden * channels / chunks(w1, one.hidden);
+    chunk += make_pieces(w1, one.hidden).chunks;
   }
-  run_together(shares, work * images);
-  if (!needs_context) return nullptr;
+  run_together(shares);
+  if (!needs_context || context_chunks == 1) return context_parts;
   A* grad_context = scratch.take(images * channels);
   run<T>(ReduceArgs<A>{context_parts, grad_context, 1, context_chunks, images * channels});
   return grad_context;
@@ -322,9 +319,14 @@ void run_backward(const Backward& problem, std::vector<Tensor>& grads) {
   const bool needs_weight = problem.needs.mask_weight();
   const int64_t units = images * plan.splits;
   A* parts = needs_weight ? scratch.take(units * channels) : nullptr;
-  run(PoolBackwardArgs<T>{map.shape, plan, grad_context, map.tensor.data_ptr<T>(), needs_x ? grad : nullptr, scale,
-                          scratch.template widened<T>(*problem.mask_weight), problem.logits.data_ptr<A>(),
-                          problem.state.data_ptr<A>(), grad_x, nullptr, parts, past_caches(map)});
+  A* attention = scratch.take(images * pixels);
+  A* grad_logits = scratch.take(images * pixels);
+  run(PoolBackwardArgs<T>{map.shape, plan, grad_context, map.tensor.data_ptr<T>(), problem.logits.data_ptr<A>(),
+                          problem.state.data_ptr<A>(), attention, grad_logits, parts});
+  if (needs_x) {
+    run(GradXArgs<T>{map.shape, grad, scale, attention, grad_context, grad_logits,
+                     scratch.template widened<T>(*problem.mask_weight), grad_x, past_caches(map)});
+  }
   if (needs_weight) {
     grads[Needs::kMaskWeight] = summed<T>(parts, units, *problem.mask_weight, scratch);
   }

@@ -37,22 +37,32 @@ struct PoolArgs {
   T* context;          // [N, C] or null
 };
 
-// grad_x = grad * scale + a * grad_context + dl * mask_weight; grad_mask_weight = sum_s dl * x
+// a = softmax(logits), dl = a * (grad_context . x - grad_context . context), grad_mask_weight = sum_s dl * x
 template <typename T>
 struct PoolBackwardArgs {
   Shape shape;
   Plan plan;
   const acc_t<T>* grad_context;  // [N, C]
   const T* x;                    // [N, C, S] or [N, S, C]
-  const T* grad;                 // like x: what reaches grad_x past the pooling; null without mask_weight
-  const acc_t<T>* scale;         // [N, C], or null for 1; for grad only
-  const acc_t<T>* mask_weight;   // [C] or null
   const acc_t<T>* logits;        // [N, S]
   const acc_t<T>* state;         // [N, 2 + C]
-  T* grad_x;                     // like x, or null
-  acc_t<T>* grad_logits;         // [N, S] or null
+  acc_t<T>* attention;           // [N, S]: a
+  acc_t<T>* grad_logits;         // [N, S]: dl
   acc_t<T>* grad_mask_weight;    // [N, splits, C], partial sums, or null
-  bool stream;                   // write grad_x past the caches
+};
+
+// grad_x = grad * scale + a * grad_context + dl * mask_weight
+template <typename T>
+struct GradXArgs {
+  Shape shape;
+  const T* grad;                 // like x: what reaches grad_x past the pooling; null without mask_weight
+  const acc_t<T>* scale;         // [N, C], or null for 1; for grad only
+  const acc_t<T>* attention;     // [N, S]
+  const acc_t<T>* grad_context;  // [N, C]
+  const acc_t<T>* grad_logits;   // [N, S]; for mask_weight only
+  const acc_t<T>* mask_weight;   // [C] or null
+  T* grad_x;                     // like x
+  bool stream;                   // write past the caches
 };
 
 template <typename T>
@@ -92,8 +102,7 @@ struct LinearArgs {
   Gate gate;  // of out
 };
 
-// grad_weight = sum_n grad[n] (x) in[n], grad_in[n] = weight^T grad[n]; either may be absent (null). The rows are cut
-// into chunks, and each chunk has a grad_in of its own.
+// grad_weight = sum_n grad[n] (x) in[n], grad_in[n] = weight^T grad[n]; either may be absent (null).
 template <typename W>
 struct LinearBackwardArgs {
   const W* weight;       // [rows, columns]
@@ -105,7 +114,7 @@ struct LinearBackwardArgs {
   int64_t rows;
   int64_t columns;
   int64_t in_stride;
-  int64_t chunk_rows;
+  Pieces pieces;
 };
 
 // normalized = (hidden - mean) * inverse_deviation, activated = act(weight * normalized + bias), image by image;
@@ -153,13 +162,15 @@ struct Kernels {
   void (*pool_merge)(const PoolArgs<T>&, int64_t image_begin, int64_t image_end);
   void (*pool_backward)(const PoolBackwardArgs<T>&, int64_t unit_begin, int64_t unit_end);
   void (*broadcast_backward)(const BroadcastBackwardArgs<T>&, int64_t unit_begin, int64_t unit_end);
-  // Elements are x's own, in memory order: N * C * S of them.
-  void (*broadcast)(const BroadcastArgs<T>&, int64_t element_begin, int64_t element_end);
-  void (*reduce)(const ReduceArgs<acc_t<T>>&, int64_t group_begin, int64_t group_end);
+  // Units of make_rows, image by image.
+  void (*broadcast)(const BroadcastArgs<T>&, int64_t unit_begin, int64_t unit_end);
+  void (*grad_x)(const GradXArgs<T>&, int64_t unit_begin, int64_t unit_end);
+  // Elements are those of the result: groups * width of them.
+  void (*reduce)(const ReduceArgs<acc_t<T>>&, int64_t element_begin, int64_t element_end);
 
-  // Of the transform. Units are groups of kLinearRows rows, and chunks of rows.
+  // Of the transform. Units are groups of kLinearRows rows, and pieces of the weight, chunk by chunk.
   void (*linear)(const LinearArgs<T>&, int64_t group_begin, int64_t group_end);
-  void (*linear_backward)(const LinearBackwardArgs<T>&, int64_t chunk_begin, int64_t chunk_end);
+  void (*linear_backward)(const LinearBackwardArgs<T>&, int64_t piece_begin, int64_t piece_end);
   void (*normalize)(const NormalizeArgs<acc_t<T>>&, int64_t image_begin, int64_t image_end);
   void (*activate)(const NormalizeArgs<acc_t<T>>&, int64_t image_begin, int64_t image_end);  // from normalized
   void (*normalize_backward)(const NormalizeBackwardArgs<acc_t<T>>&);

@@ -43,10 +43,21 @@ void run(const PoolBackwardArgs<T>& args) {
                   [&](int64_t begin, int64_t end) { kernels<T>().pool_backward(args, begin, end); });
 }
 
+// Calls body(unit_begin, unit_end) on ranges of all images' units.
+template <typename Body>
+void parallel_rows(const Shape& shape, const Body& body) {
+  const Rows rows = make_rows(shape);
+  parallel(shape.images * rows.units(), rows.group * rows.strip, body);
+}
+
+template <typename T>
+void run(const GradXArgs<T>& args) {
+  parallel_rows(args.shape, [&](int64_t begin, int64_t end) { kernels<T>().grad_x(args, begin, end); });
+}
+
 template <typename T>
 void run(const BroadcastArgs<T>& args) {
-  parallel(args.shape.images * args.shape.channels * args.shape.pixels, 1,
-           [&](int64_t begin, int64_t end) { kernels<T>().broadcast(args, begin, end); });
+  parallel_rows(args.shape, [&](int64_t begin, int64_t end) { kernels<T>().broadcast(args, begin, end); });
 }
 
 template <typename T>
@@ -58,7 +69,7 @@ void run(const BroadcastBackwardArgs<T>& args) {
 // T has the accumulation type of the sums; which of its types is the same.
 template <typename T>
 void run(const ReduceArgs<acc_t<T>>& args) {
-  parallel(args.groups, args.members * args.width,
+  parallel(args.groups * args.width, args.members,
            [&](int64_t begin, int64_t end) { kernels<T>().reduce(args, begin, end); });
 }
 

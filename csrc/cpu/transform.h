@@ -40,16 +40,20 @@ class Scratch {
   std::vector<at::Tensor> tensors_;
 };
 
-// Part of a parallel step: calls(begin, end) on ranges of 0..count.
+// Part of a parallel step: calls(begin, end) on ranges of 0..count, `elements` of work to each item.
 struct Share {
   int64_t count;
+  int64_t elements;
   std::function<void(int64_t, int64_t)> calls;
 };
 
-// All shares in one parallel region, one after the other in its range; `elements` of work to each item.
-inline void run_together(const std::vector<Share>& shares, int64_t elements) {
-  int64_t total = 0;
-  for (const Share& share : shares) total += share.count;
+// All shares in one parallel region, one after the other in its range.
+inline void run_together(const std::vector<Share>& shares) {
+  int64_t total = 0, elements = 0;
+  for (const Share& share : shares) {
+    total += share.count;
+    elements = std::max(elements, share.elements);
+  }
   parallel(total, elements, [&](int64_t begin, int64_t end) {
     for (const Share& share : shares) {
       const int64_t first = std::max<int64_t>(begin, 0), last = std::min(end, share.count);
@@ -76,15 +80,14 @@ Share linear_share(const at::Tensor& weight, const acc_t<T>* bias, const acc_t<T
   return with_weight<T>(weight, [&](auto* data) {
     using W = std::remove_pointer_t<decltype(data)>;
     const LinearArgs<W> args{data, bias, in, out, images, rows, columns, in_stride, gate};
-    return Share{divide_up(rows, kLinearRows),
+    return Share{divide_up(rows, kLinearRows), kLinearRows * columns * images,
                  [args](int64_t begin, int64_t end) { kernels<W>().linear(args, begin, end); }};
   });
 }
 
-inline int64_t chunk_rows(const at::Tensor& weight, int64_t rows) {
-  return chunk_rows(rows, weight.numel() / rows, weight.element_size());
+inline Pieces make_pieces(const at::Tensor& weight, int64_t rows) {
+  return make_pieces(rows, weight.numel() / rows, weight.element_size());
 }
-inline int64_t chunks(const at::Tensor& weight, int64_t rows) { return divide_up(rows, chunk_rows(weight, rows)); }
 
 // The gradients of weight (where defined) and of in (where not null: a part per chunk) as a share of a step
 template <typename T>
@@ -96,8 +99,8 @@ Share linear_backward_share(const at::Tensor& weight, const acc_t<T>* grad, cons
                                      in,        grad_weight.defined() ? grad_weight.data_ptr<W>() : nullptr,
                                      grad_in,   images,
                                      rows,      weight.numel() / rows,
-                                     in_stride, chunk_rows(weight, rows)};
-    return Share{chunks(weight, rows),
+                                     in_stride, make_pieces(weight, rows)};
+    return Share{args.pieces.count(), divide_up(weight.numel(), args.pieces.count()) * images,
                  [args](int64_t begin, int64_t end) { kernels<W>().linear_backward(args, begin, end); }};
   });
 }

@@ -67,6 +67,17 @@ inline int64_t until_aligned(const T* p, int64_t count) {
   return past == 0 ? 0 : std::min<int64_t>((kStreamBytes - past) / static_cast<int64_t>(sizeof(T)), count);
 }
 
+template <bool kPartial, bool kStream, typename T>
+GC_INLINE void store_run(const Vec<T>& raw, T* p, int count) {
+  if constexpr (kStream && !kPartial) {
+    stream(p, raw);
+  } else if constexpr (kPartial) {
+    raw.store(p, count);
+  } else {
+    raw.store(p);
+  }
+}
+
 template <typename T>
 struct Lanes {
   using A = acc_t<T>;
@@ -77,6 +88,13 @@ struct Lanes {
   static_assert(Vec<T>::size() == kWidth, "a vector of T must fill kVecs vectors of its accumulation type");
 
   V v[kVecs];
+
+  static Lanes all(A value) {
+    Lanes lanes;
+    GC_UNROLL
+    for (int i = 0; i < kVecs; ++i) lanes.v[i] = V(value);
+    return lanes;
+  }
 
   // How many of `count` elements fall into vector i.
   static constexpr int part(int count, int i) {
@@ -132,14 +150,7 @@ struct Lanes {
   // kStream: past the caches.
   template <bool kPartial, bool kStream = false>
   GC_INLINE void store(T* p, int count = kWidth) const {
-    const Vec<T> raw = narrowed();
-    if constexpr (kStream && !kPartial) {
-      stream(p, raw);
-    } else if constexpr (kPartial) {
-      raw.store(p, count);
-    } else {
-      raw.store(p);
-    }
+    store_run<kPartial, kStream>(narrowed(), p, count);
   }
 
   // p[i] = lane i, for the first `count` lanes
@@ -164,6 +175,32 @@ struct Lanes {
     GC_UNROLL
     for (int i = 0; i < kVecs; ++i) v[i] = v[i] + other.v[i];
   }
+  Lanes plus(const Lanes& other) const {
+    Lanes lanes = *this;
+    lanes.add(other);
+    return lanes;
+  }
+  Lanes plus_product(const Lanes& a, const Lanes& b) const {
+    Lanes lanes = *this;
+    lanes.add_product(a, b);
+    return lanes;
+  }
+  Lanes times(const Lanes& other) const {
+    Lanes lanes;
+    GC_UNROLL
+    for (int i = 0; i < kVecs; ++i) lanes.v[i] = v[i] * other.v[i];
+    return lanes;
+  }
+  // The first `count` lanes of `begin`, and then those of `end`.
+  static GC_INLINE Lanes joined(const Lanes& begin, const Lanes& end, int count) {
+    Lanes lanes;
+    GC_UNROLL
+    for (int i = 0; i < kVecs; ++i) {
+      const V is_end = V::arange(A(0), A(1)) >= V(static_cast<A>(count - i * kVecWidth));
+      lanes.v[i] = V::blendv(begin.v[i], end.v[i], is_end);
+    }
+    return lanes;
+  }
   // *this += a * b
   void add_product(const Lanes& a, const Lanes& b) {
     GC_UNROLL
@@ -174,6 +211,12 @@ struct Lanes {
     for (int i = 0; i < kVecs; ++i) v[i] = at::vec::fmadd(a.v[i], b, v[i]);
   }
 };
+
+// Memory that is read or written in short rows far apart escapes the hardware's prefetching.
+template <typename T, int kWrite>
+inline void prefetch_row(const T* row, int64_t width) {
+  for (int64_t j = 0; j < width; j += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(row + j, kWrite);
+}
 
 // Calls body(index, count, std::bool_constant<partial>) for each run of `width` elements; only the last may be partial.
 template <int kWidth, typename Body>

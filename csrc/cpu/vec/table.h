@@ -2,6 +2,8 @@
 #pragma once
 
 #include "cpu/vec/broadcast.h"
+#include "cpu/vec/broadcast_backward.h"
+#include "cpu/vec/grad_x.h"
 #include "cpu/vec/pool.h"
 #include "cpu/vec/transform.h"
 
@@ -9,15 +11,19 @@ namespace gc::cpu {
 inline namespace CPU_CAPABILITY {
 
 template <typename A>
-void reduce(const ReduceArgs<A>& args, int64_t group_begin, int64_t group_end) {
+void reduce(const ReduceArgs<A>& args, int64_t element_begin, int64_t element_end) {
   using V = Vec<A>;
-  for (int64_t group = group_begin; group < group_end; ++group) {
+  for (int64_t element = element_begin; element < element_end;) {
+    const int64_t group = element / args.width;
+    const int64_t column = element % args.width;
+    const int64_t end = std::min(args.width, column + element_end - element);
     const A* in = args.in + group * args.members * args.width;
-    for_each_run<V::size()>(0, args.width, [&](int64_t j, int count, auto) {
+    for_each_run<V::size()>(column, end, [&](int64_t j, int count, auto) {
       V sum(A(0));
       for (int64_t k = 0; k < args.members; ++k) sum = sum + V::loadu(in + k * args.width + j, count);
       sum.store(args.out + group * args.width + j, count);
     });
+    element += end - column;
   }
 }
 
@@ -25,9 +31,9 @@ template <typename T>
 constexpr Kernels<T> make_kernels() {
   using A = acc_t<T>;
   return {
-      pool<T>,   pool_merge<T>,      pool_backward<T>, broadcast_backward<T>, broadcast<T>,          reduce<A>,
-      linear<T>, linear_backward<T>, normalize<A>,     activate<A>,           normalize_backward<A>, gate_backward<A>,
-      widen<T>,  narrow<T>};
+      pool<T>,          pool_merge<T>, pool_backward<T>,   broadcast_backward<T>, broadcast<T>, grad_x<T>,
+      reduce<A>,        linear<T>,     linear_backward<T>, normalize<A>,          activate<A>,  normalize_backward<A>,
+      gate_backward<A>, widen<T>,      narrow<T>};
 }
 
 // Constant, so that nothing of this instruction set runs when the library is loaded.

@@ -64,48 +64,52 @@ inline Vec<A> activation_backward(Activation activation, const Vec<A>& grad, con
   return V::blendv(between, zero, v <= three.neg());
 }
 
-// Rows are taken in groups, and of those so many columns at a time that they stay in the first-level cache for all
-// images.
+// A segment of the columns at a time, copied for a block of images to where it shares the first-level cache with a few
+// rows of it: as they lie, rows and images a power of two apart would displace each other there.
 template <typename W>
 void linear(const LinearArgs<W>& args, int64_t group_begin, int64_t group_end) {
+  using A = acc_t<W>;
   using L = Lanes<W>;
   using V = typename L::V;
   constexpr int kImages = kSharingImages / L::kVecs;
   constexpr int64_t kBlockImages = 16;
-  constexpr int64_t kSegment = kChain * L::kWidth / L::kVecs;
+  constexpr int64_t kSegment = kChain * V::size();
   constexpr int kTogether = 4;
   static_assert(kLinearRows % V::size() == 0 && kLinearRows % kTogether == 0);
   V sums[kBlockImages * kLinearRows];
-  for (int64_t group = group_begin; group < group_end; ++group) {
-    const int64_t row = group * kLinearRows;
-    const int64_t rows = std::min(kLinearRows, args.rows - row);
-    for (int64_t first = 0; first < args.images; first += kBlockImages) {
-      const int64_t block = std::min(kBlockImages, args.images - first);
-      for (int64_t i = 0; i < block * kLinearRows; ++i) sums[i] = V(acc_t<W>(0));
-      for (int64_t j = 0; j < args.columns; j += kSegment) {
-        const int64_t width = std::min(kSegment, args.columns - j);
-        for_each_image<kImages>(0, block, [&](int64_t image, auto images) {
-          const acc_t<W>* in = args.in + (first + image) * args.in_stride + j;
-          const auto add_rows = [&](int64_t r, auto together) {
-            V parts[images * together];
-            dot_rows<together, images>(args.weight + (row + r) * args.columns + j, args.columns, width, in,
-                                       args.in_stride, parts, together);
-            for (int k = 0; k < images; ++k) {
-              V* sum = sums + (image + k) * kLinearRows + r;
-              for (int i = 0; i < together; ++i) sum[i] = sum[i] + parts[k * together + i];
-            }
-          };
-          int64_t r = 0;
-          for (; r + kTogether <= rows; r += kTogether) add_rows(r, std::integral_constant<int, kTogether>{});
-          for (; r < rows; ++r) add_rows(r, std::integral_constant<int, 1>{});
-        });
-      }
+  alignas(64) A in[kBlockImages * kSegment];
+  for (int64_t first = 0; first < args.images; first += kBlockImages) {
+    const int64_t block = std::min(kBlockImages, args.images - first);
+    for (int64_t j = 0; j < args.columns; j += kSegment) {
+      const int64_t width = std::min(kSegment, args.columns - j);
       for (int64_t image = 0; image < block; ++image) {
-        acc_t<W>* out = args.out + (first + image) * args.rows + row;
-        for_each_run<V::size()>(0, rows, [&](int64_t r, int n, auto) {
-          const V value = lane_sums(sums + image * kLinearRows + r) + V::loadu(args.bias + row + r, n);
-          pass_gate<acc_t<W>>(args.gate, value).store(out + r, n);
-        });
+        const A* from = args.in + (first + image) * args.in_stride + j;
+        for_each_run<V::size()>(
+            0, width, [&](int64_t i, int n, auto) { V::loadu(from + i, n).store(in + image * kSegment + i, n); });
+      }
+      for (int64_t group = group_begin; group < group_end; ++group) {
+        const int64_t row = group * kLinearRows;
+        const int64_t rows = std::min(kLinearRows, args.rows - row);
+        const auto sum_rows = [&](int64_t r, auto together) {
+          const W* weight = args.weight + (row + r) * args.columns + j;
+          for_each_image<kImages>(0, block, [&](int64_t image, auto images) {
+            dot_rows<together, images>(weight, args.columns, width, in + image * kSegment, kSegment,
+                                       sums + image * kLinearRows + r, kLinearRows);
+          });
+        };
+        int64_t r = 0;
+        for (; r + kTogether <= rows; r += kTogether) sum_rows(r, std::integral_constant<int, kTogether>{});
+        for (; r < rows; ++r) sum_rows(r, std::integral_constant<int, 1>{});
+        const bool last = j + width == args.columns;
+        for (int64_t image = 0; image < block; ++image) {
+          A* out = args.out + (first + image) * args.rows + row;
+          for (r = rows; r < kLinearRows; ++r) sums[image * kLinearRows + r] = V(A(0));
+          for_each_run<V::size()>(0, rows, [&](int64_t i, int n, auto) {
+            const V before = V::loadu(j == 0 ? args.bias + row + i : out + i, n);
+            const V value = before + lane_sums(sums + image * kLinearRows + i);
+            (last ? pass_gate<A>(args.gate, value) : value).store(out + i, n);
+          });
+        }
       }
     }
   }
@@ -184,33 +188,35 @@ inline void accumulate_rows(const LinearBackwardArgs<W>& args, int64_t row_begin
 
 // Columns are taken in blocks, so that what all rows or images share of one stays in the first-level cache.
 template <typename W>
-void linear_backward(const LinearBackwardArgs<W>& args, int64_t chunk_begin, int64_t chunk_end) {
+void linear_backward(const LinearBackwardArgs<W>& args, int64_t piece_begin, int64_t piece_end) {
   using L = Lanes<W>;
   constexpr int kTogether = 4;
-  for (int64_t chunk = chunk_begin; chunk < chunk_end; ++chunk) {
-    const int64_t begin = chunk * args.chunk_rows;
-    const int64_t end = std::min(begin + args.chunk_rows, args.rows);
+  for (int64_t piece = piece_begin; piece < piece_end; ++piece) {
+    const int64_t chunk = piece / args.pieces.blocks;
+    const int64_t begin = chunk * args.pieces.chunk_rows;
+    const int64_t end = std::min(begin + args.pieces.chunk_rows, args.rows);
+    const int64_t first = piece % args.pieces.blocks * kPieceColumns;
+    const int64_t width = std::min(kPieceColumns, args.columns - first);
     if (args.grad_in) {
       acc_t<W>* out = args.grad_in + chunk * args.images * args.columns;
       for (int64_t row = begin; row < end; row += kChain) {
-        for_each_block<kSharingVectors / L::kVecs, L::kWidth>(
-            args.columns, [&](int64_t j, auto runs, int last, auto partial) {
-              for_each_image<kSharingImages>(0, args.images, [&](int64_t image, auto images) {
-                accumulate_rows<images, runs, partial>(args, row, std::min(row + kChain, end), image, j, last, out,
-                                                       row > begin);
-              });
-            });
+        for_each_block<kSharingVectors / L::kVecs, L::kWidth>(width, [&](int64_t j, auto runs, int last, auto partial) {
+          for_each_image<kSharingImages>(0, args.images, [&](int64_t image, auto images) {
+            accumulate_rows<images, runs, partial>(args, row, std::min(row + kChain, end), image, first + j, last, out,
+                                                   row > begin);
+          });
+        });
       }
     }
     if (args.grad_weight) {
-      for_each_block<kSharingImages / L::kVecs, L::kWidth>(args.columns,
-                                                           [&](int64_t j, auto runs, int last, auto partial) {
-                                                             int64_t row = begin;
-                                                             for (; row + kTogether <= end; row += kTogether)
-                                                               outer_sums<kTogether, runs, partial>(args, row, j, last);
-                                                             for (; row < end; ++row)
-                                                               outer_sums<1, runs, partial>(args, row, j, last);
-                                                           });
+      const auto write_rows = [&](int64_t row, auto rows) {
+        for_each_block<kSharingImages / L::kVecs, L::kWidth>(width, [&](int64_t j, auto runs, int last, auto partial) {
+          outer_sums<rows, runs, partial>(args, row, first + j, last);
+        });
+      };
+      int64_t row = begin;
+      for (; row + kTogether <= end; row += kTogether) write_rows(row, std::integral_constant<int, kTogether>{});
+      for (; row < end; ++row) write_rows(row, std::integral_constant<int, 1>{});
     }
   }
 }

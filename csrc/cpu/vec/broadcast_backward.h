@@ -1,0 +1,177 @@
+// The backward pass of out = x * scale + term: grad_x = grad * scale, grad_scale = sum_s grad * x, grad_term = sum_s
+// grad. Every element is read once, and of grad_x written once.
+#pragma once
+
+#include "cpu/vec/tile.h"
+
+namespace gc::cpu {
+inline namespace CPU_CAPABILITY {
+
+// Which results of the backward pass are wanted.
+template <bool kGradX_, bool kGradScale_, bool kGradTerm_>
+struct Wanted {
+  static constexpr bool kGradX = kGradX_;
+  static constexpr bool kGradScale = kGradScale_;
+  static constexpr bool kGradTerm = kGradTerm_;
+};
+
+// One run: writes grad * scale, adds grad * x and grad to the sums.
+template <typename Want, bool kPartial, typename T>
+inline void backward_run(const BroadcastBackwardArgs<T>& args, int64_t j, const Lanes<T>& scale, int count,
+                         Lanes<T>& grad_scale, Lanes<T>& grad_term) {
+  using L = Lanes<T>;
+  L g = L::template load<kPartial>(args.grad + j, count);
+  if constexpr (Want::kGradScale) grad_scale.add_product(g, L::template load<kPartial>(args.x + j, count));
+  if constexpr (Want::kGradTerm) grad_term.add(g);
+  if constexpr (Want::kGradX) {
+    GC_UNROLL
+    for (int i = 0; i < L::kVecs; ++i) g.v[i] = g.v[i] * scale.v[i];
+    g.template store<kPartial>(args.grad_x + j, count);
+  }
+}
+
+// NCHW: rows are channels. The pixels [begin, end) of kRows planes; the sums of their lanes are wanted.
+template <typename Want, int kRows, typename T>
+inline void backward_rows(const BroadcastBackwardArgs<T>& args, int64_t plane, int64_t begin, int64_t end,
+                          Vec<acc_t<T>>* scale_sums, Vec<acc_t<T>>* term_sums) {
+  using L = Lanes<T>;
+  using V = typename L::V;
+  const int64_t pixels = args.shape.pixels;
+  L scale[kRows], by_x[kRows], plain[kRows];
+  GC_UNROLL
+  for (int r = 0; r < kRows; ++r) {
+    by_x[r] = plain[r] = L::zero();
+    GC_UNROLL
+    for (int i = 0; i < L::kVecs; ++i) scale[r].v[i] = V(Want::kGradX ? args.scale[plane + r] : acc_t<T>(0));
+  }
+  for_each_run<L::kWidth>(plane * pixels + begin, plane * pixels + end, [&](int64_t j, int count, auto partial) {
+    GC_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      backward_run<Want, partial.value>(args, j + r * pixels, scale[r], count, by_x[r], plain[r]);
+    }
+  });
+  GC_UNROLL
+  for (int r = 0; r < kRows; ++r) {
+    GC_UNROLL
+    for (int i = 1; i < L::kVecs; ++i) {
+      by_x[r].v[0] = by_x[r].v[0] + by_x[r].v[i];
+      plain[r].v[0] = plain[r].v[0] + plain[r].v[i];
+    }
+    scale_sums[r] = by_x[r].v[0];
+    term_sums[r] = plain[r].v[0];
+  }
+}
+
+inline constexpr int64_t kAheadBytes = 12 * 1024;
+
+// sums[c] += ... over one image's pixels [begin, end). Several planes are read side by side: one sum after the other
+// would wait for every addition.
+template <typename Want, typename T>
+inline void backward_planes(const BroadcastBackwardArgs<T>& args, int64_t image, int64_t begin, int64_t end,
+                            acc_t<T>* grad_scale, acc_t<T>* grad_term) {
+  using V = Vec<acc_t<T>>;
+  constexpr int kGroup = V::size();
+  constexpr int kTogether = kGroup < 4 ? kGroup : 4;
+  const Shape& shape = args.shape;
+  for_each_run<kGroup>(0, shape.channels, [&](int64_t channel, int rows, auto) {
+    V scale_sums[kGroup];
+    V term_sums[kGroup];
+    const int64_t plane = image * shape.channels + channel;
+    // Several short rows side by side are a pattern that the hardware's prefetching does not see through.
+    if (end - begin == shape.pixels) {
+      constexpr int64_t kAhead = kAheadBytes / sizeof(T);
+      const int64_t next = plane * shape.pixels + kAhead;
+      prefetch_row<T, 0>(args.grad + next, rows * shape.pixels);
+      if constexpr (Want::kGradScale) prefetch_row<T, 0>(args.x + next, rows * shape.pixels);
+    }
+    int r = 0;
+    for (; r + kTogether <= rows; r += kTogether) {
+      backward_rows<Want, kTogether>(args, plane + r, begin, end, scale_sums + r, term_sums + r);
+    }
+    for (; r < rows; ++r) backward_rows<Want, 1>(args, plane + r, begin, end, scale_sums + r, term_sums + r);
+    for (; r < kGroup; ++r) scale_sums[r] = term_sums[r] = V(acc_t<T>(0));
+    if constexpr (Want::kGradScale) {
+      (V::loadu(grad_scale + channel, rows) + lane_sums(scale_sums)).store(grad_scale + channel, rows);
+    }
+    if constexpr (Want::kGradTerm) {
+      (V::loadu(grad_term + channel, rows) + lane_sums(term_sums)).store(grad_term + channel, rows);
+    }
+  });
+}
+
+// channels_last: rows are pixels. A few are added up on the way before their sum goes to the total in memory, run by
+// run: so memory is read as it lies.
+template <typename Want, typename T>
+inline void backward_pixels(const BroadcastBackwardArgs<T>& args, int64_t image, int64_t begin, int64_t end,
+                            acc_t<T>* grad_scale, acc_t<T>* grad_term) {
+  using L = Lanes<T>;
+  constexpr int kTogether = 4;
+  const int64_t channels = args.shape.channels;
+  const acc_t<T>* scales = Want::kGradX ? args.scale + image * channels : nullptr;
+  constexpr int64_t kAhead = kAheadBytes / sizeof(T);
+  const auto take_rows = [&](int64_t pixel, auto rows) {
+    constexpr int kRows = rows.value;
+    const int64_t base = (image * args.shape.pixels + pixel) * channels;
+    for_each_run<L::kWidth>(0, channels, [&](int64_t c, int count, auto partial) {
+      L scale = L::zero();
+      if constexpr (Want::kGradX) scale = L::template load_wide<partial.value>(scales + c, count);
+      L by_x = L::zero();
+      L plain = L::zero();
+      GC_UNROLL
+      for (int r = 0; r < kRows; ++r) {
+        const int64_t j = base + r * channels + c;
+        __builtin_prefetch(args.grad + j + kAhead);
+        if constexpr (Want::kGradScale) __builtin_prefetch(args.x + j + kAhead);
+        backward_run<Want, partial.value>(args, j, scale, count, by_x, plain);
+      }
+      if constexpr (Want::kGradScale) by_x.add_to(grad_scale + c, count);
+      if constexpr (Want::kGradTerm) plain.add_to(grad_term + c, count);
+    });
+  };
+  int64_t pixel = begin;
+  for (; pixel + kTogether <= end; pixel += kTogether) take_rows(pixel, std::integral_constant<int, kTogether>{});
+  for (; pixel < end; ++pixel) take_rows(pixel, std::integral_constant<int, 1>{});
+}
+
+template <typename Want, typename T>
+inline void backward_units(const BroadcastBackwardArgs<T>& args, int64_t unit_begin, int64_t unit_end) {
+  const Shape& shape = args.shape;
+  const Plan& plan = args.plan;
+  for (int64_t unit = unit_begin; unit < unit_end; ++unit) {
+    const int64_t image = unit / plan.splits;
+    const int64_t split = unit % plan.splits;
+    acc_t<T>* grad_scale = Want::kGradScale ? args.grad_scale + unit * shape.channels : nullptr;
+    acc_t<T>* grad_term = Want::kGradTerm ? args.grad_term + unit * shape.channels : nullptr;
+    for (int64_t c = 0; c < shape.channels; ++c) {
+      if constexpr (Want::kGradScale) grad_scale[c] = 0;
+      if constexpr (Want::kGradTerm) grad_term[c] = 0;
+    }
+    const int64_t split_end = std::min(plan.split_begin(split + 1), shape.pixels);
+    // Nothing is read twice, so an NCHW step need not fit any cache; it ends where its sums would grow too long.
+    const int64_t step = shape.channels_last ? std::min(plan.tile, kChain) : kMaxTilePixels;
+    for (int64_t pixel = plan.split_begin(split); pixel < split_end; pixel += step) {
+      const int64_t end = std::min(pixel + step, split_end);
+      if (shape.channels_last) {
+        backward_pixels<Want>(args, image, pixel, end, grad_scale, grad_term);
+      } else {
+        backward_planes<Want>(args, image, pixel, end, grad_scale, grad_term);
+      }
+    }
+  }
+}
+
+template <typename T>
+void broadcast_backward(const BroadcastBackwardArgs<T>& args, int64_t unit_begin, int64_t unit_end) {
+  if (args.grad_x) {
+    backward_units<Wanted<true, true, true>>(args, unit_begin, unit_end);
+  } else if (args.grad_scale && args.grad_term) {
+    backward_units<Wanted<false, true, true>>(args, unit_begin, unit_end);
+  } else if (args.grad_scale) {
+    backward_units<Wanted<false, true, false>>(args, unit_begin, unit_end);
+  } else {
+    backward_units<Wanted<false, false, true>>(args, unit_begin, unit_end);
+  }
+}
+
+}  // namespace CPU_CAPABILITY
+}  // namespace gc::cpu
