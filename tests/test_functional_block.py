@@ -48,8 +48,8 @@ def test_every_configuration(random, configuration, size, layout, dtype, device)
     assert ours.gradients[0].is_contiguous(memory_format=layout)
 
 
-# Outputs of 8 MiB and more are written past the caches on the CPU. The rows of NCHW are shorter than a vector, short
-# and no multiple of one, short and even, a few vectors long, long, and too long to be written at once.
+# Outputs of 8 MiB and more are written past the caches on the CPU. NCHW rows here are shorter than a vector,
+# short and no multiple of one, short and even, a few vectors long, long, and too long to be written at once.
 @pytest.mark.parametrize("pixels", [(3, 3), (7, 7), (8, 8), (25, 42), (46, 47), (2, 33000)], ids=str)
 @pytest.mark.parametrize(
     ("configuration", "dtype"),
