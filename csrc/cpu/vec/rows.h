@@ -181,9 +181,7 @@ inline void write_strips(const WriteArgs<T, kPixel, kChannel>& args, int64_t uni
     const auto pixel = from(args.pixel, strip.image, kPixelRows ? strip.row : strip.column);
     const auto channel = from(args.channel, strip.image, kPixelRows ? strip.column : strip.row);
     if constexpr (kPixelRows) {
-      write_rows<kStream, false, T>(
-          strip, pixel, channel, in, out,
-          [&](const auto& row, const auto& lane, const auto& x) { return combine(row, lane, x); });
+      write_rows<kStream, false, T>(strip, pixel, channel, in, out, combine);
     } else {
       const auto swapped = [&](const auto& row, const auto& lane, const auto& x) { return combine(lane, row, x); };
       const bool even = strip.columns * sizeof(T) % kStreamBytes == 0;
