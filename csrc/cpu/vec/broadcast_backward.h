@@ -81,8 +81,8 @@ inline void backward_planes(const BroadcastBackwardArgs<T>& args, int64_t image,
     if (end - begin == shape.pixels) {
       constexpr int64_t kAhead = kAheadBytes / sizeof(T);
       const int64_t next = plane * shape.pixels + kAhead;
-      prefetch_row<T, 0>(args.grad + next, rows * shape.pixels);
-      if constexpr (Want::kGradScale) prefetch_row<T, 0>(args.x + next, rows * shape.pixels);
+      prefetch_row(args.grad + next, rows * shape.pixels);
+      if constexpr (Want::kGradScale) prefetch_row(args.x + next, rows * shape.pixels);
     }
     int r = 0;
     for (; r + kTogether <= rows; r += kTogether) {

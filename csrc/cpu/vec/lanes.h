@@ -212,10 +212,10 @@ struct Lanes {
   }
 };
 
-// Memory that is read or written in short rows far apart escapes the hardware's prefetching.
-template <typename T, int kWrite>
+// Fetches the lines of a row ahead of its use.
+template <typename T>
 inline void prefetch_row(const T* row, int64_t width) {
-  for (int64_t j = 0; j < width; j += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(row + j, kWrite);
+  for (int64_t j = 0; j < width; j += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(row + j);
 }
 
 // Calls body(index, count, std::bool_constant<partial>) for each run of `width` elements; only the last may be partial.
