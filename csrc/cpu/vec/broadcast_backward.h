@@ -24,42 +24,39 @@ inline void backward_run(const BroadcastBackwardArgs<T>& args, int64_t j, const 
   if constexpr (Want::kGradScale) grad_scale.add_product(g, L::template load<kPartial>(args.x + j, count));
   if constexpr (Want::kGradTerm) grad_term.add(g);
   if constexpr (Want::kGradX) {
-    GC_UNROLL
+    GC_UNROLL_SUMS
     for (int i = 0; i < L::kVecs; ++i) g.v[i] = g.v[i] * scale.v[i];
     g.template store<kPartial>(args.grad_x + j, count);
   }
 }
 
-// NCHW: rows are channels. The pixels [begin, end) of kRows planes; the sums of their lanes are wanted.
+// NCHW: rows are channels. The pixels [begin, end) of kRows planes: grad_scale[r] and grad_term[r] += their sums.
 template <typename Want, int kRows, typename T>
-inline void backward_rows(const BroadcastBackwardArgs<T>& args, int64_t plane, int64_t begin, int64_t end,
-                          Vec<acc_t<T>>* scale_sums, Vec<acc_t<T>>* term_sums) {
+GC_INLINE void backward_rows(const BroadcastBackwardArgs<T>& args, int64_t plane, int64_t begin, int64_t end,
+                             acc_t<T>* grad_scale, acc_t<T>* grad_term) {
   using L = Lanes<T>;
   using V = typename L::V;
   const int64_t pixels = args.shape.pixels;
   L scale[kRows], by_x[kRows], plain[kRows];
-  GC_UNROLL
+  GC_UNROLL_SUMS
   for (int r = 0; r < kRows; ++r) {
     by_x[r] = plain[r] = L::zero();
-    GC_UNROLL
-    for (int i = 0; i < L::kVecs; ++i) scale[r].v[i] = V(Want::kGradX ? args.scale[plane + r] : acc_t<T>(0));
+    scale[r] = L::all(Want::kGradX ? args.scale[plane + r] : acc_t<T>(0));
   }
   for_each_run<L::kWidth>(plane * pixels + begin, plane * pixels + end, [&](int64_t j, int count, auto partial) {
-    GC_UNROLL
+    GC_UNROLL_SUMS
     for (int r = 0; r < kRows; ++r) {
       backward_run<Want, partial.value>(args, j + r * pixels, scale[r], count, by_x[r], plain[r]);
     }
   });
-  GC_UNROLL
-  for (int r = 0; r < kRows; ++r) {
-    GC_UNROLL
-    for (int i = 1; i < L::kVecs; ++i) {
-      by_x[r].v[0] = by_x[r].v[0] + by_x[r].v[i];
-      plain[r].v[0] = plain[r].v[0] + plain[r].v[i];
-    }
-    scale_sums[r] = by_x[r].v[0];
-    term_sums[r] = plain[r].v[0];
-  }
+  const auto add = [](L(&sums)[kRows], acc_t<T>* to) {
+    V rows[kRows];
+    GC_UNROLL_SUMS
+    for (int r = 0; r < kRows; ++r) rows[r] = sums[r].sum();
+    (V::loadu(to, kRows) + lane_sums(rows)).store(to, kRows);
+  };
+  if constexpr (Want::kGradScale) add(by_x, grad_scale);
+  if constexpr (Want::kGradTerm) add(plain, grad_term);
 }
 
 inline constexpr int64_t kAheadBytes = 12 * 1024;
@@ -69,34 +66,20 @@ inline constexpr int64_t kAheadBytes = 12 * 1024;
 template <typename Want, typename T>
 inline void backward_planes(const BroadcastBackwardArgs<T>& args, int64_t image, int64_t begin, int64_t end,
                             acc_t<T>* grad_scale, acc_t<T>* grad_term) {
-  using V = Vec<acc_t<T>>;
-  constexpr int kGroup = V::size();
-  constexpr int kTogether = kGroup < 4 ? kGroup : 4;
-  const Shape& shape = args.shape;
-  for_each_run<kGroup>(0, shape.channels, [&](int64_t channel, int rows, auto) {
-    V scale_sums[kGroup];
-    V term_sums[kGroup];
-    const int64_t plane = image * shape.channels + channel;
-    // Several short rows side by side are a pattern that the hardware's prefetching does not see through.
-    if (end - begin == shape.pixels) {
-      constexpr int64_t kAhead = kAheadBytes / sizeof(T);
-      const int64_t next = plane * shape.pixels + kAhead;
-      prefetch_row(args.grad + next, rows * shape.pixels);
-      if constexpr (Want::kGradScale) prefetch_row(args.x + next, rows * shape.pixels);
-    }
-    int r = 0;
-    for (; r + kTogether <= rows; r += kTogether) {
-      backward_rows<Want, kTogether>(args, plane + r, begin, end, scale_sums + r, term_sums + r);
-    }
-    for (; r < rows; ++r) backward_rows<Want, 1>(args, plane + r, begin, end, scale_sums + r, term_sums + r);
-    for (; r < kGroup; ++r) scale_sums[r] = term_sums[r] = V(acc_t<T>(0));
-    if constexpr (Want::kGradScale) {
-      (V::loadu(grad_scale + channel, rows) + lane_sums(scale_sums)).store(grad_scale + channel, rows);
-    }
-    if constexpr (Want::kGradTerm) {
-      (V::loadu(grad_term + channel, rows) + lane_sums(term_sums)).store(grad_term + channel, rows);
-    }
-  });
+  constexpr bool kOneResult = Want::kGradX + Want::kGradScale + Want::kGradTerm == 1;
+  constexpr int64_t kAhead = kAheadBytes / sizeof(T);
+  const int64_t pixels = args.shape.pixels;
+  for_each_group<kOneResult ? kRowsTogether<T> : std::min(4, kRowsTogether<T>)>(
+      0, args.shape.channels, [&](int64_t channel, auto rows) {
+        const int64_t plane = image * args.shape.channels + channel;
+        // Several short rows side by side are a pattern that the hardware's prefetching does not see through.
+        if (end - begin == pixels) {
+          const int64_t next = plane * pixels + kAhead;
+          prefetch_row(args.grad + next, rows * pixels);
+          if constexpr (Want::kGradScale) prefetch_row(args.x + next, rows * pixels);
+        }
+        backward_rows<Want, rows>(args, plane, begin, end, grad_scale + channel, grad_term + channel);
+      });
 }
 
 // channels_last: rows are pixels. A few are added up on the way before their sum goes to the total in memory, run by
@@ -117,7 +100,7 @@ inline void backward_pixels(const BroadcastBackwardArgs<T>& args, int64_t image,
       if constexpr (Want::kGradX) scale = L::template load_wide<partial.value>(scales + c, count);
       L by_x = L::zero();
       L plain = L::zero();
-      GC_UNROLL
+      GC_UNROLL_SUMS
       for (int r = 0; r < kRows; ++r) {
         const int64_t j = base + r * channels + c;
         __builtin_prefetch(args.grad + j + kAhead);

@@ -29,6 +29,14 @@ inline namespace CPU_CAPABILITY {
 #define GC_UNROLL
 #endif
 
+// The same for sums that are many at once. Where vectors are arrays (SSE2), g++ takes these apart into single numbers
+// once the loops are gone.
+#if defined(CPU_CAPABILITY_DEFAULT) && !defined(__aarch64__)
+#define GC_UNROLL_SUMS
+#else
+#define GC_UNROLL_SUMS GC_UNROLL
+#endif
+
 template <typename A>
 using Vec = at::vec::Vectorized<A>;
 
@@ -175,6 +183,13 @@ struct Lanes {
     GC_UNROLL
     for (int i = 0; i < kVecs; ++i) v[i] = v[i] + other.v[i];
   }
+  // As one vector of the accumulation type, whose lanes add up to the same.
+  V sum() const {
+    V total = v[0];
+    GC_UNROLL
+    for (int i = 1; i < kVecs; ++i) total = total + v[i];
+    return total;
+  }
   Lanes plus(const Lanes& other) const {
     Lanes lanes = *this;
     lanes.add(other);
@@ -238,15 +253,31 @@ inline void for_each_block(int64_t end, const Body& body) {
       j, end, [&](int64_t i, int count, auto partial) { body(i, std::integral_constant<int, 1>{}, count, partial); });
 }
 
-// Lane i of the result is the sum of the lanes of rows[i]. Destroys rows.
-template <typename A>
-inline Vec<A> lane_sums(Vec<A>* rows) {
-  for (int n = Vec<A>::size(); n > 1; n /= 2) {
-    for (int i = 0; i < n / 2; ++i) {
-      const auto halves = at::vec::deinterleave2(rows[2 * i], rows[2 * i + 1]);
-      rows[i] = halves.first + halves.second;
-    }
+// Calls body(index, std::integral_constant<count>) for groups of kCount, a power of two, then for the rest in ever
+// smaller ones.
+template <int kCount, typename Body>
+inline void for_each_group(int64_t begin, int64_t end, const Body& body) {
+  for (; begin + kCount <= end; begin += kCount) body(begin, std::integral_constant<int, kCount>{});
+  if constexpr (kCount > 1) {
+    if (begin < end) for_each_group<kCount / 2>(begin, end, body);
   }
+}
+
+// Lane i of the result is the sum of the lanes of rows[i]. kCount is a power of two, at most the lanes of a vector; the
+// lanes from there on repeat the others. Destroys rows.
+template <int kCount, typename A>
+GC_INLINE Vec<A> lane_sums(Vec<A> (&rows)[kCount]) {
+  const auto fold = [](const Vec<A>& a, const Vec<A>& b) {
+    const auto halves = at::vec::deinterleave2(a, b);
+    return halves.first + halves.second;
+  };
+  GC_UNROLL_SUMS
+  for (int n = kCount; n > 1; n /= 2) {
+    GC_UNROLL_SUMS
+    for (int i = 0; i < n / 2; ++i) rows[i] = fold(rows[2 * i], rows[2 * i + 1]);
+  }
+  GC_UNROLL_SUMS
+  for (int n = Vec<A>::size(); n > kCount; n /= 2) rows[0] = fold(rows[0], rows[0]);
   return rows[0];
 }
 

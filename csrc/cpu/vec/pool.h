@@ -180,9 +180,9 @@ void pool_backward(const PoolBackwardArgs<T>& args, int64_t unit_begin, int64_t 
     if (grad_weight) {
       for (int64_t c = 0; c < channels; ++c) grad_weight[c] = 0;
     }
-    V products;
-    dot_rows<1, 1>(state + 2, 0, channels, grad_context, 0, &products, 0);
-    const V mean(lane_sum(products));
+    A lanes[V::size()];
+    dot_rows<1, 1>(state + 2, 0, channels, grad_context, 0).store(lanes);
+    const V mean(lanes[0]);
     const V z(state[1]);
     A grad_logits_sum = 0;
 

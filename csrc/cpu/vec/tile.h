@@ -14,67 +14,66 @@ namespace gc::cpu {
 inline namespace CPU_CAPABILITY {
 
 inline constexpr int kAccumulators = 8;  // vectors; leaves AVX2 half of its 16 registers for operands
-inline constexpr int64_t kChain = 32;    // additions into one accumulator before it is added to a total
+inline constexpr int kSums = sizeof(Vec<float>) == 64 ? 16 : 8;  // half of the registers of AVX-512, or of AVX2
+inline constexpr int64_t kChain = 32;  // additions into one accumulator before it is added to a total
 
-// sums[k * sums_stride + r]: vectors whose lanes add up to sum_j x[r][j] * v[k * v_stride + j]
+// Lane k * kRows + r of the result is sum_j x[r * stride + j] * v[k * v_stride + j].
 template <int kRows, int kVectors, typename T>
-inline void dot_rows(const T* x, int64_t stride, int64_t width, const acc_t<T>* v, int64_t v_stride,
-                     Vec<acc_t<T>>* sums, int64_t sums_stride) {
+GC_INLINE Vec<acc_t<T>> dot_rows(const T* x, int64_t stride, int64_t width, const acc_t<T>* v, int64_t v_stride) {
   using L = Lanes<T>;
-  GC_UNROLL
-  for (int k = 0; k < kVectors; ++k) {
-    GC_UNROLL
-    for (int r = 0; r < kRows; ++r) sums[k * sums_stride + r] = typename L::V(acc_t<T>(0));
-  }
+  using V = typename L::V;
+  V total(acc_t<T>(0));
   for (int64_t begin = 0; begin < width; begin += kChain * L::kWidth) {
     L acc[kVectors][kRows];
-    GC_UNROLL
+    GC_UNROLL_SUMS
     for (int k = 0; k < kVectors; ++k) {
-      GC_UNROLL
+      GC_UNROLL_SUMS
       for (int r = 0; r < kRows; ++r) acc[k][r] = L::zero();
     }
     for_each_run<L::kWidth>(begin, std::min(width, begin + kChain * L::kWidth),
                             [&](int64_t j, int count, auto partial) {
                               L weight[kVectors];
-                              GC_UNROLL
+                              GC_UNROLL_SUMS
                               for (int k = 0; k < kVectors; ++k) {
                                 weight[k] = L::template load_wide<partial.value>(v + k * v_stride + j, count);
                               }
-                              GC_UNROLL
+                              GC_UNROLL_SUMS
                               for (int r = 0; r < kRows; ++r) {
                                 const L row = L::template load<partial.value>(x + r * stride + j, count);
-                                GC_UNROLL
+                                GC_UNROLL_SUMS
                                 for (int k = 0; k < kVectors; ++k) acc[k][r].add_product(row, weight[k]);
                               }
                             });
-    GC_UNROLL
+    V sums[kVectors * kRows];
+    GC_UNROLL_SUMS
     for (int k = 0; k < kVectors; ++k) {
-      GC_UNROLL
-      for (int r = 0; r < kRows; ++r) {
-        GC_UNROLL
-        for (int i = 1; i < L::kVecs; ++i) acc[k][r].v[0] = acc[k][r].v[0] + acc[k][r].v[i];
-        sums[k * sums_stride + r] = sums[k * sums_stride + r] + acc[k][r].v[0];
-      }
+      GC_UNROLL_SUMS
+      for (int r = 0; r < kRows; ++r) sums[k * kRows + r] = acc[k][r].sum();
     }
+    total = total + lane_sums(sums);
   }
+  return total;
 }
+
+// Rows whose sums fit the registers.
+template <typename T>
+inline constexpr int kRowsTogether = std::min(kSums / Lanes<T>::kVecs, Lanes<T>::kVecWidth);
+// Long rows, those of a channels_last tile, are read few at a time: a power of two apart, more of them would displace
+// each other from the first-level cache.
+inline constexpr int64_t kLongRowBytes = 2048;
+inline constexpr int kLongRowsTogether = 4;
 
 // emits sum_j x[r][j] * v[j] for every row r
 template <typename T, typename Emit>
 inline void row_dot(const T* x, int64_t stride, int64_t rows, int64_t width, const acc_t<T>* v, const Emit& emit) {
-  using V = Vec<acc_t<T>>;
-  constexpr int kGroup = V::size();
-  constexpr int kTogether = kGroup < 4 ? kGroup : 4;
-  for_each_run<kGroup>(0, rows, [&](int64_t row, int count, auto) {
-    V sums[kGroup];
-    int r = 0;
-    for (; r + kTogether <= count; r += kTogether) {
-      dot_rows<kTogether, 1>(x + (row + r) * stride, stride, width, v, 0, sums + r, 0);
-    }
-    for (; r < count; ++r) dot_rows<1, 1>(x + (row + r) * stride, stride, width, v, 0, sums + r, 0);
-    for (; r < kGroup; ++r) sums[r] = V(acc_t<T>(0));
-    emit(row, lane_sums(sums), count);
-  });
+  const auto dots = [&](int64_t row, auto count) {
+    emit(row, dot_rows<count, 1>(x + row * stride, stride, width, v, 0), count);
+  };
+  if (width * static_cast<int64_t>(sizeof(T)) < kLongRowBytes) {
+    for_each_group<kRowsTogether<T>>(0, rows, dots);
+  } else {
+    for_each_group<std::min(kLongRowsTogether, kRowsTogether<T>)>(0, rows, dots);
+  }
 }
 
 // kBlock runs of columns from x on; `last` elements in the last run.
@@ -86,40 +85,40 @@ inline void accumulate_block(const T* x, int64_t stride, int64_t rows, const acc
   constexpr int kChains = kAccumulators / (kBlock * L::kVecs);
   static_assert(kChains >= 1, "more accumulators than registers");
   L total[kBlock];
-  GC_UNROLL
+  GC_UNROLL_SUMS
   for (int b = 0; b < kBlock; ++b) total[b] = L::zero();
   for (int64_t begin = 0; begin < rows; begin += kChain * kChains) {
     const int64_t end = std::min(rows, begin + kChain * kChains);
     L acc[kChains][kBlock];
-    GC_UNROLL
+    GC_UNROLL_SUMS
     for (int c = 0; c < kChains; ++c) {
-      GC_UNROLL
+      GC_UNROLL_SUMS
       for (int b = 0; b < kBlock; ++b) acc[c][b] = L::zero();
     }
     const auto add_row = [&](int64_t r, L(&sum)[kBlock]) {
       const V weight(coef[r]);
       const T* row = x + r * stride;
-      GC_UNROLL
+      GC_UNROLL_SUMS
       for (int b = 0; b < kBlock - 1; ++b) sum[b].add_product(L::template load<false>(row + b * L::kWidth), weight);
       sum[kBlock - 1].add_product(L::template load<kPartial>(row + (kBlock - 1) * L::kWidth, last), weight);
     };
     int64_t r = begin;
     for (; r + kChains <= end; r += kChains) {
-      GC_UNROLL
+      GC_UNROLL_SUMS
       for (int c = 0; c < kChains; ++c) add_row(r + c, acc[c]);
     }
     for (; r < end; ++r) add_row(r, acc[0]);
-    GC_UNROLL
+    GC_UNROLL_SUMS
     for (int b = 0; b < kBlock; ++b) {
-      GC_UNROLL
+      GC_UNROLL_SUMS
       for (int c = 1; c < kChains; ++c) acc[0][b].add(acc[c][b]);
       total[b].add(acc[0][b]);
     }
   }
-  GC_UNROLL
+  GC_UNROLL_SUMS
   for (int b = 0; b < kBlock; ++b) {
     const int count = b == kBlock - 1 ? last : L::kWidth;
-    GC_UNROLL
+    GC_UNROLL_SUMS
     for (int i = 0; i < L::kVecs; ++i) {
       const int n = L::part(count, i);
       if (n > 0) emit(column + b * L::kWidth + i * L::kVecWidth, total[b].v[i], n);

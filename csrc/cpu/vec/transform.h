@@ -12,14 +12,6 @@ inline namespace CPU_CAPABILITY {
 inline constexpr int kSharingImages = sizeof(Vec<float>) == 64 ? 4 : 2;
 inline constexpr int kSharingVectors = 4;
 
-// Calls body(image, std::integral_constant<images>) for groups of kImages images, then for the rest in ever smaller
-// ones.
-template <int kImages, typename Body>
-inline void for_each_image(int64_t begin, int64_t end, const Body& body) {
-  for (; begin + kImages <= end; begin += kImages) body(begin, std::integral_constant<int, kImages>{});
-  if constexpr (kImages > 1) for_each_image<kImages / 2>(begin, end, body);
-}
-
 // The functions and their derivatives are PyTorch's, with its results for NaN and at the edges.
 
 template <typename A>
@@ -69,14 +61,12 @@ inline Vec<A> activation_backward(Activation activation, const Vec<A>& grad, con
 template <typename W>
 void linear(const LinearArgs<W>& args, int64_t group_begin, int64_t group_end) {
   using A = acc_t<W>;
-  using L = Lanes<W>;
-  using V = typename L::V;
-  constexpr int kImages = kSharingImages / L::kVecs;
+  using V = typename Lanes<W>::V;
+  constexpr int kImages = std::min(4, kRowsTogether<W>);
   constexpr int64_t kBlockImages = 16;
   constexpr int64_t kSegment = kChain * V::size();
-  constexpr int kTogether = 4;
-  static_assert(kLinearRows % V::size() == 0 && kLinearRows % kTogether == 0);
-  V sums[kBlockImages * kLinearRows];
+  static_assert(kLinearRows % V::size() == 0 && kLinearRows % kRowsTogether<W> == 0);
+  alignas(64) A sums[kBlockImages * kLinearRows];
   alignas(64) A in[kBlockImages * kSegment];
   for (int64_t first = 0; first < args.images; first += kBlockImages) {
     const int64_t block = std::min(kBlockImages, args.images - first);
@@ -90,23 +80,23 @@ void linear(const LinearArgs<W>& args, int64_t group_begin, int64_t group_end) {
       for (int64_t group = group_begin; group < group_end; ++group) {
         const int64_t row = group * kLinearRows;
         const int64_t rows = std::min(kLinearRows, args.rows - row);
-        const auto sum_rows = [&](int64_t r, auto together) {
-          const W* weight = args.weight + (row + r) * args.columns + j;
-          for_each_image<kImages>(0, block, [&](int64_t image, auto images) {
-            dot_rows<together, images>(weight, args.columns, width, in + image * kSegment, kSegment,
-                                       sums + image * kLinearRows + r, kLinearRows);
+        const W* weight = args.weight + row * args.columns + j;
+        for_each_group<kImages>(0, block, [&](int64_t image, auto images) {
+          for_each_group<kRowsTogether<W> / images>(0, rows, [&](int64_t r, auto together) {
+            A lanes[V::size()];
+            dot_rows<together, images>(weight + r * args.columns, args.columns, width, in + image * kSegment, kSegment)
+                .store(lanes);
+            for (int k = 0; k < images; ++k) {
+              std::copy_n(lanes + k * together, together.value, sums + (image + k) * kLinearRows + r);
+            }
           });
-        };
-        int64_t r = 0;
-        for (; r + kTogether <= rows; r += kTogether) sum_rows(r, std::integral_constant<int, kTogether>{});
-        for (; r < rows; ++r) sum_rows(r, std::integral_constant<int, 1>{});
+        });
         const bool last = j + width == args.columns;
         for (int64_t image = 0; image < block; ++image) {
           A* out = args.out + (first + image) * args.rows + row;
-          for (r = rows; r < kLinearRows; ++r) sums[image * kLinearRows + r] = V(A(0));
           for_each_run<V::size()>(0, rows, [&](int64_t i, int n, auto) {
             const V before = V::loadu(j == 0 ? args.bias + row + i : out + i, n);
-            const V value = before + lane_sums(sums + image * kLinearRows + i);
+            const V value = before + V::loadu(sums + image * kLinearRows + i, n);
             (last ? pass_gate<A>(args.gate, value) : value).store(out + i, n);
           });
         }
@@ -190,7 +180,6 @@ inline void accumulate_rows(const LinearBackwardArgs<W>& args, int64_t row_begin
 template <typename W>
 void linear_backward(const LinearBackwardArgs<W>& args, int64_t piece_begin, int64_t piece_end) {
   using L = Lanes<W>;
-  constexpr int kTogether = 4;
   for (int64_t piece = piece_begin; piece < piece_end; ++piece) {
     const int64_t chunk = piece / args.pieces.blocks;
     const int64_t begin = chunk * args.pieces.chunk_rows;
@@ -201,7 +190,7 @@ void linear_backward(const LinearBackwardArgs<W>& args, int64_t piece_begin, int
       acc_t<W>* out = args.grad_in + chunk * args.images * args.columns;
       for (int64_t row = begin; row < end; row += kChain) {
         for_each_block<kSharingVectors / L::kVecs, L::kWidth>(width, [&](int64_t j, auto runs, int last, auto partial) {
-          for_each_image<kSharingImages>(0, args.images, [&](int64_t image, auto images) {
+          for_each_group<kSharingImages>(0, args.images, [&](int64_t image, auto images) {
             accumulate_rows<images, runs, partial>(args, row, std::min(row + kChain, end), image, first + j, last, out,
                                                    row > begin);
           });
@@ -209,14 +198,11 @@ void linear_backward(const LinearBackwardArgs<W>& args, int64_t piece_begin, int
       }
     }
     if (args.grad_weight) {
-      const auto write_rows = [&](int64_t row, auto rows) {
+      for_each_group<4>(begin, end, [&](int64_t row, auto rows) {
         for_each_block<kSharingImages / L::kVecs, L::kWidth>(width, [&](int64_t j, auto runs, int last, auto partial) {
           outer_sums<rows, runs, partial>(args, row, first + j, last);
         });
-      };
-      int64_t row = begin;
-      for (; row + kTogether <= end; row += kTogether) write_rows(row, std::integral_constant<int, kTogether>{});
-      for (; row < end; ++row) write_rows(row, std::integral_constant<int, 1>{});
+      });
     }
   }
 }
