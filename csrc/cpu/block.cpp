@@ -153,32 +153,30 @@ struct Backward {
   bool runs(int b) const { return needs.branch(branches, b); }
 };
 
-// The gradients of the transforms' results before the gate, [N, C] each.
-struct TermGradients {
-  Tensor add;
-  Tensor mul;
-};
+// The gradients of the transforms' results before the gate, [N, C] each; null where no transform is.
+template <typename A>
+using TermGradients = std::array<A*, 2>;
 
 template <typename T>
-TermGradients reduce_grad(const Backward& problem) {
+TermGradients<acc_t<T>> reduce_grad(const Backward& problem, Scratch<acc_t<T>>& scratch) {
   using A = acc_t<T>;
   const bool add = problem.runs(kAdd), mul = problem.runs(kMul);
   const FeatureMap& map = problem.map;
   const Shape shape = streaming(map.shape);
   const Plan plan = make_plan(shape, sizeof(T));
-  Tensor scale_parts, term_parts;
-  if (mul) scale_parts = at::empty({shape.images, plan.splits, shape.channels}, map.accumulation());
-  if (add) term_parts = at::empty({shape.images, plan.splits, shape.channels}, map.accumulation());
+  const int64_t count = shape.images * shape.channels;
+  TermGradients<A> grads{add ? scratch.take(plan.splits * count) : nullptr,
+                         mul ? scratch.take(plan.splits * count) : nullptr};
   run(BroadcastBackwardArgs<T>{shape, plan, problem.grad.data_ptr<T>(), mul ? map.tensor.data_ptr<T>() : nullptr,
-                               nullptr, nullptr, mul ? scale_parts.data_ptr<A>() : nullptr,
-                               add ? term_parts.data_ptr<A>() : nullptr});
-  TermGradients out;
-  if (add) out.add = sum_members<T>(term_parts);
-  if (mul) {
-    out.mul = sum_members<T>(scale_parts);
-    kernels<A>().gate_backward(problem.kinds.gate, problem.scale.data_ptr<A>(), out.mul.data_ptr<A>(), out.mul.numel());
+                               nullptr, nullptr, grads[kMul], grads[kAdd]});
+  for (A*& grad : grads) {
+    if (!grad || plan.splits == 1) continue;
+    const A* parts = grad;
+    grad = scratch.take(count);
+    run<T>(ReduceArgs<A>{parts, grad, shape.images, plan.splits, shape.channels});
   }
-  return out;
+  if (mul) kernels<A>().gate_backward(problem.kinds.gate, problem.scale.data_ptr<A>(), grads[kMul], count);
+  return grads;
 }
 
 // The gradient of a parameter from that in the accumulation type.
@@ -203,8 +201,8 @@ Tensor summed(const acc_t<T>* grads, int64_t images, const Tensor& parameter, Sc
 
 // Fills in the gradients of the parameters; returns that of the context, [N, C], or null where it is not needed.
 template <typename T>
-const acc_t<T>* run_transform_backward(const Backward& problem, const TermGradients& terms, std::vector<Tensor>& grads,
-                                       Scratch<acc_t<T>>& scratch) {
+const acc_t<T>* run_transform_backward(const Backward& problem, const TermGradients<acc_t<T>>& terms,
+                                       std::vector<Tensor>& grads, Scratch<acc_t<T>>& scratch) {
   using A = acc_t<T>;
   const int64_t images = problem.map.shape.images, channels = problem.map.shape.channels;
   const bool needs_context = problem.needs.context();
@@ -215,36 +213,41 @@ const acc_t<T>* run_transform_backward(const Backward& problem, const TermGradie
     return problem.needs.parameter(b, which) ? grad : Tensor();
   };
 
+  // A vector's gradient as it is summed, and then in its own type.
+  std::vector<std::tuple<int, Parameter, const A*>> sums;
+  const auto sum_of = [&](int b, Parameter which) -> A* {
+    if (!problem.needs.parameter(b, which) || !problem.branches.each[b].parameters[which].defined()) return nullptr;
+    A* sum = scratch.take(problem.branches.each[b].parameters[which].numel());
+    sums.emplace_back(b, which, sum);
+    return sum;
+  };
+
   struct Live {
     int b;
     int64_t hidden;
-    const A* grad_term;  // [N, C]
-    A* activated;        // [N, P]
-    Pieces pieces;       // of w2
-    A* grad_parts;       // [chunks, N, P]
-    A* grad_hidden;      // [N, P]
+    A* grad_parts;   // [chunks, N, P]
+    A* grad_hidden;  // [N, P]
   };
   std::vector<Live> live;
   std::vector<Share> shares;
   for (const int b : {kAdd, kMul}) {
     if (!problem.runs(b)) continue;
     const Branch& branch = problem.branches.each[b];
-    Live one{b, branch.hidden, (b == kAdd ? terms.add : terms.mul).data_ptr<A>()};
-    if (problem.needs.parameter(b, kB2)) {
-      grads[Needs::index(b, kB2)] = summed<T>(one.grad_term, images, branch.parameters[kB2], scratch);
-    }
-    if (problem.needs.activated(b) || problem.needs.parameter(b, kW2)) {
-      one.activated = scratch.take(images * one.hidden);
+    Live one{b, branch.hidden};
+    A* activated = nullptr;
+    if (problem.needs.parameter(b, kW2)) {
+      activated = scratch.take(images * one.hidden);
       A* hidden = problem.normalized.data_ptr<A>() + images * problem.branches.hidden_before(b);
       kernels<A>().activate({hidden, nullptr, scratch.template widened<T>(branch.parameters[kNormWeight]),
-                             scratch.template widened<T>(branch.parameters[kNormBias]), one.activated, one.hidden, 0,
+                             scratch.template widened<T>(branch.parameters[kNormBias]), activated, one.hidden, 0,
                              problem.kinds.activation},
                             0, images);
-      one.pieces = make_pieces(branch.parameters[kW2], channels);
-      if (problem.needs.activated(b)) one.grad_parts = scratch.take(one.pieces.chunks * images * one.hidden);
-      shares.push_back(linear_backward_share<T>(branch.parameters[kW2], one.grad_term, one.activated, one.hidden,
-                                                fresh(b, kW2), one.grad_parts, images, channels));
     }
+    if (problem.needs.activated(b)) {
+      one.grad_parts = scratch.take(make_pieces(branch.parameters[kW2], channels).chunks * images * one.hidden);
+    }
+    shares.push_back(linear_backward_share<T>(branch.parameters[kW2], terms[b], activated, one.hidden, fresh(b, kW2),
+                                              sum_of(b, kB2), one.grad_parts, images, channels));
     live.push_back(one);
   }
   run_together(shares);
@@ -255,39 +258,35 @@ const acc_t<T>* run_transform_backward(const Backward& problem, const TermGradie
     if (!problem.needs.activated(one.b)) continue;
     const Branch& branch = problem.branches.each[one.b];
     const int64_t start = images * problem.branches.hidden_before(one.b);
+    const int64_t chunks = make_pieces(branch.parameters[kW2], channels).chunks;
     one.grad_hidden = scratch.take(images * one.hidden);
-    run<T>(ReduceArgs<A>{one.grad_parts, one.grad_hidden, 1, one.pieces.chunks, images * one.hidden});
-    A* grad_weight = scratch.take(one.hidden);
-    A* grad_bias = scratch.take(one.hidden);
+    run<T>(ReduceArgs<A>{one.grad_parts, one.grad_hidden, 1, chunks, images * one.hidden});
+    A* grad_weight = sum_of(one.b, kNormWeight);
+    A* grad_bias = sum_of(one.b, kNormBias);
     kernels<A>().normalize_backward({problem.normalized.data_ptr<A>() + start,
                                      problem.inverse_deviation.data_ptr<A>() + problem.branches.row(one.b) * images,
                                      scratch.template widened<T>(branch.parameters[kNormWeight]),
                                      scratch.template widened<T>(branch.parameters[kNormBias]), one.grad_hidden,
-                                     grad_weight, grad_bias, images, one.hidden, problem.kinds.activation});
-    const auto keep = [&](Parameter which, const A* grad) {
-      if (problem.needs.parameter(one.b, which) && branch.parameters[which].defined()) {
-        grads[Needs::index(one.b, which)] = narrowed<T>(grad, branch.parameters[which]);
-      }
-    };
-    keep(kNormWeight, grad_weight);
-    keep(kNormBias, grad_bias);
-    if (problem.needs.parameter(one.b, kB1)) {
-      grads[Needs::index(one.b, kB1)] = summed<T>(one.grad_hidden, images, branch.parameters[kB1], scratch);
-    }
-    context_chunks += make_pieces(branch.parameters[kW1], one.hidden).chunks;
+                                     grad_weight ? grad_weight : scratch.take(one.hidden),
+                                     grad_bias ? grad_bias : scratch.take(one.hidden), images, one.hidden,
+                                     problem.kinds.activation});
+    if (problem.needs.hidden(one.b)) context_chunks += make_pieces(branch.parameters[kW1], one.hidden).chunks;
   }
 
   A* context_parts = needs_context ? scratch.take(context_chunks * images * channels) : nullptr;
   int64_t chunk = 0;
   for (const Live& one : live) {
-    if (!needs_context && !problem.needs.parameter(one.b, kW1)) continue;
+    if (!problem.needs.hidden(one.b)) continue;
     const Tensor& w1 = problem.branches.each[one.b].parameters[kW1];
     A* parts = needs_context ? context_parts + chunk * images * channels : nullptr;
     shares.push_back(linear_backward_share<T>(w1, one.grad_hidden, problem.state.data_ptr<A>() + 2, channels + 2,
-                                              fresh(one.b, kW1), parts, images, one.hidden));
+                                              fresh(one.b, kW1), sum_of(one.b, kB1), parts, images, one.hidden));
     chunk += make_pieces(w1, one.hidden).chunks;
   }
   run_together(shares);
+  for (const auto& [b, which, sum] : sums) {
+    grads[Needs::index(b, which)] = narrowed<T>(sum, problem.branches.each[b].parameters[which]);
+  }
   if (!needs_context || context_chunks == 1) return context_parts;
   A* grad_context = scratch.take(images * channels);
   run<T>(ReduceArgs<A>{context_parts, grad_context, 1, context_chunks, images * channels});
@@ -301,7 +300,7 @@ void run_backward(const Backward& problem, std::vector<Tensor>& grads) {
   const FeatureMap& map = problem.map;
   const int64_t images = map.shape.images, channels = map.shape.channels, pixels = map.shape.pixels;
   Scratch<A> scratch(map.accumulation());
-  const A* grad_context = run_transform_backward<T>(problem, reduce_grad<T>(problem), grads, scratch);
+  const A* grad_context = run_transform_backward<T>(problem, reduce_grad<T>(problem, scratch), grads, scratch);
   if (!problem.needs.context()) return;
   const A* scale = problem.branches.has(kMul) ? problem.scale.data_ptr<A>() : nullptr;
   const bool needs_x = problem.needs.x();

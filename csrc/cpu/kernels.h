@@ -102,13 +102,15 @@ struct LinearArgs {
   Gate gate;  // of out
 };
 
-// grad_weight = sum_n grad[n] (x) in[n], grad_in[n] = weight^T grad[n]; either may be absent (null).
+// grad_weight = sum_n grad[n] (x) in[n], grad_bias = sum_n grad[n], grad_in[n] = weight^T grad[n]; any may be absent
+// (null), and what only it needs.
 template <typename W>
 struct LinearBackwardArgs {
   const W* weight;       // [rows, columns]
   const acc_t<W>* grad;  // [images, rows]
   const acc_t<W>* in;    // [images, in_stride], of which `columns` count
   W* grad_weight;        // [rows, columns]
+  acc_t<W>* grad_bias;   // [rows]
   acc_t<W>* grad_in;     // [chunks, images, columns], partial sums
   int64_t images;
   int64_t rows;

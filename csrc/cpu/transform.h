@@ -11,15 +11,23 @@
 
 namespace gc::cpu {
 
-// Memory that lives as long as one call of an operator.
+// Memory that lives as long as one call of an operator. Small pieces share blocks: each tensor is three allocations.
 template <typename A>
 class Scratch {
  public:
   explicit Scratch(const at::TensorOptions& options) : options_(options) {}
 
   A* take(int64_t count) {
-    tensors_.push_back(at::empty({count}, options_));
-    return tensors_.back().template data_ptr<A>();
+    if (count > kBlock / 4) return fresh(count);
+    if (count > left_ || !next_) {
+      next_ = fresh(kBlock);
+      left_ = kBlock;
+    }
+    A* const taken = next_;
+    const int64_t lines = divide_up(count * sizeof(A), kLineBytes) * kLineBytes / sizeof(A);
+    next_ += lines;
+    left_ -= lines;
+    return taken;
   }
 
   // A small tensor in the accumulation type: as it is, or else a wider copy; null if it is not defined.
@@ -36,8 +44,18 @@ class Scratch {
   }
 
  private:
+  static constexpr int64_t kLineBytes = 64;
+  static constexpr int64_t kBlock = 64 * 1024 / sizeof(A);
+
+  A* fresh(int64_t count) {
+    tensors_.push_back(at::empty({count}, options_));
+    return tensors_.back().template data_ptr<A>();
+  }
+
   at::TensorOptions options_;
   std::vector<at::Tensor> tensors_;
+  A* next_ = nullptr;  // of the block in use
+  int64_t left_ = 0;
 };
 
 // Part of a parallel step: calls(begin, end) on ranges of 0..count, `elements` of work to each item.
@@ -89,17 +107,25 @@ inline Pieces make_pieces(const at::Tensor& weight, int64_t rows) {
   return make_pieces(rows, weight.numel() / rows, weight.element_size());
 }
 
-// The gradients of weight (where defined) and of in (where not null: a part per chunk) as a share of a step
+// The gradients of weight (where defined), of the bias and of in (where not null; of in a part per chunk) as a share of
+// a step
 template <typename T>
 Share linear_backward_share(const at::Tensor& weight, const acc_t<T>* grad, const acc_t<T>* in, int64_t in_stride,
-                            const at::Tensor& grad_weight, acc_t<T>* grad_in, int64_t images, int64_t rows) {
+                            const at::Tensor& grad_weight, acc_t<T>* grad_bias, acc_t<T>* grad_in, int64_t images,
+                            int64_t rows) {
   return with_weight<T>(weight, [&](auto* data) {
     using W = std::remove_pointer_t<decltype(data)>;
-    const LinearBackwardArgs<W> args{data,      grad,
-                                     in,        grad_weight.defined() ? grad_weight.data_ptr<W>() : nullptr,
-                                     grad_in,   images,
-                                     rows,      weight.numel() / rows,
-                                     in_stride, make_pieces(weight, rows)};
+    const LinearBackwardArgs<W> args{data,
+                                     grad,
+                                     in,
+                                     grad_weight.defined() ? grad_weight.data_ptr<W>() : nullptr,
+                                     grad_bias,
+                                     grad_in,
+                                     images,
+                                     rows,
+                                     weight.numel() / rows,
+                                     in_stride,
+                                     make_pieces(weight, rows)};
     return Share{args.pieces.count(), divide_up(weight.numel(), args.pieces.count()) * images,
                  [args](int64_t begin, int64_t end) { kernels<W>().linear_backward(args, begin, end); }};
   });

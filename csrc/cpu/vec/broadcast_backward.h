@@ -30,33 +30,41 @@ inline void backward_run(const BroadcastBackwardArgs<T>& args, int64_t j, const 
   }
 }
 
+// to[r] += the sum of the lanes of sums[r]
+template <int kRows, typename T>
+GC_INLINE void add_lane_sums(const Lanes<T> (&sums)[kRows], acc_t<T>* to) {
+  using V = typename Lanes<T>::V;
+  V rows[kRows];
+  GC_UNROLL_SUMS
+  for (int r = 0; r < kRows; ++r) rows[r] = sums[r].sum();
+  (V::loadu(to, kRows) + lane_sums(rows)).store(to, kRows);
+}
+
 // NCHW: rows are channels. The pixels [begin, end) of kRows planes: grad_scale[r] and grad_term[r] += their sums.
 template <typename Want, int kRows, typename T>
-GC_INLINE void backward_rows(const BroadcastBackwardArgs<T>& args, int64_t plane, int64_t begin, int64_t end,
-                             acc_t<T>* grad_scale, acc_t<T>* grad_term) {
+GC_FLATTEN void backward_rows(const BroadcastBackwardArgs<T>& args, int64_t plane, int64_t begin, int64_t end,
+                              acc_t<T>* grad_scale, acc_t<T>* grad_term) {
   using L = Lanes<T>;
-  using V = typename L::V;
   const int64_t pixels = args.shape.pixels;
-  L scale[kRows], by_x[kRows], plain[kRows];
+  // What is not wanted is one unused vector.
+  constexpr int kScales = Want::kGradX ? kRows : 1;
+  constexpr int kByX = Want::kGradScale ? kRows : 1;
+  constexpr int kPlain = Want::kGradTerm ? kRows : 1;
+  L scale[kScales], by_x[kByX], plain[kPlain];
   GC_UNROLL_SUMS
   for (int r = 0; r < kRows; ++r) {
-    by_x[r] = plain[r] = L::zero();
-    scale[r] = L::all(Want::kGradX ? args.scale[plane + r] : acc_t<T>(0));
+    by_x[r % kByX] = plain[r % kPlain] = L::zero();
+    scale[r % kScales] = L::all(Want::kGradX ? args.scale[plane + r] : acc_t<T>(0));
   }
   for_each_run<L::kWidth>(plane * pixels + begin, plane * pixels + end, [&](int64_t j, int count, auto partial) {
     GC_UNROLL_SUMS
     for (int r = 0; r < kRows; ++r) {
-      backward_run<Want, partial.value>(args, j + r * pixels, scale[r], count, by_x[r], plain[r]);
+      backward_run<Want, partial.value>(args, j + r * pixels, scale[r % kScales], count, by_x[r % kByX],
+                                        plain[r % kPlain]);
     }
   });
-  const auto add = [](L(&sums)[kRows], acc_t<T>* to) {
-    V rows[kRows];
-    GC_UNROLL_SUMS
-    for (int r = 0; r < kRows; ++r) rows[r] = sums[r].sum();
-    (V::loadu(to, kRows) + lane_sums(rows)).store(to, kRows);
-  };
-  if constexpr (Want::kGradScale) add(by_x, grad_scale);
-  if constexpr (Want::kGradTerm) add(plain, grad_term);
+  if constexpr (Want::kGradScale) add_lane_sums(by_x, grad_scale);
+  if constexpr (Want::kGradTerm) add_lane_sums(plain, grad_term);
 }
 
 inline constexpr int64_t kAheadBytes = 12 * 1024;

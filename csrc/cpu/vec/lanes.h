@@ -15,8 +15,11 @@ inline namespace CPU_CAPABILITY {
 // g++ leaves the longer conversions of at::vec as calls, which hand vectors over in memory.
 #ifdef __GNUC__
 #define GC_INLINE __attribute__((always_inline, flatten)) inline
+// A function of its own with everything it calls inside: its sums stay in registers wherever it is called from.
+#define GC_FLATTEN __attribute__((noinline, flatten))
 #else
 #define GC_INLINE inline
+#define GC_FLATTEN inline
 #endif
 
 // For loops over arrays of vectors: unless they are unrolled early, g++ makes a memset of those that set sums to zero,
@@ -263,22 +266,32 @@ inline void for_each_group(int64_t begin, int64_t end, const Body& body) {
   }
 }
 
-// Lane i of the result is the sum of the lanes of rows[i]. kCount is a power of two, at most the lanes of a vector; the
-// lanes from there on repeat the others. Destroys rows.
-template <int kCount, typename A>
-GC_INLINE Vec<A> lane_sums(Vec<A> (&rows)[kCount]) {
-  const auto fold = [](const Vec<A>& a, const Vec<A>& b) {
-    const auto halves = at::vec::deinterleave2(a, b);
-    return halves.first + halves.second;
-  };
-  GC_UNROLL_SUMS
-  for (int n = kCount; n > 1; n /= 2) {
+// Lane i of the result is the sum of the lanes of rows[i]; lanes from kCount, a power of two, on repeat the others.
+// kFolds: how often the lanes of a vector are halved.
+template <int kFolds, int kCount, typename A>
+GC_INLINE Vec<A> fold_lanes(const Vec<A> (&rows)[kCount]) {
+  if constexpr (kFolds == 0) {
+    return rows[0];
+  } else {
+    constexpr int kLeft = (kCount + 1) / 2;
+    Vec<A> folded[kLeft];
     GC_UNROLL_SUMS
-    for (int i = 0; i < n / 2; ++i) rows[i] = fold(rows[2 * i], rows[2 * i + 1]);
+    for (int i = 0; i < kLeft; ++i) {
+      const auto halves = at::vec::deinterleave2(rows[2 * i], rows[std::min(2 * i + 1, kCount - 1)]);
+      folded[i] = halves.first + halves.second;
+    }
+    return fold_lanes<kFolds - 1>(folded);
   }
-  GC_UNROLL_SUMS
-  for (int n = Vec<A>::size(); n > kCount; n /= 2) rows[0] = fold(rows[0], rows[0]);
-  return rows[0];
+}
+
+template <int kCount, typename A>
+GC_INLINE Vec<A> lane_sums(const Vec<A> (&rows)[kCount]) {
+  constexpr auto log2 = [](int n) {
+    int result = 0;
+    for (; n > 1; n /= 2) ++result;
+    return result;
+  };
+  return fold_lanes<log2(Vec<A>::size())>(rows);
 }
 
 // The sum of all lanes, always in the same order.

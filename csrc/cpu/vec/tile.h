@@ -19,7 +19,7 @@ inline constexpr int64_t kChain = 32;  // additions into one accumulator before 
 
 // Lane k * kRows + r of the result is sum_j x[r * stride + j] * v[k * v_stride + j].
 template <int kRows, int kVectors, typename T>
-GC_INLINE Vec<acc_t<T>> dot_rows(const T* x, int64_t stride, int64_t width, const acc_t<T>* v, int64_t v_stride) {
+GC_FLATTEN Vec<acc_t<T>> dot_rows(const T* x, int64_t stride, int64_t width, const acc_t<T>* v, int64_t v_stride) {
   using L = Lanes<T>;
   using V = typename L::V;
   V total(acc_t<T>(0));

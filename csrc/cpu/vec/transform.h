@@ -3,6 +3,7 @@
 // their own type W and are fetched from memory once for all images. Everything else is in the accumulation type.
 #pragma once
 
+#include "cpu/vec/reduce.h"
 #include "cpu/vec/tile.h"
 
 namespace gc::cpu {
@@ -186,6 +187,9 @@ void linear_backward(const LinearBackwardArgs<W>& args, int64_t piece_begin, int
     const int64_t end = std::min(begin + args.pieces.chunk_rows, args.rows);
     const int64_t first = piece % args.pieces.blocks * kPieceColumns;
     const int64_t width = std::min(kPieceColumns, args.columns - first);
+    if (args.grad_bias && first == 0) {
+      reduce<acc_t<W>>({args.grad, args.grad_bias, 1, args.images, args.rows}, begin, end);
+    }
     if (args.grad_in) {
       acc_t<W>* out = args.grad_in + chunk * args.images * args.columns;
       for (int64_t row = begin; row < end; row += kChain) {
