@@ -47,11 +47,13 @@ def figures(result: dict[str, Any], path: str) -> str:
         titles, launched = ["direction", *SUMMARY], ""
         rows = [[d, *row] for d in DIRECTIONS for row in summary_rows(shown, d, cache)]
     stem = path.removesuffix(".json")
+    memory = "" if device["kind"] == "cuda" else f", {result['allocator']}"
     setting = f"{setting_text(samples[0].setting)}; torch {versions['torch']}"
     said = (
         f"One block on {device['name']} ({setting}, {result['date'][:10]}, commit "
-        f"{versions['commit'] or 'unknown'}), medians, {cache} cache. The limit is a copy of as many bytes "
-        f"as the block must move, in the same run.{launched} [All of it, and how it was measured]({stem}.md):"
+        f"{versions['commit'] or 'unknown'}), medians, {cache} cache{memory}. The limit is a copy of as many "
+        f"bytes as the block must move, in the same run.{launched} [All of it, and how it was measured]"
+        f"({stem}.md):"
     )
     lines = [
         "",
