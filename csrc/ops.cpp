@@ -9,6 +9,7 @@
 
 #include "build_config.h"
 #include "cuda/transform_plan.h"
+#include "reading.h"
 
 TORCH_LIBRARY(gc_cuda, m) {
   // context = sum_s softmax(logits)[s] * x[:, s]
@@ -100,6 +101,7 @@ gc::TransformPlan transform_plan(const std::string& pass, int64_t images, int64_
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "Build configuration and launch plans of gc_cuda; importing it registers the torch.ops.gc_cuda operators.";
   m.def("build_config", &gc::build_config, "What was built: a dict of str.");
+  gc::bind_reading(m);
 
   py::class_<gc::Plan>(m, "Plan", "How a kernel would be launched; print it.")
       .def_readonly("rows", &gc::Plan::rows)

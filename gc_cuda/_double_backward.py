@@ -8,15 +8,6 @@ import torch
 from torch import Tensor
 
 
-def graph_wanted() -> bool:
-    """Whether a backward pass must be differentiable itself.
-
-    The compiler traces backward passes with grad mode on, but cannot differentiate them again, so it gets the
-    operators.
-    """
-    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
-
-
 def differentiable_gradients(
     definition: Callable[..., Tensor], grad: Tensor, *inputs: Tensor | None
 ) -> list[Tensor | None]:

@@ -9,6 +9,8 @@ forward hook would let the old forward run first.
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -49,11 +51,17 @@ def _make(
     original: type[nn.Module], prefix: str, make: Callable[..., Forward], arguments: tuple[Any, ...]
 ) -> type[nn.Module]:
     forward = make(*arguments)
+    of_x = list(inspect.signature(original.forward).parameters)[1]  # the name of the argument
 
-    def call(self: nn.Module, x: Any) -> Any:
-        return forward(self, original.forward, x)
+    @functools.wraps(original.forward)
+    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if len(args) == 1 and not kwargs:
+            return forward(self, original.forward, args[0])
+        if not args and len(kwargs) == 1 and of_x in kwargs:
+            return forward(self, original.forward, kwargs[of_x])
+        return original.forward(self, *args, **kwargs)
 
-    call.__name__, call.__qualname__ = "forward", f"{prefix}{original.__qualname__}.forward"
+    call.__qualname__ = f"{prefix}{original.__qualname__}.forward"
     members = {
         "__module__": original.__module__,
         "__doc__": original.__doc__,

@@ -8,7 +8,8 @@ from typing import NamedTuple
 from torch import nn
 
 from gc_cuda import _extension, _swap
-from gc_cuda._recipe import Kind, Unserved, fused_forward
+from gc_cuda._fused import fused_forward, recipe_of
+from gc_cuda._parts import Kind, Unserved
 from gc_cuda.integrations import gcnet, mmdet, timm, torchvision
 
 _KINDS: dict[str, Kind] = {**gcnet.KINDS, **mmdet.KINDS, **timm.KINDS, **torchvision.KINDS}
@@ -118,7 +119,7 @@ def _accelerate(block: nn.Module, kind: Kind) -> tuple[str, str]:
         if method in block.__dict__:
             return LEFT_ALONE, f"the instance has a {method} of its own"
     try:
-        kind.read(block)
+        recipe_of(block, kind.read)
     except Unserved as unserved:
         return LEFT_ALONE, str(unserved)
     except AttributeError as error:  # another version of the framework

@@ -12,8 +12,11 @@ CUDA.
 
 Saved for the backward pass are x and small vectors, never the output. Differentiating twice
 (``create_graph=True``) works: the gradients are then computed by plain PyTorch as in
-:mod:`gc_cuda.reference`. While a model is exported (``torch.export``, ``torch.onnx.export``,
-``torch.jit.trace``) and under ``torch.func`` transforms, every function is its reference.
+:mod:`gc_cuda.reference`, as are those of a batch of gradients (``is_grads_batched=True``, ``vmap``). While a
+model is exported (``torch.export``, ``torch.onnx.export``, ``torch.jit.trace``), under ``torch.func``
+transforms, within ``torch.autograd.forward_ad.dual_level``, and for tensors of a subclass of Tensor (DTensor,
+say) every function is its reference. A subclass whose tensors the operators may have says so by a class
+attribute ``gc_cuda_served = True``.
 """
 
 from __future__ import annotations
@@ -25,9 +28,10 @@ from torch import Tensor
 from torch.autograd import Function
 
 from gc_cuda import _checks, _extension, _fake, _flops, reference
-from gc_cuda._block_function import Policy, whole_block
-from gc_cuda._double_backward import differentiable_gradients, graph_wanted
-from gc_cuda._tracing import standard_operators_wanted
+from gc_cuda._block_function import Policy, present, whole_block
+from gc_cuda._contexts import differentiable_wanted, is_foreign, plain_pytorch_wanted
+from gc_cuda._double_backward import differentiable_gradients
+from gc_cuda._saved import save, saved
 from gc_cuda.reference import Transform
 
 if _extension.build_config() is not None:
@@ -47,7 +51,7 @@ def softmax_pool(x: Tensor, logits: Tensor) -> Tensor:
     Returns:
         context, [N, C].
     """
-    if standard_operators_wanted():
+    if _plain_pytorch_wanted(x, logits):
         return reference.softmax_pool(x, logits)
     _extension.require()
     _checks.feature_map(x)
@@ -68,7 +72,7 @@ def attention_pool(x: Tensor, mask_weight: Tensor, mask_bias: Tensor | None = No
     Returns:
         context, [N, C].
     """
-    if standard_operators_wanted():
+    if _plain_pytorch_wanted(x, mask_weight, mask_bias):
         return reference.attention_pool(x, mask_weight, mask_bias)
     _extension.require()
     _checks.feature_map(x)
@@ -80,7 +84,7 @@ def attention_pool(x: Tensor, mask_weight: Tensor, mask_bias: Tensor | None = No
 
 def average_pool(x: Tensor) -> Tensor:
     """context[n, c] = mean of x[n, c] over the pixels: [N, C, H, W] -> [N, C]. One read of x."""
-    if standard_operators_wanted():
+    if _plain_pytorch_wanted(x):
         return reference.average_pool(x)
     _extension.require()
     _checks.feature_map(x)
@@ -97,7 +101,7 @@ def broadcast_add(x: Tensor, term: Tensor) -> Tensor:
     Returns:
         out, [N, C, H, W] in the memory format of x.
     """
-    if standard_operators_wanted():
+    if _plain_pytorch_wanted(x, term):
         return reference.broadcast_add(x, term)
     _extension.require()
     _checks.feature_map(x)
@@ -115,7 +119,7 @@ def broadcast_mul(x: Tensor, scale: Tensor) -> Tensor:
     Returns:
         out, [N, C, H, W] in the memory format of x.
     """
-    if standard_operators_wanted():
+    if _plain_pytorch_wanted(x, scale):
         return reference.broadcast_mul(x, scale)
     _extension.require()
     _checks.feature_map(x)
@@ -134,7 +138,7 @@ def broadcast_mul_add(x: Tensor, scale: Tensor, term: Tensor) -> Tensor:
     Returns:
         out, [N, C, H, W] in the memory format of x.
     """
-    if standard_operators_wanted():
+    if _plain_pytorch_wanted(x, scale, term):
         return reference.broadcast_mul_add(x, scale, term)
     _extension.require()
     _checks.feature_map(x)
@@ -197,7 +201,7 @@ def global_context(
         TypeError: for a dtype that does not fit, or for what is no dense tensor or no Transform.
         ImportError: where the extension is missing or lacks CUDA; it says what to run.
     """
-    if standard_operators_wanted():
+    if _plain_pytorch_wanted(x, mask_weight, mask_bias, *_tensors(add), *_tensors(mul)):
         return reference.global_context(
             x,
             mask_weight,
@@ -214,21 +218,30 @@ def global_context(
     policy = Policy(pooling_type, activation, gate, eps)
     if torch.compiler.is_compiling():  # a check costs no run time then
         _checks.global_context(*tensors, *policy)
-        return whole_block(*tensors, policy)
+        return whole_block(x, mask_weight, mask_bias, present(add), present(mul), policy)
     try:
         _checks.unseen_by_the_operator(x, mask_weight, pooling_type, eps)
-        return whole_block(*tensors, policy)
+        return whole_block(x, mask_weight, mask_bias, present(add), present(mul), policy)
     except Exception:
-        _explain(*tensors, *policy)
+        explain(*tensors, *policy)
         raise
 
 
-def _explain(*arguments: Any) -> None:
+def explain(*arguments: Any) -> None:
     """After an error of the whole block: raise what is wrong with its arguments, if it is their fault."""
     try:
         _checks.global_context(*arguments)
     except (ValueError, TypeError, ImportError) as explanation:
         raise explanation from None
+
+
+def _tensors(branch: Any) -> tuple[Any, ...]:
+    return tuple(branch) if isinstance(branch, (tuple, list)) else ()
+
+
+def _plain_pytorch_wanted(*tensors: Any) -> bool:
+    """Whether the reference has to run: because of where the call is made, or because of its tensors."""
+    return plain_pytorch_wanted() or any(map(is_foreign, tensors))
 
 
 class _SoftmaxPool(Function):
@@ -241,7 +254,7 @@ class _SoftmaxPool(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, logits, state = ctx.saved_tensors
-        if graph_wanted():
+        if differentiable_wanted(grad):
             return tuple(differentiable_gradients(reference.softmax_pool, grad, x, logits))
         grad_x, grad_logits = torch.ops.gc_cuda.softmax_pool_backward.default(
             grad, x, logits.flatten(1), state
@@ -253,19 +266,19 @@ class _AttentionPool(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, mask_weight: Tensor, mask_bias: Tensor | None) -> Tensor:
         context, logits, state = torch.ops.gc_cuda.attention_pool.default(x, mask_weight, mask_bias)
-        ctx.save_for_backward(x, mask_weight, mask_bias, logits, state)
+        save(ctx, [x, mask_weight, logits, state], [mask_bias])
         return context
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, mask_weight, mask_bias, logits, state = ctx.saved_tensors
+        (x, mask_weight, logits, state), (mask_bias,) = saved(ctx, values_of_biases=False)
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
         grad_x = grad_weight = grad_bias = None
         if needs_bias:
             grad_bias = torch.zeros_like(mask_bias)
         if not (needs_x or needs_weight):
             return None, None, grad_bias
-        if graph_wanted():
+        if differentiable_wanted(grad):
             grad_x, grad_weight = differentiable_gradients(reference.attention_pool, grad, x, mask_weight)
         else:
             grad_x, grad_weight = torch.ops.gc_cuda.attention_pool_backward.default(
@@ -294,16 +307,16 @@ class _Broadcast(Function):
     def forward(ctx: Any, x: Tensor, scale: Tensor | None, term: Tensor | None) -> Tensor:
         _, needs_scale, _ = ctx.needs_input_grad
         # x matters to nothing but the gradient of scale; the gradients of an addition need nothing at all.
-        ctx.save_for_backward(x if needs_scale else None, scale)
+        save(ctx, [x if needs_scale else None, scale])
         ctx.term_shape = None if term is None else term.shape
         ctx.term_dtype = None if term is None else term.dtype
         return torch.ops.gc_cuda.broadcast.default(x, _flat(scale), _flat(term))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, scale = ctx.saved_tensors
+        (x, scale), _ = saved(ctx, values_of_biases=False)
         needed = ctx.needs_input_grad
-        if graph_wanted():
+        if differentiable_wanted(grad):
             grad_x, grad_scale, grad_term = _differentiable_broadcast_gradients(grad, x, scale, needed)
         else:
             grad_x, grad_scale, grad_term = _broadcast_gradients(grad, x, scale, needed, ctx.term_dtype)

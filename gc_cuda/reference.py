@@ -13,13 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import reduce
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from gc_cuda._tracing import constant_count, promoted
+from gc_cuda._contexts import constant_count, promoted
 
 POOLING_TYPES = ("avg", "att")
 FUSION_TYPES = ("channel_add", "channel_mul")
@@ -197,6 +197,8 @@ class ContextBlock(nn.Module):
     _abbr_ = "context_block"  # the attribute name under which mmdetection's backbones hold the block
 
     conv_mask: nn.Conv2d | None
+    softmax: nn.Softmax  # with pooling_type "att"
+    avg_pool: nn.AdaptiveAvgPool2d  # with pooling_type "avg"
     channel_add_conv: nn.Sequential | None
     channel_mul_conv: nn.Sequential | None
 
@@ -218,9 +220,22 @@ class ContextBlock(nn.Module):
         self.eps = eps
         # The order of construction is mmcv's, so that one random seed gives both the same parameters.
         self.conv_mask = nn.Conv2d(in_channels, 1, kernel_size=1) if pooling_type == "att" else None
+        self._add_pooling()
         self.channel_add_conv = self._new_transform() if "channel_add" in fusion_types else None
         self.channel_mul_conv = self._new_transform() if "channel_mul" in fusion_types else None
         self.reset_parameters()
+
+    def _add_pooling(self) -> None:
+        """The parts without parameters, under mmcv's names: a hook on ``softmax`` gets the attention."""
+        if self.conv_mask is not None:
+            self.softmax = nn.Softmax(dim=2)
+        else:
+            self.avg_pool = nn.AdaptiveAvgPool2d(1)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "softmax" not in self._modules and "avg_pool" not in self._modules:
+            self._add_pooling()  # pickled by gc_cuda 0.1.0, which had no such parts
 
     def _new_transform(self) -> nn.Sequential:
         return nn.Sequential(
@@ -248,13 +263,16 @@ class ContextBlock(nn.Module):
             f"fusion_types={tuple(self.fusion_types)!r}, eps={self.eps:g}"
         )
 
+    def spatial_pool(self, x: Tensor) -> Tensor:
+        """The context: [N, C, H, W] -> [N, C, 1, 1]."""
+        if self.conv_mask is None:
+            return self.avg_pool(x)
+        attention = self.softmax(self.conv_mask(x).flatten(2)).unsqueeze(-1)  # [N, 1, S, 1]
+        return torch.matmul(x.flatten(2).unsqueeze(1), attention).transpose(1, 2)  # [N, 1, C, 1] -> [N, C, 1, 1]
+
     def forward(self, x: Tensor) -> Tensor:
         """[N, C, H, W] -> the same shape and dtype."""
-        if self.conv_mask is not None:
-            context = attention_pool(x, self.conv_mask.weight, self.conv_mask.bias)
-        else:
-            context = average_pool(x)
-        context = context[:, :, None, None]
+        context = self.spatial_pool(x)
         out = x
         if self.channel_mul_conv is not None:
             out = out * torch.sigmoid(self.channel_mul_conv(context))

@@ -187,7 +187,7 @@ def test_parameters_that_appear_when_they_are_looked_up(random):
             return super().__getitem__(name)
 
     block = randomised(gc_cuda.ContextBlock(16, 1 / 4))
-    x = random(2, 16, 5, 6)
+    x = random(2, 16, 5, 6, dtype=torch.float32)
     expected = block(x)
     parts = [module for module in block.modules() if module._parameters]
     for module in parts:
@@ -196,14 +196,23 @@ def test_parameters_that_appear_when_they_are_looked_up(random):
     assert read == ["weight", "bias"] * len(parts)
 
 
-def test_parameters_of_a_dtype_that_does_not_fit(random):
-    """They are taken in x's dtype, and get their gradients in their own."""
-    block = randomised(gc_cuda.ContextBlock(16, 1 / 4)).bfloat16()
-    x = random(2, 16, 5, 6, dtype=torch.float32)
-    out = block(x)
-    assert torch.equal(out, copy.deepcopy(block).float()(x))
-    out.sum().backward()
-    assert all(parameter.grad.dtype == torch.bfloat16 for parameter in block.parameters())
+@pytest.mark.parametrize(
+    ("parameters", "map_dtype"),
+    [(torch.bfloat16, torch.float32), (torch.float32, torch.float64), (torch.float16, torch.bfloat16)],
+    ids=str,
+)
+def test_parameters_of_a_dtype_that_does_not_fit(random, parameters, map_dtype):
+    """Eager raises, too; under autocast, which casts there, the block runs."""
+    block = randomised(gc_cuda.ContextBlock(16, 1 / 4)).to(parameters)
+    x = random(2, 16, 5, 6, dtype=map_dtype)
+    with pytest.raises(TypeError, match=f"x must be {parameters} like the block's parameters, got {map_dtype}"):
+        block(x)
+    if map_dtype == torch.float32:
+        with torch.autocast("cpu", torch.bfloat16):
+            out = block(x)
+        torch.testing.assert_close(out, copy.deepcopy(block).float()(x))
+        out.sum().backward()
+        assert all(parameter.grad.dtype == parameters for parameter in block.parameters())
 
 
 @pytest.mark.parametrize("pooling_type", POOLINGS)

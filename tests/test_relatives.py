@@ -49,7 +49,7 @@ def test_squeeze_excite(random, act, gate, layout):
 
 
 def test_squeeze_excite_refuses():
-    from gc_cuda._recipe import Unserved
+    from gc_cuda._parts import Unserved
 
     assert SEBlock(32).fc1.out_channels == 2
     with pytest.raises(ValueError, match="activation GELU"):

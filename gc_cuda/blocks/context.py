@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
+from typing import Any
 
-from gc_cuda import _checks, reference
-from gc_cuda._recipe import Branch, Recipe, part, run
-from gc_cuda._tracing import node_of, standard_operators_wanted
+import torch
+from torch import Tensor
+
+from gc_cuda import _fused, reference
+from gc_cuda._contexts import node_of
+from gc_cuda._parts import Look, Recipe, context_transform, convolution, mean_over_pixels, one_eps, softmax
 
 
 class ContextBlock(reference.ContextBlock):
@@ -16,6 +18,10 @@ class ContextBlock(reference.ContextBlock):
     Constructor, parameter names and shapes, initial values and errors are those of mmcv's ``ContextBlock``,
     so a ``state_dict`` passes strictly both ways; the definition is :class:`gc_cuda.reference.ContextBlock`.
     Cropped and strided feature maps work too. The output may be changed in place.
+
+    The fused operation runs while calling the parts would do nothing but their classes' forwards. With a hook
+    on a part (on ``softmax`` to see the attention, say), another activation, norm or convolution in its
+    place, pruning, an adapter and the like, the block runs as its definition does and calls its parts.
 
     Args:
         in_channels: C, the channels of the feature map.
@@ -30,25 +36,25 @@ class ContextBlock(reference.ContextBlock):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """[N, C, H, W] -> the same shape, dtype and memory format."""
+        """[N, C, H, W] -> the same shape, dtype and memory format.
+
+        Raises:
+            ValueError: for a shape or device that does not fit the parameters.
+            TypeError: for a dtype that does not, or for what is no dense tensor.
+            ImportError: where the extension is missing or lacks CUDA; it says what to run.
+        """
         if isinstance(x, torch.fx.Proxy):
             return node_of(self, x)
-        if not standard_operators_wanted():  # a tracer would take the sizes that are compared for constants
-            self._check_channels(x)
-        add, mul = _branch(part(self, "channel_add_conv")), _branch(part(self, "channel_mul_conv"))
-        return run(Recipe(part(self, "conv_mask"), add, mul, eps=self.eps), x)
-
-    def _check_channels(self, x: Tensor) -> None:
-        if isinstance(x, Tensor) and x.dim() == 4 and x.shape[1] == self.in_channels:
-            return
-        _checks.feature_map(x)
-        raise ValueError(
-            f"x must have {self.in_channels} channels (in_channels of the block), got shape {list(x.shape)}"
-        )
+        return _fused.run(self, _read, reference.ContextBlock.forward, x, strict=True)
 
 
-def _branch(transform: nn.Sequential | None) -> Branch | None:
-    if transform is None:
-        return None
-    first, norm, _, last = transform
-    return Branch(first, norm, last)
+def _read(look: Look, block: Any) -> Recipe:
+    mask = look.child(block, "conv_mask")
+    if mask is not None:
+        mask = convolution(look, mask, "conv_mask", bias=False)
+        softmax(look, look.child(block, "softmax"), "softmax", dim=2)
+    else:
+        mean_over_pixels(look, look.child(block, "avg_pool"), "avg_pool")
+    add = context_transform(look, look.child(block, "channel_add_conv"), "channel_add_conv")
+    mul = context_transform(look, look.child(block, "channel_mul_conv"), "channel_mul_conv")
+    return Recipe(mask, add, mul, eps=one_eps(look, add, mul))

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from gc_cuda import _fused
+from gc_cuda._parts import Look, Pooling, convolution
 from gc_cuda.functional import attention_pool, broadcast_add
 
 MODES = ("gaussian", "embedded_gaussian", "dot_product", "concatenation")
@@ -134,6 +137,20 @@ class SimplifiedNonLocalBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, C, H, W] -> the same shape, dtype and memory format."""
-        context = attention_pool(x, self.conv_mask.weight, self.conv_mask.bias)
-        term = functional.linear(context, self.conv_value.weight.flatten(1))
-        return broadcast_add(x, term)
+        parameters = _fused.parameters(self, _read, x)
+        if parameters is not None:
+            mask_weight, mask_bias, value = parameters
+            context = attention_pool(x, mask_weight, mask_bias)
+            return broadcast_add(x, functional.linear(context, value.flatten(1)))
+        attention = self.conv_mask(x).flatten(2).softmax(2).transpose(1, 2)  # [N, S, 1]
+        context = torch.matmul(x.flatten(2), attention)  # [N, C, 1]
+        return x + self.conv_value(context.unsqueeze(-1))
+
+
+
+
+def _read(look: Look, block: Any) -> Pooling:
+    return Pooling(
+        convolution(look, look.child(block, "conv_mask"), "conv_mask", bias=False),
+        convolution(look, look.child(block, "conv_value"), "conv_value", bias=False),
+    )

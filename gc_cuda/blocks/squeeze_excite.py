@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
-from gc_cuda import _checks
-from gc_cuda._recipe import Branch, Recipe, activation, gate, run
+from gc_cuda import _fused
+from gc_cuda._parts import Look, Recipe, squeeze_excite
 
 
 class SEBlock(nn.Module):
@@ -13,6 +15,8 @@ class SEBlock(nn.Module):
 
     out = x * gate(W2 act(W1 mean(x) + b1) + b2). The parameters are ``fc1`` and ``fc2``, as in timm's
     ``SEModule`` and torchvision's ``SqueezeExcitation``, so that a ``state_dict`` passes strictly both ways.
+    The fused operation runs while calling the parts would do nothing but their classes' forwards; else the
+    block calls them.
 
     Args:
         channels: C, the channels of the feature map.
@@ -37,13 +41,16 @@ class SEBlock(nn.Module):
         self.act = act_layer()
         self.fc2 = nn.Conv2d(hidden, channels, kernel_size=1)
         self.gate = gate_layer()
-        self._recipe()
-
-    def _recipe(self) -> Recipe:
-        branch = Branch(self.fc1, None, self.fc2)
-        return Recipe(None, None, branch, activation(self.act), gate(self.gate))
+        _fused.recipe_of(self, _read)
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, C, H, W] -> the same shape, dtype and memory format."""
-        _checks.feature_map(x)
-        return run(self._recipe(), x)
+        return _fused.run(self, _read, _eager, x, strict=True)
+
+
+def _read(look: Look, block: Any) -> Recipe:
+    return squeeze_excite(look, block, "fc1", "act", "fc2", "gate")
+
+
+def _eager(block: SEBlock, x: Tensor) -> Tensor:
+    return x * block.gate(block.fc2(block.act(block.fc1(x.mean((2, 3), keepdim=True)))))

@@ -4,47 +4,28 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
-
-from gc_cuda._recipe import (
-    Branch,
+from gc_cuda._parts import (
     Kind,
+    Look,
     Recipe,
-    Unserved,
-    activation,
+    context_transform,
     convolution,
-    normalization,
+    mean_over_pixels,
     one_eps,
-    part,
-    plain,
+    softmax,
 )
 
-_LAYER_NORM = (("torch.nn.modules.normalization", "LayerNorm"),)
 
-
-def _read(block: Any) -> Recipe:
+def _read(look: Look, block: Any) -> Recipe:
     mask = None
-    if block.pooling_type == "att":
-        mask = convolution(part(block, "conv_mask"), "conv_mask", bias=False)
-        plain(part(block, "softmax"), "softmax")
+    if look.attribute(block, "pooling_type") == "att":
+        mask = convolution(look, look.child(block, "conv_mask"), "conv_mask", bias=False)
+        softmax(look, look.child(block, "softmax"), "softmax", dim=2)
     else:
-        plain(part(block, "avg_pool"), "avg_pool")
-    add = _branch(part(block, "channel_add_conv"), "channel_add_conv")
-    mul = _branch(part(block, "channel_mul_conv"), "channel_mul_conv")
-    return Recipe(mask, add, mul, eps=one_eps(add, mul))
-
-
-def _branch(transform: Any, where: str) -> Branch | None:
-    if transform is None:
-        return None
-    if type(transform) is not nn.Sequential or len(transform) != 4:
-        raise Unserved(f"{where} is no Sequential of four modules")
-    plain(transform, where)
-    first, norm, act, last = transform
-    if activation(act, f"{where}.2") != "relu":
-        raise Unserved(f"activation {type(act).__name__}")
-    norm = normalization(norm, f"{where}.1", _LAYER_NORM)
-    return Branch(convolution(first, f"{where}.0"), norm, convolution(last, f"{where}.3"))
+        mean_over_pixels(look, look.child(block, "avg_pool"), "avg_pool")
+    add = context_transform(look, look.child(block, "channel_add_conv"), "channel_add_conv")
+    mul = context_transform(look, look.child(block, "channel_mul_conv"), "channel_mul_conv")
+    return Recipe(mask, add, mul, eps=one_eps(look, add, mul))
 
 
 _CONTEXT_BLOCK = Kind(_read, ("forward", "spatial_pool"))

@@ -6,30 +6,50 @@ from typing import Any
 
 from torch import nn
 
-from gc_cuda._recipe import Branch, Kind, Recipe, Unserved, activation, convolution, gate, part, plain
+from gc_cuda._parts import (
+    Branch,
+    Kind,
+    Look,
+    Recipe,
+    Unserved,
+    activation,
+    convolution,
+    gate,
+    mean_over_pixels,
+    name_of,
+    plain,
+)
+
+_CONV_MODULE = ("mmcv.cnn.bricks.conv_module", "ConvModule")
 
 
-def _read(block: Any) -> Recipe:
-    plain(part(block, "global_avgpool"), "global_avgpool")
-    first, last = part(block, "conv1"), part(block, "conv2")
+def _read(look: Look, block: Any) -> Recipe:
+    mean_over_pixels(look, look.child(block, "global_avgpool"), "global_avgpool")
+    first, last = look.child(block, "conv1"), look.child(block, "conv2")
     for name, module in (("conv1", first), ("conv2", last)):
-        plain(module, name)
-        if module.order != ("conv", "norm", "act") or module.with_norm or not module.with_activation:
+        if name_of(module) != _CONV_MODULE:
+            raise Unserved(f"{name} is a {type(module).__name__}, not a ConvModule")
+        plain(look, module, name)
+        if (
+            look.attribute(module, "order") != ("conv", "norm", "act")
+            or look.attribute(module, "with_norm")
+            or not look.attribute(module, "with_activation")
+        ):
             raise Unserved(f"{name} is not a convolution and an activation")
-        if module.with_explicit_padding:
+        if look.attribute(module, "with_explicit_padding"):
             raise Unserved(f"{name} pads")
-    branch = Branch(_convolution(first, "conv1"), None, _convolution(last, "conv2"))
+    branch = Branch(_convolution(look, first, "conv1"), None, _convolution(look, last, "conv2"))
     return Recipe(
         None,
         None,
         branch,
-        activation(part(first, "activate"), "conv1.activate"),
-        gate(part(last, "activate"), "conv2.activate"),
+        activation(look, look.child(first, "activate"), "conv1.activate"),
+        gate(look, look.child(last, "activate"), "conv2.activate"),
     )
 
 
-def _convolution(module: Any, where: str) -> nn.Module:
-    return convolution(part(module, "conv"), f"{where}.conv")
+def _convolution(look: Look, module: Any, where: str) -> nn.Module:
+    return convolution(look, look.child(module, "conv"), f"{where}.conv")
 
 
 _SE_LAYER = Kind(_read)

@@ -7,17 +7,18 @@ from typing import Any
 
 from torch import nn
 
-from gc_cuda._recipe import (
+from gc_cuda._parts import (
     Branch,
     Kind,
+    Look,
     Recipe,
     Unserved,
     activation,
     convolution,
     gate,
+    name_of,
     normalization,
     one_eps,
-    part,
     plain,
     squeeze_excite,
 )
@@ -27,59 +28,62 @@ _LAYER_NORM = (
     ("timm.layers.norm", "LayerNorm2dFp32"),
     ("timm.models.layers.norm", "LayerNorm2d"),
 )
+_MLP = (("timm.layers.mlp", "ConvMlp"), ("timm.models.layers.mlp", "ConvMlp"))
 
 
-def _read_global_context(block: Any) -> Recipe:
-    mask = part(block, "conv_attn")
+def _read_global_context(look: Look, block: Any) -> Recipe:
+    mask = look.child(block, "conv_attn")
     if mask is not None:
-        mask = convolution(mask, "conv_attn", bias=False)
-    mlp_add, mlp_scale = part(block, "mlp_add"), part(block, "mlp_scale")
-    add, mul = _mlp(mlp_add, "mlp_add"), _mlp(mlp_scale, "mlp_scale")
+        mask = convolution(look, mask, "conv_attn", bias=False)
+    mlp_add, mlp_scale = look.child(block, "mlp_add"), look.child(block, "mlp_scale")
+    add, mul = _mlp(look, mlp_add, "mlp_add"), _mlp(look, mlp_scale, "mlp_scale")
     if add is None and mul is None:
         raise Unserved("it neither adds nor scales")
     activations = {
-        activation(part(mlp, "act"), f"{name}.act")
+        activation(look, look.child(mlp, "act"), f"{name}.act")
         for name, mlp in (("mlp_add", mlp_add), ("mlp_scale", mlp_scale))
         if mlp is not None
     }
     if len(activations) > 1:
         raise Unserved("its branches have different activations")
-    kind = gate(part(block, "gate"), "gate") if mul is not None else "sigmoid"
-    return Recipe(mask, add, mul, activations.pop(), kind, one_eps(add, mul))
+    kind = gate(look, look.child(block, "gate"), "gate") if mul is not None else "sigmoid"
+    return Recipe(mask, add, mul, activations.pop(), kind, one_eps(look, add, mul))
 
 
-def _mlp(mlp: Any, where: str) -> Branch | None:
+def _mlp(look: Look, mlp: Any, where: str) -> Branch | None:
     if mlp is None:
         return None
-    if type(mlp).__name__ != "ConvMlp":
+    if name_of(mlp) not in _MLP:
         raise Unserved(f"{where} is a {type(mlp).__name__}, not a ConvMlp")
-    plain(mlp, where)
-    drop = part(mlp, "drop")
-    plain(drop, f"{where}.drop")
-    if getattr(drop, "p", 0) != 0:
+    plain(look, mlp, where)
+    drop = look.child(mlp, "drop")
+    plain(look, drop, f"{where}.drop")
+    if type(drop) is not nn.Identity and look.attribute(drop, "p") != 0:
         raise Unserved(f"{where} has dropout")
-    norm = normalization(part(mlp, "norm"), f"{where}.norm", _LAYER_NORM)
+    norm = normalization(look, look.child(mlp, "norm"), f"{where}.norm", _LAYER_NORM)
     return Branch(
-        convolution(part(mlp, "fc1"), f"{where}.fc1"), norm, convolution(part(mlp, "fc2"), f"{where}.fc2")
+        convolution(look, look.child(mlp, "fc1"), f"{where}.fc1"),
+        norm,
+        convolution(look, look.child(mlp, "fc2"), f"{where}.fc2"),
     )
 
 
-def _read_se_module(block: Any) -> Recipe:
-    if block.add_maxpool:
+def _read_se_module(look: Look, block: Any) -> Recipe:
+    if look.attribute(block, "add_maxpool"):
         raise Unserved("it pools by the maximum too")
-    norm = part(block, "bn")
+    norm = look.child(block, "bn")
     if type(norm) is not nn.Identity:
         raise Unserved(f"norm {type(norm).__name__}")
-    plain(norm, "bn")
-    return squeeze_excite(block, "fc1", "act", "fc2", "gate")
+    plain(look, norm, "bn")
+    return squeeze_excite(look, block, "fc1", "act", "fc2", "gate")
 
 
-def _read_squeeze_excite(block: Any) -> Recipe:
-    return squeeze_excite(block, "conv_reduce", "act1", "conv_expand", "gate")
+def _read_squeeze_excite(look: Look, block: Any) -> Recipe:
+    return squeeze_excite(look, block, "conv_reduce", "act1", "conv_expand", "gate")
 
 
-def _read_senet(block: Any) -> Recipe:
-    return squeeze_excite(block, "fc1", "relu", "fc2", "sigmoid")
+def _read_senet(look: Look, block: Any) -> Recipe:
+    return squeeze_excite(look, block, "fc1", "relu", "fc2", "sigmoid")
 
 
 SLOT = "se"  # timm's own forward runs what stands there after the last norm

@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import Tensor
 
-from gc_cuda._recipe import Kind, Recipe, part, plain, squeeze_excite
+from gc_cuda._parts import Kind, Look, Recipe, mean_over_pixels, squeeze_excite
 
 
-def _read(block: Any) -> Recipe:
-    plain(part(block, "avgpool"), "avgpool")
-    return squeeze_excite(block, "fc1", "activation", "fc2", "scale_activation")
+def _read(look: Look, block: Any) -> Recipe:
+    mean_over_pixels(look, look.child(block, "avgpool"), "avgpool")
+    return squeeze_excite(look, block, "fc1", "activation", "fc2", "scale_activation")
 
 
 SLOT = "context_block"  # mmdetection's name

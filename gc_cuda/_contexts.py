@@ -1,4 +1,6 @@
-"""Whether a call is being recorded by somebody who understands only PyTorch's own operators."""
+"""Where plain PyTorch has to run in place of the operators: what records a call, or transforms it, or computes
+with more than the numbers of a tensor, often understands only PyTorch's own operators.
+"""
 
 from __future__ import annotations
 
@@ -7,20 +9,66 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.jit._trace import TracerWarning, is_tracing
 
 
-def standard_operators_wanted() -> bool:
-    """Whether the reference has to run in place of the operators.
+def plain_pytorch_wanted() -> bool:
+    """Whether the reference has to run in place of the operators, whatever the tensors.
 
     That is so while a model leaves Python (``torch.export``, ``torch.onnx.export``, AOTInductor,
-    ``torch.jit.trace``), so that it runs where gc_cuda is not, and under the transforms of ``torch.func``
-    (``grad``, ``vmap``, ``jvp`` …), which know how to transform every operator of PyTorch's own.
-    ``torch.compile`` keeps the operators.
+    ``torch.jit.trace``), so that it runs where gc_cuda is not; under the transforms of ``torch.func``
+    (``grad``, ``vmap``, ``jvp`` …), which know how to transform every operator of PyTorch's own; and within
+    a level of forward-mode AD. ``torch.compile`` keeps the operators.
     """
     if torch.compiler.is_compiling():
         return _is_exporting() or _is_transforming()
-    return torch._C._are_functorch_transforms_active() or torch._C._is_tracing()
+    return (
+        torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch._C._is_tracing()
+    )
+
+
+def is_foreign(value: Any) -> bool:
+    """Whether it is of a subclass of Tensor, such as DTensor, that means more than its numbers.
+
+    Such a class says that the operators may have its tensors by an attribute ``gc_cuda_served = True``;
+    PyTorch's own stand-ins for plain tensors may.
+    """
+    kind = type(value)
+    if kind is Tensor or kind is nn.Parameter or not isinstance(value, Tensor):
+        return False
+    return (kind.__module__, kind.__name__) not in _STAND_INS and not getattr(kind, "gc_cuda_served", False)
+
+
+_STAND_INS = (
+    ("torch._subclasses.fake_tensor", "FakeTensor"),
+    ("torch._subclasses.functional_tensor", "FunctionalTensor"),
+)
+
+
+def is_batch(tensor: Tensor) -> bool:
+    """Whether it stands for a batch, in what autograd uses for ``is_grads_batched`` (not torch.func's vmap)."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(tensor)
+
+
+def differentiable_wanted(grad: Tensor) -> bool:
+    """Whether a backward pass has to be plain PyTorch: to be differentiated itself, or for a gradient that
+    only PyTorch's own operators understand, such as a batch of gradients (``is_grads_batched``, ``vmap``).
+
+    The compiler traces backward passes with grad mode on, but cannot differentiate them again, so it gets the
+    operators.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return (
+        torch.is_grad_enabled()
+        or is_batch(grad)
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or is_foreign(grad)
+    )
 
 
 def _by_flag() -> bool:

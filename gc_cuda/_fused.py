@@ -1,0 +1,206 @@
+"""The forward of a block: fused while :mod:`gc_cuda._parts` lets it, else as it is without us."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, MutableMapping, Sequence
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from gc_cuda import _checks, _extension
+from gc_cuda._block_function import Policy, as_transform, whole_block
+from gc_cuda._contexts import is_batch, is_foreign, plain_pytorch_wanted
+from gc_cuda._parts import Look, Pooling, Recipe, Unserved
+from gc_cuda._swap import Forward
+from gc_cuda.functional import explain
+
+Read = Callable[[Look, Any], Any]  # a Recipe or a Pooling
+Groups = Sequence[Sequence[Any]]  # the parameters of the mask, of add and of mul
+
+
+class _Known(NamedTuple):
+    """What is known of a block after its reader has seen it."""
+
+    notes: Any  # a gc_cuda._C.Reading
+    policy: Policy | None  # None of a Pooling
+
+
+_known: MutableMapping[nn.Module, _Known] = WeakKeyDictionary()
+
+
+def fused_forward(read: Read) -> Forward:
+    """The forward of an accelerated block."""
+
+    def forward(block: Any, own_forward: Callable[..., Any], x: Any) -> Any:
+        return run(block, read, own_forward, x)
+
+    return forward
+
+
+def run(block: Any, read: Read, own_forward: Callable[..., Any], x: Any, *, strict: bool = False) -> Any:
+    """The output of ``block``, whose forward without us is ``own_forward(block, x)``.
+
+    strict: an x that does not fit the parameters is an error in our words, not one of ``own_forward``.
+    """
+    if plain_pytorch_wanted() or is_foreign(x):
+        return own_forward(block, x)
+    if not isinstance(x, Tensor):
+        if strict:
+            _checks.feature_map(x)
+        return own_forward(block, x)
+    if torch._C._is_any_autocast_enabled():
+        x = _as_autocast_promotes(x)
+    compiled = torch.compiler.is_compiling()
+    seen = (_see_compiled if compiled else _see)(block, read, x)
+    if seen is None:
+        return own_forward(block, x)
+    fits, groups, policy = seen
+    if not fits:
+        fitting = _fitted(x, groups, strict)
+        if fitting is None:
+            return own_forward(block, x)
+        groups = fitting
+    mask, add, mul = groups
+    weight, bias = mask or (None, None)
+    if compiled:  # a check costs no run time then
+        _checks.global_context(x, weight, bias, as_transform(add), as_transform(mul), *policy)
+        return whole_block(x, weight, bias, add, mul, policy)
+    try:
+        return whole_block(x, weight, bias, add, mul, policy)
+    except Exception as error:
+        return _after(error, block, own_forward, x, groups, policy, strict)
+
+
+def parameters(block: Any, read: Read, x: Any) -> list[Any] | None:
+    """Those of a block that takes several operations; None where its eager form has to run."""
+    if plain_pytorch_wanted() or is_foreign(x):
+        return None
+    seen = (_see_compiled if torch.compiler.is_compiling() else _see)(block, read, x)
+    if seen is None:
+        return None
+    flat = [tensor for group in seen[1] for tensor in group]
+    return None if any(map(is_foreign, flat)) else flat
+
+
+def recipe_of(block: Any, read: Read) -> Recipe:
+    """What the block computes; raises Unserved where that is not what its parts compute."""
+    return read(Look(), block)
+
+
+def _see(block: Any, read: Read, x: Any) -> tuple[bool, Groups, Any] | None:
+    """Whether x and the parameters fit, the parameters as they are now, and the policy.
+
+    None where the block is not served.
+    """
+    known = _known.get(block)
+    current = None if known is None else known.notes.current(x)
+    if current is None:
+        _known.pop(block, None)
+        try:
+            known = _look(block, read)
+        except Unserved:
+            return None
+        current = known.notes.current(x)
+        if current is None:  # a class that Python gives no version: its block is read anew in every call
+            groups = recipe_of(block, read).parameters()
+            current = False, *([getattr(part, name) for part, name in group] for group in groups)
+        _known[block] = known
+    assert known is not None
+    fits, *groups = current
+    return fits, groups, known.policy
+
+
+def _look(block: Any, read: Read) -> _Known:
+    """Read the block and keep the notes."""
+    _extension.require()
+    from gc_cuda._C import Reading
+
+    notes = Reading()
+    look = Look(notes)
+    look.nothing_on_all_modules()
+    recipe = read(look, block)
+    for group, names in enumerate(recipe.parameters()):
+        for part, name in names:
+            notes.parameter(part, name, group)
+    return _Known(notes, _policy(recipe))
+
+
+def _see_compiled(block: Any, read: Read, x: Any) -> tuple[bool, Groups, Any] | None:
+    """The same while torch.compile traces: it guards what the reader looks at."""
+    look = Look()
+    try:
+        look.nothing_on_all_modules()
+        recipe = read(look, block)
+    except Unserved:
+        return None
+    groups = [[getattr(part, name) for part, name in names] for names in recipe.parameters()]
+    return False, groups, _policy(recipe)
+
+
+def _policy(recipe: Recipe | Pooling) -> Policy | None:
+    if isinstance(recipe, Pooling):
+        return None
+    return Policy("avg" if recipe.mask is None else "att", recipe.activation, recipe.gate, recipe.eps)
+
+
+def _after(
+    error: Exception,
+    block: Any,
+    own_forward: Callable[..., Any],
+    x: Tensor,
+    groups: Groups,
+    policy: Policy,
+    strict: bool,
+) -> Any:
+    """Where the operator refused its arguments: whose fault it is in our words, or what the block does itself."""
+    mask, add, mul = groups
+    weight, bias = mask or (None, None)
+    try:
+        explain(x, weight, bias, as_transform(add), as_transform(mul), *policy)
+    except (ValueError, TypeError):
+        if strict:
+            raise
+        return own_forward(block, x)
+    raise error
+
+
+def _is_served(x: Tensor) -> bool:
+    return x.dim() == 4 and (x.is_cpu or x.is_cuda or x.is_meta) and _checks.is_served(x.dtype)
+
+
+def _as_autocast_promotes(x: Tensor) -> Tensor:
+    """x in the dtype of the eager block's output: x plus what a convolution gives under autocast.
+
+    It changes nothing but a half x under autocast to the other half type, which eager widens to float32.
+    """
+    kind = "cuda" if x.is_cuda else "cpu"
+    if not torch.is_autocast_enabled(kind) or x.is_meta or not _checks.is_served(x.dtype):
+        return x
+    dtype = torch.get_autocast_dtype(kind)
+    return x if x.dtype == dtype else x.to(torch.promote_types(x.dtype, dtype))
+
+
+def _fitted(x: Tensor, groups: Groups, strict: bool) -> Groups | None:
+    """The parameters as they may travel with x; None where x and they are not served together."""
+    parameters = [tensor for group in groups for tensor in group if tensor is not None]
+    if any(map(is_foreign, parameters)) or is_batch(x):
+        return None
+    if not _is_served(x):
+        if strict:
+            _checks.feature_map(x)
+        return None
+    odd = [tensor for tensor in parameters if not _checks.fits(tensor, x)]
+    if not odd:
+        return groups
+    if torch.is_autocast_enabled("cuda" if x.is_cuda else "cpu") and all(
+        tensor.dtype != torch.float64 for tensor in (x, *odd)
+    ):
+        # Eager would cast both to the dtype of autocast.
+        return [
+            [t if t is None or _checks.fits(t, x) else t.to(x.dtype) for t in group] for group in groups
+        ]
+    if strict:
+        raise TypeError(f"x must be {odd[0].dtype} like the block's parameters, got {x.dtype}")
+    return None
