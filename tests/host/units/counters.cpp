@@ -212,9 +212,12 @@ void a_stream_keeps_its_counters() {
   unsigned* const first = use(nullptr);
   REQUIRE(use(nullptr) == first && use(cudaStreamLegacy) == first);
   unsigned* const second = use(stream_of(0x100));
-  REQUIRE(second != first && use(stream_of(0x100)) == second);
+  REQUIRE(second != first);
+#if CUDART_VERSION >= 12000
+  REQUIRE(use(stream_of(0x100)) == second);
   REQUIRE(use(stream_of(0x200)) != second);
   REQUIRE(runtime.events == 0);
+#endif
 }
 
 // The per-thread default stream, and streams without an id.
