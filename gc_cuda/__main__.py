@@ -46,12 +46,13 @@ def _gpu_verdict(config: dict[str, str], devices: list[tuple[str, tuple[int, int
         return "ready on the CPU"
     if not devices:
         return "ready on the CPU (built for CUDA, but no GPU is visible)"
-    lacking = [name for name, capability in devices if not _toolkit.covers(config["arch_list"], capability)]
+    lacking = [one for one in devices if not _toolkit.covers(config["arch_list"], one[1])]
     if lacking:
-        return (
-            f"ready on the CPU, but there is no kernel image for {', '.join(lacking)}: "
-            "run ./compile.sh with TORCH_CUDA_ARCH_LIST unset"
-        )
+        torch_cuda = torch.version.cuda or config["cuda"]
+        too_old = _toolkit.unserved([capability for _, capability in lacking], config["cuda"], torch_cuda)
+        advice = "; ".join(too_old) or "run ./compile.sh with TORCH_CUDA_ARCH_LIST unset"
+        names = ", ".join(name for name, _ in lacking)
+        return f"ready on the CPU, but there is no kernel image for {names}: {advice}"
     return f"ready on the CPU and {len(devices)} GPU{'s' if len(devices) > 1 else ''}"
 
 

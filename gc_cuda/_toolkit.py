@@ -56,6 +56,10 @@ class ToolkitError(RuntimeError):
     """No usable CUDA toolkit; the message says what was looked for and what to do."""
 
 
+class UnservedError(ToolkitError):
+    """None of the visible GPUs can be built for with this toolkit; the message says what serves each."""
+
+
 def version_tuple(text: str) -> Capability:
     """The first two numbers of a version: "12.8.1" and "12.8" give (12, 8)."""
     major, minor, *_ = [*re.findall(r"\d+", text), "0", "0"]
@@ -110,8 +114,8 @@ def find_toolkit(environ: Mapping[str, str] = os.environ, default: str = "/usr/l
     )
 
 
-def default_arch_list(toolkit_version: str, torch_cuda: str) -> str:
-    """Every architecture that the toolkit can build and torch's builder knows, with PTX for newer cards.
+def _buildable(toolkit_version: str, torch_cuda: str) -> list[str]:
+    """Every architecture that the toolkit can build and torch's builder knows, oldest first.
 
     torch takes names it knows only, and it knows those of the CUDA version it was made with.
     """
@@ -123,14 +127,59 @@ def default_arch_list(toolkit_version: str, torch_cuda: str) -> str:
     ]
     if not names:
         raise ToolkitError(f"CUDA {toolkit_version} is too old: no architecture from sm_70 on can be built")
-    return ";".join(names) + "+PTX"
+    return names
+
+
+def default_arch_list(toolkit_version: str, torch_cuda: str) -> str:
+    """Every architecture that can be built, with PTX for newer cards."""
+    return ";".join(_buildable(toolkit_version, torch_cuda)) + "+PTX"
+
+
+def unserved(capabilities: Sequence[Capability], toolkit_version: str, torch_cuda: str) -> list[str]:
+    """A sentence for each kind of GPU at hand that is too old for the toolkit or for the kernels."""
+    oldest = version_tuple(_buildable(toolkit_version, torch_cuda)[0])
+    sentences = []
+    for capability in sorted({one for one in capabilities if one < oldest}):
+        name = f"compute capability {capability[0]}.{capability[1]}"
+        # The architectures that serve it, were it not for the toolkit: none, or those that were dropped.
+        dropped = [last for own, _, last in _ARCHITECTURES if last and version_tuple(own) <= capability]
+        if dropped:
+            major = dropped[-1][0]
+            sentences.append(
+                f"{name} was dropped by CUDA {major} and needs a CUDA {major - 1} toolkit and a torch made "
+                f"with CUDA {major - 1} (on PyPI torch 2.10 or older)"
+            )
+        else:
+            sentences.append(f"{name} is below {_ARCHITECTURES[0][0]}, the oldest that the kernels support")
+    return sentences
 
 
 def device_arch_list(capabilities: Sequence[Capability], toolkit_version: str, torch_cuda: str) -> str:
-    """The architectures of the GPUs at hand, but none newer than can be built (its PTX serves those)."""
-    newest = version_tuple(default_arch_list(toolkit_version, torch_cuda).split(";")[-1])
-    chosen = sorted({capability if capability[0] <= newest[0] else newest for capability in capabilities})
-    return ";".join(f"{major}.{minor}" for major, minor in chosen) + "+PTX"
+    """The architectures to build for the GPUs at hand; those that are too old are left out (see unserved).
+
+    A card gets the machine code of the newest architecture up to its own with the same first number, or,
+    where the toolkit is older than its generation, the PTX of the newest before it. The newest of the list
+    comes with PTX in any case.
+
+    Raises:
+        UnservedError: all of the GPUs are too old.
+    """
+    buildable = [version_tuple(name) for name in _buildable(toolkit_version, torch_cuda)]
+    chosen: dict[Capability, bool] = {}  # architecture: with PTX
+    for capability in capabilities:
+        if capability < buildable[0]:
+            continue
+        newest = max(one for one in buildable if one <= capability)
+        chosen[newest] = chosen.get(newest, False) or newest[0] != capability[0]
+    if not chosen:
+        raise UnservedError(
+            f"CUDA {toolkit_version} cannot serve the visible GPUs: "
+            + "; ".join(unserved(capabilities, toolkit_version, torch_cuda))
+        )
+    chosen[max(chosen)] = True
+    return ";".join(
+        f"{major}.{minor}" + ("+PTX" if ptx else "") for (major, minor), ptx in sorted(chosen.items())
+    )
 
 
 def covers(arch_list: str, capability: Capability) -> bool:
@@ -185,16 +234,23 @@ def decide(
                 f"the toolkit at {toolkit.home} is CUDA {toolkit.version}, but torch was made with CUDA "
                 f"{torch_cuda}, and the first number must be the same"
             )
+        left_out: list[str] = []
         arch_list = environ.get("TORCH_CUDA_ARCH_LIST", "").replace(" ", ";")
         if arch_list and arch_list != "native":
             chosen_by = "TORCH_CUDA_ARCH_LIST"
         elif capabilities:
             chosen_by = "the visible GPUs"
             arch_list = device_arch_list(capabilities, toolkit.version, torch_cuda)
+            left_out = unserved(capabilities, toolkit.version, torch_cuda)
         else:
             chosen_by = "the default, as no GPU is visible"
             arch_list = default_arch_list(toolkit.version, torch_cuda)
     except ToolkitError as error:
+        if force == "1" and isinstance(error, UnservedError):
+            raise UnservedError(
+                f"FORCE_CUDA=1, but {error}. To build for other GPUs than these, name their architectures in "
+                "TORCH_CUDA_ARCH_LIST"
+            ) from error
         if force == "1":
             raise ToolkitError(
                 f"FORCE_CUDA=1, but there is no usable CUDA toolkit: {error}. Install the CUDA {torch_cuda} "
@@ -204,6 +260,7 @@ def decide(
     reason = (
         f"torch has CUDA {torch_cuda}; toolkit {toolkit.version} at {toolkit.home}, found by "
         f"{toolkit.found_by}; architectures from {chosen_by}"
+        + "".join(f"; left out: {sentence}" for sentence in left_out)
     )
     return Decision(toolkit, arch_list, reason, surprising=False)
 

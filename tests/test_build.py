@@ -207,8 +207,111 @@ def test_visible_gpus_choose_the_architectures(toolkit: Path) -> None:
     assert "visible GPUs" in decision.reason
 
 
-def test_gpu_newer_than_the_toolkit_gets_the_newest_ptx() -> None:
-    assert _toolkit.device_arch_list([(12, 0)], "12.4", "12.4") == "9.0+PTX"
+CARDS = ((6, 0), (6, 1), (7, 0), (7, 2), (7, 5), (8, 0), (8, 6), (8, 7), (8, 9), (9, 0))
+CARDS += ((10, 0), (10, 3), (11, 0), (12, 0), (12, 1), (13, 0))
+
+# For each toolkit, what each of CARDS gets if it is alone; None: nothing.
+SERVED = {
+    "11.8": "- - 7.0 7.0 7.5 8.0 8.6 8.6 8.9 9.0 9.0 9.0 9.0 9.0 9.0 9.0",
+    "12.4": "- - 7.0 7.0 7.5 8.0 8.6 8.6 8.9 9.0 9.0 9.0 9.0 9.0 9.0 9.0",
+    "12.8": "- - 7.0 7.0 7.5 8.0 8.6 8.6 8.9 9.0 10.0 10.0 10.0 12.0 12.0 12.0",
+    "13.0": "- - - - 7.5 8.0 8.6 8.6 8.9 9.0 10.0 10.0 10.0 12.0 12.0 12.0",
+}
+EACH = [
+    pytest.param(version, card, None if name == "-" else f"{name}+PTX", id=f"{version}-{card[0]}.{card[1]}")
+    for version, names in SERVED.items()
+    for card, name in zip(CARDS, names.split(), strict=True)
+]
+
+
+@pytest.mark.parametrize(("version", "card", "expected"), EACH)
+def test_each_gpu_gets_what_serves_it_or_words(
+    version: str, card: tuple[int, int], expected: str | None
+) -> None:
+    sentences = _toolkit.unserved([card], version, version)
+    if expected is not None:
+        assert _toolkit.device_arch_list([card], version, version) == expected
+        assert _toolkit.covers(expected, card)
+        assert sentences == []
+        return
+    with pytest.raises(
+        _toolkit.UnservedError, match=f"CUDA {version} cannot serve the visible GPUs"
+    ) as caught:
+        _toolkit.device_arch_list([card], version, version)
+    (sentence,) = sentences
+    assert sentence in str(caught.value)
+    words = ("7.0, the oldest",) if card < (7, 0) else ("dropped by CUDA 13", "CUDA 12 toolkit", "torch 2.10")
+    for word in (f"compute capability {card[0]}.{card[1]}", *words):
+        assert word in sentence
+
+
+@pytest.mark.parametrize(
+    ("cards", "version", "expected", "left_out"),
+    [
+        ([(7, 0), (9, 0)], "13.0", "9.0+PTX", ["7.0 was dropped"]),
+        ([(9, 0), (7, 0), (6, 0), (7, 0)], "13.0", "9.0+PTX", ["6.0 is below", "7.0 was dropped"]),
+        ([(6, 0), (7, 0)], "12.8", "7.0+PTX", ["6.0 is below"]),
+        ([(8, 9), (8, 6), (8, 0)], "13.0", "8.0;8.6;8.9+PTX", []),
+        ([(8, 7), (8, 6)], "12.8", "8.6+PTX", []),  # one code for both
+        ([(11, 0), (12, 0)], "13.0", "10.0+PTX;12.0+PTX", []),  # the first runs PTX of a generation before
+        ([(12, 0), (8, 0)], "12.4", "8.0;9.0+PTX", []),
+        ([(12, 0), (9, 0)], "11.8", "9.0+PTX", []),
+    ],
+    ids=lambda value: str(value).replace(" ", ""),
+)
+def test_gpus_side_by_side(
+    cards: list[tuple[int, int]], version: str, expected: str, left_out: list[str]
+) -> None:
+    assert _toolkit.device_arch_list(cards, version, version) == expected
+    sentences = _toolkit.unserved(cards, version, version)
+    assert len(sentences) == len(left_out)
+    for sentence, words in zip(sentences, left_out):
+        assert f"compute capability {words}" in sentence
+    for card in cards:
+        old = any(f"compute capability {card[0]}.{card[1]} " in sentence for sentence in sentences)
+        assert _toolkit.covers(expected, card) is not old
+
+
+@pytest.mark.parametrize(("toolkit_version", "torch_cuda"), [("12.8", "12.4"), ("12.4", "12.8")])
+def test_gpus_get_what_both_toolkit_and_torch_know(toolkit_version: str, torch_cuda: str) -> None:
+    assert _toolkit.device_arch_list([(12, 0)], toolkit_version, torch_cuda) == "9.0+PTX"
+
+
+def test_a_gpu_that_is_left_out_is_named_in_the_decision(toolkit: Path) -> None:
+    decision = decide("13.0", {"CUDA_HOME": str(toolkit), "PATH": ""}, ((7, 0), (9, 0)))
+    assert decision.toolkit is not None
+    assert decision.arch_list == "9.0+PTX"
+    assert "left out: compute capability 7.0" in decision.describe()
+    assert "left out" not in decide("13.0", {"CUDA_HOME": str(toolkit), "PATH": ""}, ((9, 0),)).describe()
+
+
+@pytest.mark.parametrize("card", [(6, 0), (7, 0)], ids=str)
+def test_gpus_that_nothing_serves_give_a_cpu_build_but_not_silently(
+    toolkit: Path, card: tuple[int, int]
+) -> None:
+    environ = {"CUDA_HOME": str(toolkit), "PATH": ""}
+    decision = decide("13.0", environ, (card,))
+    assert decision.toolkit is None
+    assert decision.surprising
+    assert f"compute capability {card[0]}.{card[1]}" in decision.reason
+    with pytest.raises(
+        ToolkitError, match=r"FORCE_CUDA=1, but .*cannot serve.*TORCH_CUDA_ARCH_LIST"
+    ) as caught:
+        decide("13.0", {**environ, "FORCE_CUDA": "1"}, (card,))
+    assert "no usable CUDA toolkit" not in str(caught.value)
+    chosen = decide("13.0", {**environ, "FORCE_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "9.0"}, (card,))
+    assert chosen.arch_list == "9.0"
+
+
+def test_report_says_what_serves_a_gpu_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    from gc_cuda.__main__ import _gpu_verdict
+
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    config = {"cuda": "13.0", "arch_list": "9.0+PTX"}
+    verdict = _gpu_verdict(config, [("V100", (7, 0)), ("H100", (9, 0))])
+    assert "no kernel image for V100: compute capability 7.0 was dropped by CUDA 13" in verdict
+    verdict = _gpu_verdict(config, [("A100", (8, 0))])
+    assert "no kernel image for A100: run ./compile.sh with TORCH_CUDA_ARCH_LIST unset" in verdict
 
 
 @pytest.mark.parametrize(

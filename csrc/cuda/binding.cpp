@@ -1,12 +1,11 @@
 // The CUDA implementation of the operators that are parts of the block, and the launches on tensors that the whole
 // block (block.cpp) is made of too: checks, allocation, device and stream, and the arguments of each launch. No
-// synchronisation; every buffer comes from torch's allocator.
+// synchronisation; every buffer but the counters (counters.cpp) comes from torch's allocator.
 //
 // A feature map keeps its layout: channels_last stays channels_last, anything that is neither that nor NCHW is copied
 // to the nearer of the two.
 #include "cuda/binding.h"
 
-#include <c10/cuda/CUDACachingAllocator.h>
 #include <torch/library.h>
 
 #include <map>
@@ -20,48 +19,13 @@ DeviceLimits device_limits(int device) {
   static std::mutex mutex;
   static std::map<int, DeviceLimits> known;
   const std::lock_guard<std::mutex> lock(mutex);
-  const auto [at, is_new] = known.try_emplace(device);
-  if (is_new) {
-    DeviceLimits& limits = at->second;
-    C10_CUDA_CHECK(cudaDeviceGetAttribute(&limits.multiprocessors, cudaDevAttrMultiProcessorCount, device));
-    C10_CUDA_CHECK(cudaDeviceGetAttribute(&limits.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-  }
-  return at->second;
-}
-
-namespace {
-
-// Zeroed counters for as long as the process lives. Not from torch's allocator: that one may be at the moment lending
-// from the pool of a CUDA graph, whose memory it takes back (torch.compile's warm-up runs do so without capturing).
-Tensor lasting_tickets(int64_t count, const at::TensorOptions& options, cudaStream_t stream) {
-  void* counters = nullptr;
-  const size_t bytes = count * sizeof(int);
-  if (cudaMalloc(&counters, bytes) != cudaSuccess) {
-    cudaGetLastError();  // which would be the next call's otherwise
-    c10::cuda::CUDACachingAllocator::emptyCache();
-    C10_CUDA_CHECK(cudaMalloc(&counters, bytes));
-  }
-  C10_CUDA_CHECK(cudaMemsetAsync(counters, 0, bytes, stream));
-  return at::from_blob(counters, {count}, options.dtype(at::kInt));
-}
-
-}  // namespace
-
-Tensor zeroed_tickets(int64_t count, const at::TensorOptions& options, cudaStream_t stream) {
-  cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
-  C10_CUDA_CHECK(cudaStreamIsCapturing(stream, &capture));
-  if (capture != cudaStreamCaptureStatusNone) return at::zeros({count}, options.dtype(at::kInt));
-
-  static std::mutex mutex;
-  static auto& sets = *new std::map<std::pair<int, cudaStream_t>, Tensor>;  // no destructor: torch may be gone by then
-  const std::lock_guard<std::mutex> lock(mutex);
-  Tensor& set = sets[{options.device().index(), stream}];
-  constexpr int64_t kSmallestSet = 1024;
-  // One that has become too small is in use by launches that are still to run: it stays.
-  if (!set.defined() || set.numel() < count) {
-    set = lasting_tickets(std::max(kSmallestSet, 2 * count), options, stream);
-  }
-  return set;
+  const auto at = known.find(device);
+  if (at != known.end()) return at->second;
+  DeviceLimits limits;
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&limits.multiprocessors, cudaDevAttrMultiProcessorCount, device));
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&limits.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  known.emplace(device, limits);  // only now: a device that could not answer is asked again
+  return limits;
 }
 
 ElementType element_type(at::ScalarType type) {
@@ -114,7 +78,7 @@ void run_pool(const FeatureMap& x, Weighting weighting, const Tensor& vector, co
     return run_pool(x, Weighting::kLogits, out.logits, {}, factor, {out.context, {}, out.state});
   }
   const Tensor workspace = workspace_of(x, plan);
-  const Tensor tickets = x.tickets(plan.tickets);
+  const Counters tickets = x.tickets(plan.tickets);
   PoolForwardArgs args{};
   args.x = x.tensor().data_ptr();
   if (weighting == Weighting::kMask) {
@@ -150,7 +114,7 @@ void run_pool_backward(PoolGradient gradient, const FeatureMap& x, const PoolBac
     plan = x.plan(kind, {x.tensor(), written, grad}, /*dots_given=*/true);
   }
   const Tensor workspace = workspace_of(x, plan);
-  const Tensor tickets = x.tickets(plan.tickets);
+  const Counters tickets = x.tickets(plan.tickets);
   PoolBackwardArgs args{};
   args.x = x.tensor().data_ptr();
   args.grad = pointer(in.grad);
@@ -184,7 +148,7 @@ void run_broadcast_mul_backward(const FeatureMap& x, const Tensor& grad, const T
   const Tensor& written = out.x.defined() ? out.x : x.tensor();
   const Plan plan = x.plan(KernelKind::kBroadcastMulBackward, {x.tensor(), grad, written});
   const Tensor workspace = workspace_of(x, plan);
-  const Tensor tickets = x.tickets(plan.tickets);
+  const Counters tickets = x.tickets(plan.tickets);
   BroadcastMulBackwardArgs args{};
   args.grad = grad.data_ptr();
   args.x = x.tensor().data_ptr();

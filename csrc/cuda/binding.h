@@ -11,6 +11,7 @@
 #include <utility>
 
 #include "checks.h"
+#include "cuda/counters.h"
 #include "cuda/launch.h"
 
 namespace gc::cuda {
@@ -19,11 +20,6 @@ using at::Tensor;
 
 DeviceLimits device_limits(int device);
 ElementType element_type(at::ScalarType type);
-
-// Counters for Phase and arrive_last: 0 at rest, for the last block of every launch resets its own. One set a device
-// and stream, so that concurrent launches never share one. While a graph is captured, a set of its own, whose fill is
-// captured too.
-Tensor zeroed_tickets(int64_t count, const at::TensorOptions& options, cudaStream_t stream);
 
 // A feature map in one of the two layouts, on its device's current stream.
 class FeatureMap {
@@ -48,9 +44,8 @@ class FeatureMap {
   Tensor empty_accumulation(at::IntArrayRef sizes) const {
     return at::empty(sizes, tensor_.options().dtype(accumulation_type(tensor_.scalar_type())));
   }
-  Tensor tickets(int64_t count) const {
-    return count > 0 ? zeroed_tickets(count, tensor_.options(), stream_) : Tensor();
-  }
+  // For one launch on this map; must live until after it.
+  Counters tickets(int64_t count) const { return Counters(count, tensor_.device().index(), stream_); }
   DeviceLimits limits() const { return device_limits(tensor_.device().index()); }
 
   // `maps`: every feature map of the launch; their addresses decide on the width of loads and stores.
@@ -86,7 +81,7 @@ inline CompanionOut companion_out(const Tensor& tensor, const Tensor& x) {
 }
 
 inline void* pointer(const Tensor& tensor) { return tensor.defined() ? tensor.data_ptr() : nullptr; }
-inline unsigned* ticket_pointer(const Tensor& tickets) { return static_cast<unsigned*>(pointer(tickets)); }
+inline unsigned* ticket_pointer(const Counters& tickets) { return tickets.get(); }
 
 // Launches. Tensors that are not defined are not wanted, or absent; vectors must be contiguous.
 

@@ -68,7 +68,7 @@ void run_transform_forward(const FeatureMap& x, const Branches& branches, Kinds 
   const TransformProblem problem = transform_problem(x, branches, live, context_in(state));
   const TransformPlan plan = planned(x, [&] { return make_transform_forward_plan(problem, x.limits()); });
   const Tensor products = x.empty_accumulation({plan.workspace});
-  const Tensor counters = x.tickets(plan.counters);
+  const Counters counters = x.tickets(plan.counters);
   TransformForwardArgs args{};
   args.counters = ticket_pointer(counters);
   args.images = static_cast<int>(x.images());
@@ -149,7 +149,7 @@ void run_transform_backward(const FeatureMap& x, const Branches& branches, Kinds
   const TransformProblem problem = transform_problem(x, branches, live, context_in(saved.state));
   const TransformPlan plan = planned(x, [&] { return make_transform_backward_plan(problem, x.limits(), depth); });
   const Tensor workspace = x.empty_accumulation({plan.workspace});
-  const Tensor counters = x.tickets(plan.counters);
+  const Counters counters = x.tickets(plan.counters);
   TransformBackwardArgs args{};
   args.counters = ticket_pointer(counters);
   args.images = static_cast<int>(x.images());

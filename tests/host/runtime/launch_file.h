@@ -19,7 +19,7 @@ struct LaunchFiles {
   static int launches;
 };
 
-// What cudaFuncSetAttribute allows a kernel; 48 KB at least.
+// What a kernel is allowed: 48 KB, until allow_all_shared_memory was called for it.
 int shared_limit_of(const void* kernel);
 
 template <typename Args>
@@ -49,9 +49,3 @@ KernelLaunch<Args> launch_kernel(void (*kernel)(Args), dim3 grid, int threads, i
 }
 
 }  // namespace gc::host
-
-// As cuda_runtime.h has it for nvcc.
-template <typename Kernel>
-cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute attribute, int value) {
-  return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), attribute, value);
-}
