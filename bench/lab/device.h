@@ -172,14 +172,14 @@ GC_DEVICE void init_mbarrier(U64* barrier, unsigned arrivals) {
       asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory"));
 }
 
+// Orders this thread's ordinary accesses of shared memory before asynchronous copies of it.
+GC_DEVICE void fence_async_proxy() { LAB_SM90(asm volatile("fence.proxy.async.shared::cta;" ::: "memory")); }
+
 // Makes initialised mbarriers visible to the cluster and to the asynchronous proxy; a barrier must follow.
 GC_DEVICE void fence_mbarrier_init() {
-  LAB_SM90(asm volatile("fence.mbarrier_init.release.cluster;" :: : "memory"));
-  LAB_SM90(asm volatile("fence.proxy.async;" :: : "memory"));
+  LAB_SM90(asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"));
+  fence_async_proxy();
 }
-
-// Orders this thread's ordinary accesses before asynchronous copies of the same memory.
-GC_DEVICE void fence_async_proxy() { LAB_SM90(asm volatile("fence.proxy.async;" :: : "memory")); }
 
 // One arrival, and so many bytes that the phase still waits for. A phase takes less than 2^20 bytes.
 GC_DEVICE void arrive_expect(U64* barrier, unsigned bytes) {
@@ -197,7 +197,7 @@ GC_DEVICE bool test_phase(U64* barrier, unsigned parity) {
   unsigned done = 0;
   LAB_SM90(
       asm volatile("{\n\t.reg .pred p;\n\t"
-                   "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n\t"
+                   "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n\t"
                    "selp.u32 %0, 1, 0, p;\n\t}" : "=r"(done) : "r"(shared_address(barrier)),
                    "r"(parity) : "memory"));
   return done != 0;
@@ -289,7 +289,7 @@ GC_DEVICE Vec16 load_hinted(const Vec16* address) {
                  : "l"(address)
                  : "memory");
   } else {
-    U64 policy = 0;
+    [[maybe_unused]] U64 policy = 0;
     if constexpr (H == Hint::kEvictFirst) {
       LAB_SM80(asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy)));
     } else {

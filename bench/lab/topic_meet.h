@@ -2,45 +2,12 @@
 #pragma once
 
 #include "cluster_kernels.h"
+#include "expected.h"
 #include "run.h"
 
 namespace gc::lab {
 
 constexpr int kFewRounds = 33, kManyRounds = 257;
-
-// What every block of an exchange must have at its end: [blocks, count].
-inline std::vector<unsigned> expected_exchange(int blocks, int group, int count, int rounds) {
-  std::vector<unsigned> out(static_cast<std::size_t>(blocks) * count);
-  for (int begin = 0; begin < blocks; begin += group) {
-    std::vector<unsigned> values(count), next(count);
-    for (int i = 0; i < count; ++i) values[i] = first_value(begin / group, i);
-    for (int round = 0; round < rounds; ++round) {
-      for (int i = 0; i < count; ++i) next[i] = next_value(values[i], values[(i + 1) % count]);
-      values.swap(next);
-    }
-    for (int b = begin; b < std::min(begin + group, blocks); ++b) {
-      std::copy(values.begin(), values.end(), out.begin() + static_cast<std::size_t>(b) * count);
-    }
-  }
-  return out;
-}
-
-// The state of every block after the rounds of scatter_cells.
-inline std::vector<unsigned> expected_scatter(int blocks, int count, int rounds) {
-  std::vector<unsigned> state(blocks), next(blocks);
-  for (int b = 0; b < blocks; ++b) state[b] = random_word(b);
-  for (int round = 1; round <= rounds; ++round) {
-    for (int b = 0; b < blocks; ++b) {
-      unsigned sum = 0;
-      for (int c = count * b / blocks; c < count * (b + 1) / blocks; ++c) {
-        for (int r = 0; r < blocks; ++r) sum += scattered_value(state[r], c, round);
-      }
-      next[b] = sum;
-    }
-    state.swap(next);
-  }
-  return state;
-}
 
 // Times an exchange: the longest block's time from its first round to its last, a round (the row), and, as launches
 // have few or many rounds in turn, the difference of the whole grid's times, a round (its note). `launch` zeroes what
