@@ -71,12 +71,22 @@ inline void unsupported() { host::fail("the harness lacks this instruction"); }
 // Lets the other fibers run until the word has come to this value.
 inline void host_turn(const unsigned* word, unsigned value) { host::wait_for(word, value); }
 
-inline void publish(Cell* cell, unsigned value, unsigned tag) { *cell = {value, tag}; }
+// The scheduler wakes who waits for a word when it is counted up to what they wait for.
+inline void host_store(unsigned* word, unsigned value) {
+  *static_cast<volatile unsigned*>(word) = value - 1;
+  host::take_ticket(word);
+}
+
+inline void publish(Cell* cell, unsigned value, unsigned tag) {
+  cell->value = value;
+  host_store(&cell->tag, tag);
+}
 inline Cell observe(const Cell* cell) { return *cell; }
-inline void store_relaxed(unsigned* word, unsigned value) { *word = value; }
-inline unsigned load_relaxed(const unsigned* word) { return *word; }
-inline unsigned load_acquire(const unsigned* word) { return *word; }
+inline void store_relaxed(unsigned* word, unsigned value) { host_store(word, value); }
+inline unsigned load_relaxed(const unsigned* word) { return *static_cast<const volatile unsigned*>(word); }
+inline unsigned load_acquire(const unsigned* word) { return *static_cast<const volatile unsigned*>(word); }
 inline void add_release(unsigned* word) { host::take_ticket(word); }
+inline unsigned load_word(const unsigned* word) { return *word; }
 
 // Barrier of the block; true if it is true for every thread (on the host no poll gives up, so it always is).
 template <int Site>
@@ -92,6 +102,13 @@ void copy_async(void* shared, const void* global) {
 inline void commit_copies() {}
 template <int Pending>
 void await_copies() {}
+
+inline void init_mbarrier(U64*, unsigned) { unsupported(); }
+inline void fence_mbarrier_init() { unsupported(); }
+inline void fence_async_proxy() { unsupported(); }
+inline void arrive_expect(U64*, unsigned) { unsupported(); }
+inline bool await_phase(U64*, unsigned) { return false; }
+inline void bulk_load(void*, const void*, unsigned, U64*) { unsupported(); }
 
 inline U64 global_timer() { return 0; }
 
@@ -127,6 +144,9 @@ GC_DEVICE unsigned load_relaxed(const unsigned* word) {
   asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(word) : "memory");
   return value;
 }
+
+// What other blocks have written before a barrier of the grid, past the first-level cache.
+GC_DEVICE unsigned load_word(const unsigned* word) { return load_relaxed(word); }
 
 GC_DEVICE unsigned load_acquire(const unsigned* word) {
   unsigned value;

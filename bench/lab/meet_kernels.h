@@ -130,7 +130,7 @@ exchange(const MeetArgs args) {
         }
       }
       good = sync_and<kSyncMet>(good);
-      for (int i = thread; i < args.count; i += threads) values[i] = load_relaxed(args.words + place + i);
+      for (int i = thread; i < args.count; i += threads) values[i] = load_word(args.words + place + i);
     }
     good = sync_and<kSyncRead>(good);
     if (round == 1) note_begin(args.spans);
