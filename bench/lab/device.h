@@ -82,11 +82,26 @@ inline void publish(Cell* cell, unsigned value, unsigned tag) {
   host_store(&cell->tag, tag);
 }
 inline Cell observe(const Cell* cell) { return *cell; }
-inline void store_relaxed(unsigned* word, unsigned value) { host_store(word, value); }
-inline unsigned load_relaxed(const unsigned* word) { return *static_cast<const volatile unsigned*>(word); }
-inline unsigned load_acquire(const unsigned* word) { return *static_cast<const volatile unsigned*>(word); }
-inline void add_release(unsigned* word) { host::take_ticket(word); }
+inline void store_relaxed(unsigned* word, unsigned value) { *word = value; }
 inline unsigned load_word(const unsigned* word) { return *word; }
+
+// Flags go up by one each time.
+inline void raise_flag(unsigned* flag, unsigned) { host::take_ticket(flag); }
+inline bool await_count(const unsigned* word, unsigned target) {
+  host::wait_for(word, target);
+  return true;
+}
+
+// Release and acquire are a fence before and after.
+inline void add_release(unsigned* word) {
+  port::fence_device<kFenceBefore>();
+  host::take_ticket(word);
+}
+inline bool await_count_acquire(const unsigned* word, unsigned target) {
+  host::wait_for(word, target);
+  port::fence_device<kFenceAfter>();
+  return true;
+}
 
 // Barrier of the block; true if it is true for every thread (on the host no poll gives up, so it always is).
 template <int Site>
@@ -148,14 +163,28 @@ GC_DEVICE unsigned load_relaxed(const unsigned* word) {
 // What other blocks have written before a barrier of the grid, past the first-level cache.
 GC_DEVICE unsigned load_word(const unsigned* word) { return load_relaxed(word); }
 
-GC_DEVICE unsigned load_acquire(const unsigned* word) {
-  unsigned value;
-  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(word) : "memory");
-  return value;
+GC_DEVICE void raise_flag(unsigned* flag, unsigned value) { store_relaxed(flag, value); }
+
+// Polls until the word has come to `target`. False: it did not in so many tries.
+GC_DEVICE bool await_count(const unsigned* word, unsigned target) {
+  for (unsigned tries = 0; tries < kTries; ++tries) {
+    if (load_relaxed(word) >= target) return true;
+  }
+  return false;
 }
 
 GC_DEVICE void add_release(unsigned* word) {
   asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(word) : "memory");
+}
+
+// As await_count; the load itself orders what follows.
+GC_DEVICE bool await_count_acquire(const unsigned* word, unsigned target) {
+  for (unsigned tries = 0; tries < kTries; ++tries) {
+    unsigned value;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(word) : "memory");
+    if (value >= target) return true;
+  }
+  return false;
 }
 
 template <int Site>
@@ -193,11 +222,11 @@ GC_DEVICE void init_mbarrier(U64* barrier, unsigned arrivals) {
 }
 
 // Orders this thread's ordinary accesses of shared memory before asynchronous copies of it.
-GC_DEVICE void fence_async_proxy() { LAB_SM90(asm volatile("fence.proxy.async.shared::cta;" ::: "memory")); }
+GC_DEVICE void fence_async_proxy() { LAB_SM90(asm volatile("fence.proxy.async.shared::cta;" :: : "memory")); }
 
 // Makes initialised mbarriers visible to the cluster and to the asynchronous proxy; a barrier must follow.
 GC_DEVICE void fence_mbarrier_init() {
-  LAB_SM90(asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"));
+  LAB_SM90(asm volatile("fence.mbarrier_init.release.cluster;" :: : "memory"));
   fence_async_proxy();
 }
 
@@ -347,11 +376,7 @@ GC_DEVICE bool meet_by_counter(unsigned* counter, unsigned target) {
   if (port::thread_index() == 0) {
     port::fence_device<kFenceBefore>();
     port::take_ticket(counter);
-    host_turn(counter, target);
-    unsigned tries = 0;
-    while (load_relaxed(counter) < target && ++tries < kTries) {
-    }
-    good = tries < kTries;
+    good = await_count(counter, target);
     port::fence_device<kFenceAfter>();
   }
   return sync_and<kSyncMet>(good);

@@ -44,7 +44,7 @@ fill_shared(const FillArgs args) {
   };
 
   if (args.out != nullptr) {
-    for (int i = thread; i < bytes; i += threads) slab[i] = 0xa5;
+    for (int i = thread * 4; i < bytes; i += threads * 4) *reinterpret_cast<unsigned*>(slab + i) = 0xa5a5a5a5u;
     if constexpr (Way == Fill::kBulk) fence_async_proxy();
   }
   if constexpr (Way == Fill::kBulk) {

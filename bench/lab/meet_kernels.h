@@ -66,16 +66,6 @@ GC_DEVICE bool gather_cells(const Cell* cells, unsigned* values, int count, unsi
   return true;
 }
 
-// Waits until the counter has come to `target`, by thread 0. Acquire: the load itself orders what follows.
-template <bool Acquire>
-GC_DEVICE bool wait_counter(const unsigned* counter, unsigned target) {
-  host_turn(counter, target);
-  for (unsigned tries = 0; tries < kTries; ++tries) {
-    if ((Acquire ? load_acquire(counter) : load_relaxed(counter)) >= target) return true;
-  }
-  return false;
-}
-
 template <Meet Way>
 GC_KERNEL(kMeetThreads, 1)
 exchange(const MeetArgs args) {
@@ -111,10 +101,10 @@ exchange(const MeetArgs args) {
       if constexpr (Way == Meet::kFlags) {
         if (thread == 0) {
           port::fence_device<kFenceBefore>();
-          store_relaxed(args.flags + block, round);
+          raise_flag(args.flags + block, round);
         }
         if (thread < size) {
-          good = wait_counter<false>(args.flags + block - rank + thread, round);
+          good = await_count(args.flags + block - rank + thread, round);
           port::fence_device<kFenceAfter>();
         }
       } else if (thread == 0) {
@@ -122,11 +112,11 @@ exchange(const MeetArgs args) {
         if constexpr (Way == Meet::kCounter) {
           port::fence_device<kFenceBefore>();
           port::take_ticket(counter);
-          good = wait_counter<false>(counter, target);
+          good = await_count(counter, target);
           port::fence_device<kFenceAfter>();
         } else {
           add_release(counter);
-          good = wait_counter<true>(counter, target);
+          good = await_count_acquire(counter, target);
         }
       }
       good = sync_and<kSyncMet>(good);

@@ -91,9 +91,8 @@ void run_scatter(const host::Schedule& schedule, int blocks, int count) {
   host::Buffer<Cell> cells("cells", std::vector<Cell>(2 * blocks * count), host::Use::kState);
   host::Buffer<unsigned> out("out", blocks, host::Use::kOutput);
   host::Buffer<unsigned> failed("failed", std::vector<unsigned>(1), host::Use::kState);
-  host::launch({blocks}, threads, kMeetThreads * 4 + 16, schedule, [&] {
-    scatter_cells({cells.data(), out.data(), failed.data(), nullptr, count, rounds});
-  });
+  host::launch({blocks}, threads, kMeetThreads * 4 + 16, schedule,
+               [&] { scatter_cells({cells.data(), out.data(), failed.data(), nullptr, count, rounds}); });
   require_equal(out, expected_scatter(blocks, count, rounds), "states after the last round");
 }
 
@@ -174,7 +173,8 @@ int main(int argc, char** argv) {
       {"fill_loads_flat", "one row", [](const Schedule& s) { run_fill<Fill::kLoads>(s, 1, 2080); }},
       {"stream_sum", "fewer tiles than slots, and none for a block",
        [](const Schedule& s) { run_stream<Sink::kSum>(s, 3, 2); }},
-      {"stream_write", "more tiles than slots: the ring turns", [](const Schedule& s) { run_stream<Sink::kWrite>(s, 2, 29); }},
+      {"stream_write", "more tiles than slots: the ring turns",
+       [](const Schedule& s) { run_stream<Sink::kWrite>(s, 2, 29); }},
       {"phases_read_write", "two slabs", [](const Schedule& s) { run_phases(s, 2, 2, true); }},
       {"phases_write", "only writes", [](const Schedule& s) { run_phases(s, 2, 2, false); }},
       {"scatter", "channels in unequal shares", [](const Schedule& s) { run_scatter(s, 4, 45); }},
