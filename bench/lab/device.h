@@ -42,10 +42,12 @@ struct alignas(8) Cell {
   unsigned tag;
 };
 
-// When a block began and ended what is measured, in nanoseconds of the GPU's global timer.
+// When a block began and ended what is measured, in nanoseconds of the GPU's global timer, and how many cycles of its
+// multiprocessor that took.
 struct Span {
   U64 begin;
   U64 end;
+  U64 cycles;
 };
 
 // A poll gives up after so many tries (about a second): a mistake becomes a failure and not a hang.
@@ -126,6 +128,7 @@ inline bool await_phase(U64*, unsigned) { return false; }
 inline void bulk_load(void*, const void*, unsigned, U64*) { unsupported(); }
 
 inline U64 global_timer() { return 0; }
+inline U64 cycle_counter() { return 0; }
 
 #else
 
@@ -239,6 +242,12 @@ GC_DEVICE void arrive_expect(U64* barrier, unsigned bytes) {
 GC_DEVICE U64 global_timer() {
   U64 now;
   asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now)::"memory");
+  return now;
+}
+
+GC_DEVICE U64 cycle_counter() {
+  U64 now;
+  asm volatile("mov.u64 %0, %%clock64;" : "=l"(now)::"memory");
   return now;
 }
 
@@ -357,15 +366,23 @@ GC_DEVICE void allow_next_kernel() { LAB_SM90(asm volatile("griddepcontrol.launc
 
 #endif  // GC_HOST_RUN
 
-// Notes the time at which the whole block has come here.
+// Notes the time at which the block's first thread comes here.
 GC_DEVICE void note_begin(Span* spans) {
-  if (spans != nullptr && port::thread_index() == 0) spans[port::block_x()].begin = global_timer();
+  if (spans == nullptr || port::thread_index() != 0) return;
+  Span& span = spans[port::block_x()];
+  span.begin = global_timer();
+  span.cycles = cycle_counter();
 }
 
+// Notes when the whole block has come here.
 GC_DEVICE void note_end(Span* spans) {
   if (spans == nullptr) return;
   port::sync_block<kSyncWritten>();
-  if (port::thread_index() == 0) spans[port::block_x()].end = global_timer();
+  if (port::thread_index() != 0) return;
+  Span& span = spans[port::block_x()];
+  const U64 cycles = cycle_counter();
+  span.end = global_timer();
+  span.cycles = cycles - span.cycles;
 }
 
 // Barrier of all blocks of the grid, which all run: one counter, which only grows. `target` is its value once all have

@@ -125,8 +125,8 @@ exchange(const MeetArgs args) {
     good = sync_and<kSyncRead>(good);
     if (round == 1) note_begin(args.spans);
   }
+  note_end(args.spans);
   if (thread == 0) {
-    if (args.spans != nullptr) args.spans[block].end = global_timer();
     if (!good) store_relaxed(args.failed, 1);
   }
   const unsigned* const last = shared + args.rounds % 2 * kMaxCells;
@@ -196,8 +196,8 @@ GC_KERNEL(kMeetThreads, 1) scatter_cells(const ScatterArgs args) {
     port::sync_block<kSyncRead>();
     if (round == 1) note_begin(args.spans);
   }
+  note_end(args.spans);
   if (thread == 0) {
-    if (args.spans != nullptr) args.spans[block].end = global_timer();
     if (!good) store_relaxed(args.failed, 1);
     args.out[block] = *state;
   }

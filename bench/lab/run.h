@@ -78,6 +78,11 @@ class Lab {
     spans = std::make_unique<DeviceArray<Span>>(1 << 16);
     failed->fill(0, stream);
     warm_up();
+    DeviceArray<U64> clocks(3);
+    measure_clock<<<1, 32, 0, stream>>>(clocks.data(), 200 * 1000);
+    LAB_CUDA(cudaGetLastError());
+    LAB_CUDA(cudaStreamSynchronize(stream));
+    timer_step_ns = clocks.read()[2];
   }
 
   // 640 MB of random words to read and as much to write: variants that are cold go through them in turn.
@@ -176,20 +181,28 @@ class Lab {
     return times;
   }
 
-  // From the first block's begin to the last one's end, as the kernel's blocks note them in spans.
+  // From the first block's begin to the last one's end, as the kernel's blocks note them in spans. Where the global
+  // timer's steps are too long for that: the longest block, by the cycles of its multiprocessor.
   std::vector<double> by_spans(const Launch& launch, int span_blocks) {
-    std::vector<double> times;
+    std::vector<double> times, longest;
+    double nanoseconds = 0, cycles = 0;
     for (int i = -2; i < repeats; ++i) {
       launch(i + 2);
       LAB_CUDA(cudaGetLastError());
       LAB_CUDA(cudaStreamSynchronize(stream));
-      const std::vector<Span> found = read_spans(span_blocks);
-      U64 first = ~0ull, last = 0;
-      for (const Span& span : found) first = std::min(first, span.begin), last = std::max(last, span.end);
-      if (i >= 0) times.push_back((last - first) * 1e-3);
+      U64 first = ~0ull, last = 0, most = 0;
+      for (const Span& span : read_spans(span_blocks)) {
+        first = std::min(first, span.begin), last = std::max(last, span.end), most = std::max(most, span.cycles);
+        nanoseconds += span.end - span.begin, cycles += span.cycles;
+      }
+      if (i < 0) continue;
+      times.push_back((last - first) * 1e-3);
+      longest.push_back(most * 1e-3);
     }
     require_no_timeout();
-    return times;
+    require(nanoseconds > 0 && cycles > 0, "the timers stand still");
+    for (double& one : longest) one *= nanoseconds / cycles;
+    return timer_step_ns > kFineTimerNs ? longest : times;
   }
 
   // What each further piece costs: (time of `many` - time of `few`) / (many - few), sample by sample.
@@ -258,6 +271,8 @@ class Lab {
   cudaDeviceProp device{};
   cudaStream_t stream = nullptr;
   int blocks = 0;  // one a multiprocessor
+  U64 timer_step_ns = 0;
+  static constexpr U64 kFineTimerNs = 100;
   std::unique_ptr<DeviceArray<Vec16>> source, target;
   std::unique_ptr<DeviceArray<unsigned>> failed;
   std::unique_ptr<DeviceArray<Span>> spans;

@@ -38,7 +38,6 @@ inline void topic_copy(Lab& lab) {
   lab.variant("clock", [&](Row& row) {
     row.unit = "MHz";
     DeviceArray<U64> clocks(3);
-    U64 step = 0;
     for (int i = 0; i < lab.repeats; ++i) {
       measure_clock<<<1, 32, 0, lab.stream>>>(clocks.data(), 100 * 1000);
       LAB_CUDA(cudaGetLastError());
@@ -46,9 +45,10 @@ inline void topic_copy(Lab& lab) {
       const std::vector<U64> found = clocks.read();
       require(found[1] > 0, "the global timer stands still");
       row.samples.push_back(1e3 * found[0] / found[1]);
-      step = found[2];
     }
-    row.note = "the global timer's least step is " + std::to_string(step) + " ns";
+    row.note = "the global timer's least step is " + std::to_string(lab.timer_step_ns) + " ns";
+    if (lab.timer_step_ns > Lab::kFineTimerNs)
+      row.note += ": times within kernels are those of the longest block, by its cycles";
   });
   lab.variant("events alone", [&](Row& row) { row.samples = lab.by_events([](int) {}, 200); });
   lab.variant("empty kernel, queued", [&](Row& row) {

@@ -282,7 +282,7 @@ inline void host_variants(Lab& lab) {
     plain();
     LAB_CUDA(cudaGetLastError());
   });
-  host_variant(lab, "host: cudaMemsetAsync of 64 bytes", [&] { lab.failed->fill(0, lab.stream); });
+  host_variant(lab, "host: cudaMemsetAsync of 4 bytes", [&] { lab.failed->fill(0, lab.stream); });
   std::unique_ptr<Graph> graph;
   host_variant(lab, "host: a graph of one kernel", [&] {
     if (graph == nullptr) graph = std::make_unique<Graph>(lab.stream, plain);

@@ -91,7 +91,7 @@ inline Outcome attend(const Work& work, pid_t child, int pipe, Results& results,
   int status = 0;
   while (waitpid(child, &status, 0) < 0 && errno == EINTR) {
   }
-  outcome.finished = !killed && WIFEXITED(status) && WEXITSTATUS(status) == 0;
+  outcome.finished = !killed && WIFEXITED(status) && WEXITSTATUS(status) == 0 && outcome.unfinished.empty();
   if (outcome.why.empty() && WIFSIGNALED(status)) outcome.why = "ended by signal " + std::to_string(WTERMSIG(status));
   outcome.lost = !killed && WIFEXITED(status) && WEXITSTATUS(status) == kContextLost;
   if (outcome.why.empty() && !outcome.finished)

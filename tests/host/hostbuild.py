@@ -86,7 +86,7 @@ class BuildError(RuntimeError):
 
 
 def drivers() -> list[str]:
-    """The names of the kernel drivers: drivers/*.cpp but for those with kernels that are not in csrc/kernels."""
+    """The names of the drivers of csrc/kernels: drivers/*.cpp but for those with kernels of their own."""
     return sorted(path.stem for path in (HOST / "drivers").glob("*.cpp") if path.stem not in ALONE)
 
 
