@@ -65,12 +65,11 @@ GC_KERNEL(512, 1) sum_words(const SumArgs args) {
   note_end(args.spans);
 }
 
-// The write, and what fills the inputs: word i = random_word(first + i).
+// The write, and what fills the inputs with pattern_word.
 struct WriteArgs {
-  Vec16* out;      // [count]
-  Span* spans;     // [blocks], or null
-  int count;       // vectors
-  unsigned first;  // the number of the first word
+  Vec16* out;   // [count]
+  Span* spans;  // [blocks], or null
+  int count;    // vectors
 };
 
 GC_KERNEL(kCopyThreads, 1) write_random(const WriteArgs args) {
@@ -80,7 +79,7 @@ GC_KERNEL(kCopyThreads, 1) write_random(const WriteArgs args) {
     const int i = begin + j * kCopyThreads;
     if (i >= args.count) continue;
     Vec16 v;
-    GC_UNROLL for (int k = 0; k < 4; ++k) v.word[k] = random_word(args.first + 4 * i + k);
+    GC_UNROLL for (int k = 0; k < 4; ++k) v.word[k] = pattern_word(i, k);
     port::store_streaming(args.out + i, v);
   }
   note_end(args.spans);

@@ -63,6 +63,9 @@ LAB_BOTH unsigned random_word(unsigned index) {
   return h ^ (h >> 16);
 }
 
+// What memory is filled with: word k of a vector. One random word a vector is enough and takes little arithmetic.
+LAB_BOTH unsigned pattern_word(unsigned vector_index, int k) { return random_word(vector_index) + k * 0x9e3779b9u; }
+
 // Sums of words weighted by this notice a word in the wrong place.
 LAB_BOTH unsigned weight(unsigned index) { return 2 * index + 1; }
 

@@ -184,7 +184,7 @@ struct PhaseArgs {
   unsigned* counter;  // [1], zero at first
   unsigned* failed;   // [1]
   int slabs;
-  bool read;  // false: only write; the words are random_word(place in out)
+  bool read;  // false: only write; every slab has the pattern_words of the first one's place in out
   bool bulk;  // write by bulk copies from shared memory (sm_90 on)
 };
 
@@ -205,12 +205,9 @@ GC_KERNEL(kStreamThreads, 1) phases_in_turn(const PhaseArgs args) {
       commit_copies();
       await_copies<0>();
       good = meet_by_counter(args.counter, ++meetings * blocks);
-    } else if (s == 0 || !args.bulk) {
-      // Bulk copies write what they find in shared memory, so there every slab is the first one again.
+    } else if (s == 0) {
       for (int i = thread; i < kVectors; i += kStreamThreads) {
-        GC_UNROLL for (int k = 0; k < 4; ++k) {
-          slab[i].word[k] = random_word(static_cast<unsigned>((args.bulk ? 0 : place) + i) * 4 + k);
-        }
+        GC_UNROLL for (int k = 0; k < 4; ++k) slab[i].word[k] = pattern_word(static_cast<unsigned>(place + i), k);
       }
       port::sync_block<kSyncReady>();
     }

@@ -90,7 +90,7 @@ class Lab {
     source = std::make_unique<DeviceArray<Vec16>>(kMemoryVectors);
     target = std::make_unique<DeviceArray<Vec16>>(kMemoryVectors);
     const int grid = kMemoryVectors / (kCopyThreads * kCopyBatch);
-    write_random<<<grid, kCopyThreads, 0, stream>>>({source->data(), nullptr, kMemoryVectors, 0});
+    write_random<<<grid, kCopyThreads, 0, stream>>>({source->data(), nullptr, kMemoryVectors});
     LAB_CUDA(cudaGetLastError());
     target->fill(0xff, stream);
     LAB_CUDA(cudaStreamSynchronize(stream));

@@ -26,6 +26,12 @@ std::vector<unsigned> random_words(std::size_t count) {
   return words;
 }
 
+std::vector<unsigned> pattern_words(std::size_t count) {
+  std::vector<unsigned> words(count);
+  for (std::size_t i = 0; i < count; ++i) words[i] = pattern_word(static_cast<unsigned>(i / 4), i % 4);
+  return words;
+}
+
 Vec16* vectors(host::Buffer<unsigned>& words) { return reinterpret_cast<Vec16*>(words.data()); }
 
 void require_equal(const host::Buffer<unsigned>& found, const std::vector<unsigned>& wanted, const std::string& what) {
@@ -61,8 +67,8 @@ void run_sum(const host::Schedule& schedule) {
 void run_write(const host::Schedule& schedule) {
   const int count = kCopyThreads * kCopyBatch + 3;
   host::Buffer<unsigned> out("out", count * 4, host::Use::kOutput);
-  host::launch({2}, kCopyThreads, 0, schedule, [&] { write_random({vectors(out), nullptr, count, 17}); });
-  require_equal(out, random_words(count * 4), "write");
+  host::launch({2}, kCopyThreads, 0, schedule, [&] { write_random({vectors(out), nullptr, count}); });
+  require_equal(out, pattern_words(count * 4), "write");
 }
 
 // Blocks in groups of `group`, the last of which may be smaller.
@@ -134,8 +140,10 @@ void run_stream(const host::Schedule& schedule, int blocks, int tiles) {
 void run_phases(const host::Schedule& schedule, int blocks, int slabs, bool read) {
   if (!many_in_flight(schedule)) return;
   const std::size_t count = static_cast<std::size_t>(slabs) * blocks * kSlots * kTileVectors * 4;
-  std::vector<unsigned> words(count);
-  for (std::size_t i = 0; i < count; ++i) words[i] = random_word(static_cast<unsigned>(i));
+  std::vector<unsigned> words = pattern_words(count);
+  if (!read) {
+    for (std::size_t i = 0; i < count; ++i) words[i] = words[i % (count / slabs)];
+  }
   host::Buffer<unsigned> in("in", words, host::Use::kInput), out("out", count, host::Use::kOutput);
   host::Buffer<unsigned> counter("counter", std::vector<unsigned>(1), host::Use::kState);
   host::Buffer<unsigned> failed("failed", std::vector<unsigned>(1), host::Use::kState);
