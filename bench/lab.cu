@@ -62,6 +62,11 @@ void say_facts(const Lab& lab) {
   LAB_CUDA(cudaRuntimeGetVersion(&runtime));
   say("GPU", lab.device.name);
   say("compute capability", std::to_string(lab.device.major) + "." + std::to_string(lab.device.minor));
+  if (std::FILE* const file = std::fopen("/proc/driver/nvidia/version", "r")) {
+    char line[256] = "";
+    if (std::fgets(line, sizeof(line), file) != nullptr) say("driver", one_line(line));
+    std::fclose(file);
+  }
   say("CUDA of the driver", version(driver));
   say("CUDA runtime", version(runtime));
   say("multiprocessors", std::to_string(lab.blocks));

@@ -5,12 +5,20 @@
 
 namespace gc::lab {
 
+// Lines that one variant has wished to stay must not be in the way of the next. Within a variant they gather, as they
+// do over the calls of a model.
+inline void forget_wishes() {
+  cudaDeviceSynchronize();
+  if (cudaCtxResetPersistingL2Cache() != cudaSuccess) cudaGetLastError();  // a GPU without such lines
+}
+
 template <Prefetch Way>
 void prefetch_variant(Lab& lab, const char* way, int pause_us, bool warm = false) {
   char name[96];
   std::snprintf(name, sizeof(name), "15 MB after %s, pause %d us", way, pause_us);
   lab.variant(name, [&](Row& row) {
     if (Way == Prefetch::kBulk && !lab.at_least(9)) throw Skipped("bulk prefetches need sm_90");
+    forget_wishes();
     const int count = 15 * 1000 * 1000 / 16 / lab.blocks / 8 * 8;  // vectors a block, whole 128-byte lines
     const long long vectors = static_cast<long long>(count) * lab.blocks;
     const int threads = lab.blocks * kCacheThreads;
@@ -35,6 +43,7 @@ void reread_variant(Lab& lab, const char* hints, int megabytes, bool passing_las
   std::snprintf(name, sizeof(name), "%d MB again, %s, %s", megabytes, passing_last ? "read last" : "read first", hints);
   lab.variant(name, [&](Row& row) {
     if (!lab.at_least(8)) throw Skipped("hints need sm_80");
+    forget_wishes();
     const int passing_count = megabytes * 1000 * 1000 / 16 / lab.blocks / 8 * 8;
     const int kept_count = kSlots * kTileVectors;
     const long long passing = static_cast<long long>(passing_count) * lab.blocks;

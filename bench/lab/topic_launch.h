@@ -35,6 +35,7 @@ class StepChain {
     std::vector<unsigned> host(words_);
     for (std::size_t i = 0; i < words_; ++i) host[i] = random_word(static_cast<unsigned>(i));
     LAB_CUDA(cudaMemcpy(first_.data(), host.data(), first_.bytes(), cudaMemcpyHostToDevice));
+    LAB_CUDA(cudaDeviceSynchronize());  // a copy of pageable memory may still be under way
     second_.fill(0xff, lab_.stream);
     run();
     LAB_CUDA(cudaStreamSynchronize(lab_.stream));

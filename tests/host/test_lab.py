@@ -16,6 +16,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -221,6 +222,32 @@ def test_volta(compiled: dict[int, Path]) -> None:
     found = cudatools.resources(said.stdout + said.stderr)
     assert sorted(one.kernel for one in found) == kernels
     assert not [one for one in found if one.spilled_bytes], "\n" + cudatools.table(found)
+
+
+def test_the_build_script_takes_the_toolkit_of_the_package(tmp_path: Path) -> None:
+    """bench/lab.sh finds the compiler as setup.py does, and needs no torch for that."""
+    nvcc = tmp_path / "toolkit" / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text('#!/bin/sh\n[ "$1" = --version ] && echo "release 13.0" || echo "$0" "$@"\n')
+    nvcc.chmod(0o755)
+    script = ROOT / "bench" / "lab.sh"
+    environment = {
+        "PATH": os.environ["PATH"],
+        "CUDA_HOME": str(tmp_path / "toolkit"),
+        "PYTHON": sys.executable,
+    }
+    output = tmp_path / "new" / "lab"
+    command = [str(script), str(output), "sm_100"]
+    said = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
+    assert said.returncode == 0, said.stderr
+    assert said.stdout.startswith(str(nvcc))
+    assert f"-arch=sm_100 -I{ROOT / 'csrc'}" in said.stdout
+    assert said.stdout.endswith(f"lab.cu -o {output}\n")
+    assert output.parent.is_dir()
+    wrong = {**environment, "CUDA_HOME": str(tmp_path / "nothing")}
+    said = subprocess.run(command, capture_output=True, text=True, timeout=60, env=wrong)
+    assert said.returncode != 0 and "has no bin/nvcc" in said.stderr
+    assert subprocess.run([str(script)], capture_output=True, timeout=60).returncode == 2
 
 
 # --- what judges and reports ---
