@@ -170,6 +170,13 @@ inline std::vector<std::string> findings(const Results& results) {
     lines.push_back(format("copy: a further node of a graph costs %.1f us + bytes / %.2f TB/s", chain.constant,
                            1e-6 / chain.slope));
   }
+  // Step 1 of the chain is scattered, steps 2 and 4 read all channels, step 3 the hidden units (128 at c5, r 1/16).
+  const double scattered = results.median("meet/cells scattered 2048"), channels = results.median("meet/cells 2048");
+  const double hidden = results.median("meet/cells all");
+  if (scattered > 0 && channels > 0 && hidden > 0) {
+    lines.push_back(format("chain of c5: its four exchanges alone take %.1f us (the plan has 4.8 with the arithmetic)",
+                           scattered + 2 * channels + hidden));
+  }
   // The smallest rows that a fill takes at full rate, for each way and 512 threads.
   const Row* const copy = results.find("fill/copy");
   for (const char* way : {"cp.async 16", "cp.async 8", "cp.async 4", "bulk", "loads"}) {

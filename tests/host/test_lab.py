@@ -127,6 +127,8 @@ def _compile(architecture: int) -> Path:
     folder = CACHE / "lab" / f"sm_{architecture}-{_digest(version)}"
     if (folder / "log").exists():
         return folder
+    for old in folder.parent.glob(f"sm_{architecture}-*"):
+        shutil.rmtree(old)
     folder.mkdir(parents=True, exist_ok=True)
     command = [str(compiler), "-std=c++17", "-O3", f"-arch=sm_{architecture}", "-Werror", "all-warnings"]
     command += ["-Xptxas", "-v", f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'bench'}", "--cubin"]
@@ -315,6 +317,16 @@ def test_fit_of_the_copy(report: Path) -> None:
     findings = "\n".join(found["findings"])
     assert "1.5 us of a replay are launch and events, and 6.0 the host's" in findings
     assert "a further node of a graph costs 1.5 us + bytes / 3.00 TB/s" in findings
+
+
+def test_exchanges_of_the_chain(report: Path) -> None:
+    rows = [
+        _row("meet/cells scattered 2048", 1.5),
+        _row("meet/cells 2048", 1.25),
+        _row("meet/cells all", 0.75),
+    ]
+    assert "its four exchanges alone take 4.8 us" in _json(report, rows)["findings"][0]
+    assert _json(report, rows[1:])["findings"] == []
 
 
 COPY = _row("fill/copy", 10, 30e6)
