@@ -182,13 +182,14 @@ inline void meeting_variants(Lab& lab) {
         std::vector<double> one = lab.by_events(
             [&](int) {
               meeting.cells.fill(0, lab.stream), meeting.claims.fill(0, lab.stream);
+              meeting.out.fill(0xff, lab.stream);
               meeting.launch(cooperative, kNever, kGiveUpNs);
             },
             300, 1);
         meeting.check();
         if (i >= 0) row.samples.push_back(one[0]);
       }
-      row.note = "with two fills of the cells";
+      row.note = "with three fills before it";
     });
     for (const bool adopting : {false, true}) {
       if (cooperative && adopting) continue;  // all its blocks run from the start

@@ -334,6 +334,7 @@ JUDGED = [
     # rows, the row that is judged, what its verdict ends with
     ([_row("meet/cells all", 1.19)], ": no clusters"),
     ([_row("meet/cells all", 1.21)], ": clusters"),
+    ([_row("meet/cells all", 0.8), _row("meet/cells 2048", 1.4)], "+0.50 us"),
     ([_row("meet/cells 16", 0.8), _row("meet/counter 16", 0.99)], ": tiled"),
     ([_row("meet/cells 16", 0.8), _row("meet/counter 16", 1.01)], ": cells"),
     ([_row("meet/cells 16", 0.8), _row("meet/counter all", 0.9)], "no cells to compare with"),
