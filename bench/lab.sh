@@ -25,4 +25,5 @@ except toolkit.ToolkitError as error:
 END
 )
 mkdir -p "$(dirname "$1")"
-exec "$home/bin/nvcc" -std=c++17 -O3 -arch="${2:-sm_90}" -I"$root/csrc" -I"$root/bench" "$root/bench/lab.cu" -o "$1"
+exec "$home/bin/nvcc" -std=c++17 -O3 -arch="${2:-sm_90}" -Xcompiler -static-libstdc++,-static-libgcc \
+  -I"$root/csrc" -I"$root/bench" "$root/bench/lab.cu" -o "$1"
