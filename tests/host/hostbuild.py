@@ -74,6 +74,9 @@ BUILDS = {build.name: build for build in (FAST, ASAN, RACE, DROP_1, UCONTEXT)}
 # What every kernel driver is built as.
 KERNEL_BUILDS = ("fast", "asan", "race")
 
+# Drivers that hold kernels: the toy kernels that test the harness itself, and the laboratory of bench/lab.
+ALONE = ("toy", "lab")
+
 # What tests want printed after the run.
 TABLES = pytest.StashKey[list[str]]()
 
@@ -83,8 +86,8 @@ class BuildError(RuntimeError):
 
 
 def drivers() -> list[str]:
-    """The names of the kernel drivers: drivers/*.cpp but for the toy kernels that test the harness itself."""
-    return sorted(path.stem for path in (HOST / "drivers").glob("*.cpp") if path.stem != "toy")
+    """The names of the drivers of csrc/kernels: drivers/*.cpp but for those with kernels of their own."""
+    return sorted(path.stem for path in (HOST / "drivers").glob("*.cpp") if path.stem not in ALONE)
 
 
 def launch_files() -> list[str]:
@@ -213,8 +216,8 @@ def _sources(driver: str, build: Build) -> list[tuple[Path, bool]]:
     """The sources of a driver, each with whether it holds kernels."""
     runtime = sorted((HOST / "runtime").glob("*.cpp"))
     sources = [(path, False) for path in runtime if build.race_checker or path.stem not in RACE_CHECKER]
-    if driver == "toy":
-        return [*sources, (HOST / "drivers" / "toy.cpp", True)]
+    if driver in ALONE:
+        return [*sources, (HOST / "drivers" / f"{driver}.cpp", True)]
     sources += [(path, True) for path in sorted((LAUNCH / "cuda").glob("*.cu"))]
     return [
         *sources,
@@ -303,6 +306,6 @@ def _with_lines(program: Path, text: str) -> str:
 if __name__ == "__main__":
     # For work by hand: builds what is named (driver:build), or everything, and prints where it is.
     names = [tuple(name.split(":")) for name in sys.argv[1:]]
-    pairs = [(n[0], n[1]) for n in names] or [(d, b) for d in ["toy", *drivers()] for b in KERNEL_BUILDS]
+    pairs = [(n[0], n[1]) for n in names] or [(d, b) for d in [*ALONE, *drivers()] for b in KERNEL_BUILDS]
     for program in build_all(pairs).values():
         print(program)
