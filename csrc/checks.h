@@ -45,6 +45,13 @@ inline void check_mask(const std::optional<at::Tensor>& weight, const std::optio
   if (bias.has_value()) check_companion(*bias, "mask_bias", x, 1);
 }
 
+// For a parameter's gradient: its elements in a row, and the parameter's strides, which for a channels_last 1x1
+// convolution differ from those of a plain matrix in dimensions of one element. DDP warns of other strides and copies.
+inline at::Tensor empty_gradient(const at::Tensor& parameter) {
+  return parameter.is_contiguous() ? at::empty_strided(parameter.sizes(), parameter.strides(), parameter.options())
+                                   : at::empty(parameter.sizes(), parameter.options());
+}
+
 inline void check_epsilon(double eps) {
   TORCH_CHECK(eps >= 0, "eps must be 0 or more, got ", eps);  // NaN is not
 }

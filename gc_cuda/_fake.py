@@ -37,7 +37,9 @@ def _state(x: Tensor) -> Tensor:
 
 
 def _dense_like(tensor: Tensor) -> Tensor:
-    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+    # The elements in a row, with the strides of the tensor where that is how it is.
+    kept = torch.preserve_format if tensor.is_contiguous() else torch.contiguous_format
+    return torch.empty_like(tensor, memory_format=kept)
 
 
 def softmax_pool(x: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:

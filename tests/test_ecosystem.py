@@ -363,15 +363,6 @@ def test_transforms_of_the_parts(random, call):
     torch.testing.assert_close(torch.func.grad(lambda x: call(x).square().sum())(x[0]), expected)
 
 
-def test_forward_mode_outside_of_torch_func_is_refused_by_torch(random):
-    """Not silently without a tangent."""
-    import torch.autograd.forward_ad as forward_ad
-
-    x = random(2, 4, 5, 6)
-    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
-        gc_cuda.average_pool(forward_ad.make_dual(x, torch.ones_like(x)))
-
-
 # Training
 
 

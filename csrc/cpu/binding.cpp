@@ -110,7 +110,7 @@ PoolGradients run_pool_backward(const Tensor& grad_context, const FeatureMap& x,
     run(GradXArgs<T>{shape, nullptr, nullptr, attention.data_ptr<A>(), wide_grad.data_ptr<A>(),
                      grad_logits.data_ptr<A>(), mask ? wide_weight.data_ptr<A>() : nullptr, out.x.data_ptr<T>(),
                      past_caches(x)});
-    if (mask) out.mask_weight = sum_members<T>(parts).to(mask_weight.scalar_type()).view(mask_weight.sizes());
+    if (mask) out.mask_weight = empty_gradient(mask_weight).copy_(sum_members<T>(parts).view(mask_weight.sizes()));
   });
   if (!mask) out.logits = grad_logits.to(logits.scalar_type());
   return out;

@@ -182,7 +182,7 @@ TermGradients<acc_t<T>> reduce_grad(const Backward& problem, Scratch<acc_t<T>>& 
 // The gradient of a parameter from that in the accumulation type.
 template <typename T>
 Tensor narrowed(const acc_t<T>* grad, const Tensor& parameter) {
-  Tensor out = at::empty(parameter.sizes(), parameter.options());
+  Tensor out = empty_gradient(parameter);
   const int64_t count = out.numel();
   with_weight<T>(out, [&](auto* data) {
     using P = std::remove_pointer_t<decltype(data)>;
@@ -209,7 +209,7 @@ const acc_t<T>* run_transform_backward(const Backward& problem, const TermGradie
   const auto fresh = [&](int b, Parameter which) {
     const Tensor& parameter = problem.branches.each[b].parameters[which];
     Tensor& grad = grads[Needs::index(b, which)];
-    if (problem.needs.parameter(b, which)) grad = at::empty(parameter.sizes(), parameter.options());
+    if (problem.needs.parameter(b, which)) grad = empty_gradient(parameter);
     return problem.needs.parameter(b, which) ? grad : Tensor();
   };
 

@@ -203,7 +203,7 @@ PoolGradients pool_backward(const Tensor& grad_context, const FeatureMap& x, con
   PoolGradients grads;
   grads.x = x.empty_like();
   if (mask) {
-    grads.mask_weight = at::empty(mask_weight.sizes(), mask_weight.options());
+    grads.mask_weight = empty_gradient(mask_weight);
     if (x.images() == 0) grads.mask_weight.zero_();
   } else {
     grads.logits = at::empty(logits.sizes(), logits.options());

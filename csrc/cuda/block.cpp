@@ -232,7 +232,7 @@ std::vector<Tensor> global_context_backward(const Tensor& grad, const OptionalTe
   std::vector<Tensor> grads(Needs::kCount);
   for (Tensor& one : grads) one = at::empty({0}, like.options());
   const auto want = [&](int index, const Tensor& parameter) {
-    grads[index] = at::empty(parameter.sizes(), parameter.options().memory_format(at::MemoryFormat::Contiguous));
+    grads[index] = empty_gradient(parameter);
     if (map.images() == 0) grads[index].zero_();
   };
   if (needs.x()) grads[Needs::kX] = map.empty_like();

@@ -141,7 +141,8 @@ class SimplifiedNonLocalBlock(nn.Module):
         if parameters is not None:
             mask_weight, mask_bias, value = parameters
             context = attention_pool(x, mask_weight, mask_bias)
-            return broadcast_add(x, functional.linear(context, value.flatten(1)))
+            # As a convolution, whose weight gets a gradient of its own strides.
+            return broadcast_add(x, functional.conv2d(context[:, :, None, None], value))
         attention = self.conv_mask(x).flatten(2).softmax(2).transpose(1, 2)  # [N, S, 1]
         context = torch.matmul(x.flatten(2), attention)  # [N, C, 1]
         return x + self.conv_value(context.unsqueeze(-1))
