@@ -12,7 +12,7 @@
 // by kWarp columns. A block takes such a piece: a lane has a column, a warp every eighth group of four rows, whose
 // weights and gradients it holds in registers while the images go by. What is summed over rows leaves a partial result
 // a slab, added in order (W2's in the next phase, W1's by the last block of the same columns): no float atomics, the
-// same bits every time.
+// same bits every time. Sums over the images are made in two levels (block_of_terms).
 //
 // Moves: W1, W2 and their gradients once; N * (slabs of C * P + slabs of P * C) partial values, written and read.
 #pragma once
@@ -52,7 +52,8 @@ GC_DEVICE void slab_backward(const Linear<T, In, GradOut>& linear, int slab, int
   const auto in_column = linear.in(inside ? column : 0);
 
   A weight[kSteps][kSlabRows];
-  A grad[kSteps][kSlabRows];
+  A grad[kSteps][kSlabRows];   // over a block of images,
+  A total[kSteps][kSlabRows];  // and over the blocks before
   GC_UNROLL
   for (int step = 0; step < kSteps; ++step) {
     GC_UNROLL
@@ -60,7 +61,7 @@ GC_DEVICE void slab_backward(const Linear<T, In, GradOut>& linear, int slab, int
       const int row = row0 + step * kSlabStep + warp * kSlabRows + r;
       const bool used = row < linear.rows && inside && linear.partial_in != nullptr;
       weight[step][r] = used ? read<T>(linear.matrix, static_cast<long long>(row) * linear.columns + column) : A(0);
-      grad[step][r] = 0;
+      grad[step][r] = total[step][r] = 0;
     }
   }
   ready();
@@ -84,6 +85,7 @@ GC_DEVICE void slab_backward(const Linear<T, In, GradOut>& linear, int slab, int
       next_staged[step] = n < linear.images && row < linear.rows ? linear.grad_out(n, row) : A(0);
     }
   };
+  const int block = block_of_terms(linear.images, kSlabImages);
   if (kAhead) fetch(0);
   for (int n0 = 0; n0 < linear.images; n0 += kSlabImages) {
     const int images = linear.images - n0 < kSlabImages ? linear.images - n0 : kSlabImages;
@@ -117,6 +119,16 @@ GC_DEVICE void slab_backward(const Linear<T, In, GradOut>& linear, int slab, int
     }
     GC_UNROLL
     for (int n = 0; n < kSlabImages; ++n) sums[(warp * kSlabImages + n) * kWarp + lane] = product[n];
+    if (((n0 + kSlabImages) & (block - 1)) == 0) {  // a power of two
+      GC_UNROLL
+      for (int step = 0; step < kSteps; ++step) {
+        GC_UNROLL
+        for (int r = 0; r < kSlabRows; ++r) {
+          total[step][r] += grad[step][r];
+          grad[step][r] = 0;
+        }
+      }
+    }
     port::sync_block<kSyncSlabSums>();
     // A warp an image. The sums are read before the next kSyncSlabStaged and written after it.
     static_assert(kSlabImages == kTransformWarps, "a warp an image");
@@ -134,7 +146,8 @@ GC_DEVICE void slab_backward(const Linear<T, In, GradOut>& linear, int slab, int
     for (int r = 0; r < kSlabRows; ++r) {
       const int row = row0 + step * kSlabStep + warp * kSlabRows + r;
       if (row >= linear.rows) continue;
-      write<T>(linear.grad_matrix, static_cast<long long>(row) * linear.columns + column, grad[step][r]);
+      write<T>(linear.grad_matrix, static_cast<long long>(row) * linear.columns + column,
+               total[step][r] + grad[step][r]);
     }
   }
 }
@@ -158,8 +171,7 @@ class ImageSums {
     const int row = row0 + thread % kRows;
     Acc<T> sum = 0;
     if (row < end_row) {
-      GC_UNROLL_BY(8)
-      for (int n = thread / kRows; n < images_; n += adders) sum += value(n, row);
+      sum = sum_in_blocks<Acc<T>, 8>(thread / kRows, images_, adders, [&](int n) { return value(n, row); });
     }
     parts[thread] = sum;
     port::sync_block<kSyncImageSums>();
@@ -213,10 +225,9 @@ GC_DEVICE void norm_backward(const TransformBackwardArgs& args, const TransformG
     const int p = p0 + thread % units;
     A dy = 0;
     if (p < branch.hidden) {
-      GC_UNROLL_BY(8)
-      for (int k = first_slab; k < end_slab; ++k) {
-        dy += partial_y[static_cast<long long>(k) * args.images * branch.hidden + p];
-      }
+      dy = sum_in_blocks<A, 8>(first_slab, end_slab, 1, [&](int k) {
+        return partial_y[static_cast<long long>(k) * args.images * branch.hidden + p];
+      });
     }
     if (adders > 1) {  // then the units are all hidden ones: one round
       parts[thread] = dy;
@@ -251,10 +262,12 @@ GC_DEVICE void norm_backward(const TransformBackwardArgs& args, const TransformG
   const A mean = sum / static_cast<A>(branch.hidden);
   const A product_mean = product_sum / static_cast<A>(branch.hidden);
   const A inverse_deviation = static_cast<const A*>(branch.inverse_deviation)[n];
+  // An infinity in a sum gives NaN to the whole image, as in PyTorch, and not an infinity to some of it.
+  const A not_finite = (mean - mean) + (product_mean - product_mean);
   if (thread >= units) return;
   for (int p = thread; p < branch.hidden; p += units) {  // those of which it wrote grad_y
     const A dn = read<T>(branch.norm_weight, p) * grad_y[p];
-    grad_hidden[p] = inverse_deviation * (dn - mean - normalized[p] * product_mean);
+    grad_hidden[p] = inverse_deviation * (dn - mean - normalized[p] * product_mean) + not_finite;
   }
 }
 

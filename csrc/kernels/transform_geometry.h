@@ -32,4 +32,13 @@ inline constexpr int kMaxSlabSteps = 4;
 inline constexpr int kSlabSums = kTransformWarps * kSlabImages * kWarp;
 inline constexpr int kSlabScratch = kSlabSums + 2 * kTransformThreads;
 
+// Sums of many terms are made in two levels, of blocks of this many terms: about the root of `count`, so that no chain
+// of additions is longer and rounding errors hardly grow with the number of terms. A multiple of `least`, which like
+// this is a power of two.
+GC_BOTH int block_of_terms(int count, int least) {
+  long long block = least;
+  while (block * block < count) block *= 2;
+  return static_cast<int>(block);
+}
+
 }  // namespace gc

@@ -133,6 +133,8 @@ struct Backward {
     args.x = x.buffer().data();
     args.vector = grad_context.companion();
     args.image_stride = on.shape.channels;
+    args.offset = state.data() + 2;
+    args.offset_stride = on.shape.channels + 2;
     args.dots = dots.data();
     run_launch(plan, schedule, [&] { return launch_pixel_dot(plan, args, nullptr); });
   }
