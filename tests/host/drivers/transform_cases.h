@@ -37,6 +37,7 @@ inline const std::vector<TransformCase>& transform_cases() {
       {2, 40, {6, 10}, 1, false, false, "one block a phase does all the work"},
       {2, 64, {8}, 2, false, true, "matrices one element off: no pairs of weights"},
       {1, 520, {130}, 8, false, false, "rows longer than a warp's step, more than one slab of either matrix"},
+      {2, 1100, {72}, 4, true, false, "rows that warps share, each with a tail of its own"},
       {9, 36, {12}, 4, false, false, "more images than a slab takes at a time"},
       {37, 24, {6}, 1, false, false, "several tiles of images, of which a block takes more than one"},
       {5, 16, {3000}, 2, false, false, "more hidden units than shared memory holds for all images at once"},
