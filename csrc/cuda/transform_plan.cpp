@@ -128,7 +128,7 @@ TransformPlan make_transform_backward_plan(const TransformProblem& p, const Devi
   const int bytes = accumulation_bytes(p.type);
   plan.shared_bytes = 2 * shared_array(1, sizeof(int)) +
                       shared_array(kSlabImages * plan.slab_steps * kSlabStep, bytes) +
-                      shared_array(kSlabScratch, bytes);
+                      shared_array(kSlabScratch, bytes) + shared_array(slab_totals(plan.slab_steps), bytes);
   for (int branch = 0; branch < p.branches; ++branch) {
     plan.workspace += backward_workspace(p, plan, branch).total();
   }

@@ -35,11 +35,11 @@ struct Linear {
   CompanionOut grad_matrix;
 };
 
-// One slab's piece of kWarp columns. staged: [kSlabImages, slab rows], sums: [warps, kSlabImages, kWarp] in shared
-// memory. Calls ready() before it reads what earlier phases have computed.
+// One slab's piece of kWarp columns. staged: [kSlabImages, slab rows], sums: [warps, kSlabImages, kWarp], totals:
+// [slab_totals(kSteps)] in shared memory. Calls ready() before it reads what earlier phases have computed.
 template <int kSteps, typename T, typename In, typename GradOut, typename Ready>
 GC_DEVICE void slab_backward(const Linear<T, In, GradOut>& linear, int slab, int column0, Acc<T>* staged, Acc<T>* sums,
-                             const Ready& ready) {
+                             Acc<T>* totals, const Ready& ready) {
   using A = Acc<T>;
   const int thread = port::thread_index();
   const int lane = thread % kWarp;
@@ -52,8 +52,13 @@ GC_DEVICE void slab_backward(const Linear<T, In, GradOut>& linear, int slab, int
   const auto in_column = linear.in(inside ? column : 0);
 
   A weight[kSteps][kSlabRows];
-  A grad[kSteps][kSlabRows];   // over a block of images,
-  A total[kSteps][kSlabRows];  // and over the blocks before
+  A grad[kSteps][kSlabRows];  // over a block of images, and in total() over the blocks before
+  constexpr bool kSharedTotals = slab_totals(kSteps) > 0;
+  A own_total[kSharedTotals ? 1 : kSteps][kSlabRows];
+  const auto total = [&](int step, int r) -> A& {
+    return kSharedTotals ? totals[(step * kSlabRows + r) * kTransformThreads + thread]
+                         : own_total[kSharedTotals ? 0 : step][r];
+  };
   GC_UNROLL
   for (int step = 0; step < kSteps; ++step) {
     GC_UNROLL
@@ -61,7 +66,8 @@ GC_DEVICE void slab_backward(const Linear<T, In, GradOut>& linear, int slab, int
       const int row = row0 + step * kSlabStep + warp * kSlabRows + r;
       const bool used = row < linear.rows && inside && linear.partial_in != nullptr;
       weight[step][r] = used ? read<T>(linear.matrix, static_cast<long long>(row) * linear.columns + column) : A(0);
-      grad[step][r] = total[step][r] = 0;
+      grad[step][r] = 0;
+      total(step, r) = 0;
     }
   }
   ready();
@@ -85,7 +91,7 @@ GC_DEVICE void slab_backward(const Linear<T, In, GradOut>& linear, int slab, int
       next_staged[step] = n < linear.images && row < linear.rows ? linear.grad_out(n, row) : A(0);
     }
   };
-  const int block = block_of_terms(linear.images, kSlabImages);
+  const int block = block_of_terms(linear.images, kSlabBlock);
   if (kAhead) fetch(0);
   for (int n0 = 0; n0 < linear.images; n0 += kSlabImages) {
     const int images = linear.images - n0 < kSlabImages ? linear.images - n0 : kSlabImages;
@@ -119,12 +125,12 @@ GC_DEVICE void slab_backward(const Linear<T, In, GradOut>& linear, int slab, int
     }
     GC_UNROLL
     for (int n = 0; n < kSlabImages; ++n) sums[(warp * kSlabImages + n) * kWarp + lane] = product[n];
-    if (((n0 + kSlabImages) & (block - 1)) == 0) {  // a power of two
+    if (((n0 + kSlabImages) & (block - 1)) == 0) {
       GC_UNROLL
       for (int step = 0; step < kSteps; ++step) {
         GC_UNROLL
         for (int r = 0; r < kSlabRows; ++r) {
-          total[step][r] += grad[step][r];
+          total(step, r) += grad[step][r];
           grad[step][r] = 0;
         }
       }
@@ -147,7 +153,7 @@ GC_DEVICE void slab_backward(const Linear<T, In, GradOut>& linear, int slab, int
       const int row = row0 + step * kSlabStep + warp * kSlabRows + r;
       if (row >= linear.rows) continue;
       write<T>(linear.grad_matrix, static_cast<long long>(row) * linear.columns + column,
-               total[step][r] + grad[step][r]);
+               total(step, r) + grad[step][r]);
     }
   }
 }
@@ -273,7 +279,8 @@ GC_DEVICE void norm_backward(const TransformBackwardArgs& args, const TransformG
 
 template <typename T, int kSteps>
 GC_DEVICE void output_backward(const TransformBackwardArgs& args, const TransformGradients& branch, const Phase& phase,
-                               int first, Acc<T>* staged, Acc<T>* sums, ImageSums<T, kSteps>& image_sums) {
+                               int first, Acc<T>* staged, Acc<T>* sums, Acc<T>* totals,
+                               ImageSums<T, kSteps>& image_sums) {
   using A = Acc<T>;
   const auto grad_out = [&](int n, int c) {
     const long long i = static_cast<long long>(n) * args.channels + c;
@@ -298,7 +305,7 @@ GC_DEVICE void output_backward(const TransformBackwardArgs& args, const Transfor
   for_each_piece<kSteps>(args.channels, branch.hidden, first, phase.blocks(),
                          [&](int slab, int row0, int end, int column0) {
                            if (partial != nullptr || branch.grad_w2.data != nullptr) {
-                             slab_backward<kSteps>(linear, slab, column0, staged, sums, ready);
+                             slab_backward<kSteps>(linear, slab, column0, staged, sums, totals, ready);
                            }
                            if (column0 == 0) image_sums.write_sums(branch.grad_b2, row0, end, grad_out);
                          });
@@ -344,8 +351,8 @@ GC_DEVICE void add_context_parts(const TransformBackwardArgs& args, int column0,
 
 template <typename T, int kSteps, typename Ready>
 GC_DEVICE void input_backward(const TransformBackwardArgs& args, const TransformGradients& branch, const Phase& phase,
-                              int first, Acc<T>* staged, Acc<T>* sums, ImageSums<T, kSteps>& image_sums, int* flag,
-                              const Ready& ready) {
+                              int first, Acc<T>* staged, Acc<T>* sums, Acc<T>* totals, ImageSums<T, kSteps>& image_sums,
+                              int* flag, const Ready& ready) {
   using A = Acc<T>;
   const auto at = [&](const void* values, int n, int p) {
     return static_cast<const A*>(values)[static_cast<long long>(n) * branch.hidden + p];
@@ -363,7 +370,7 @@ GC_DEVICE void input_backward(const TransformBackwardArgs& args, const Transform
   for_each_piece<kSteps>(branch.hidden, args.channels, first, phase.blocks(),
                          [&](int slab, int row0, int end, int column0) {
                            if (partial != nullptr || branch.grad_w1.data != nullptr) {
-                             slab_backward<kSteps>(linear, slab, column0, staged, sums, ready);
+                             slab_backward<kSteps>(linear, slab, column0, staged, sums, totals, ready);
                            }
                            if (partial != nullptr) add_context_parts<T, kSteps>(args, column0, flag);
                            // The first pieces of a slab take a vector each; where there are fewer, the last takes the
@@ -392,6 +399,7 @@ transform_backward(const TransformBackwardArgs args) {
   int* const flag = arena.take<int>(1);
   A* const staged = arena.take<A>(kSlabImages * kSlab);
   A* const sums = arena.take<A>(kSlabScratch);
+  A* const totals = arena.take<A>(slab_totals(kSteps));
   ImageSums<T, kSteps> image_sums(args.images, sums + kSlabSums);
   const Phase phase(args.grid, args.counters, ticket);
   // As late as may be: a weight matrix, and the gradient that is given, need not wait for the phase before.
@@ -407,7 +415,7 @@ transform_backward(const TransformBackwardArgs args) {
     // The branches begin at opposite ends: who has a piece less of one may have one more of the other.
     const int first = b == 0 ? phase.block() : phase.blocks() - 1 - phase.block();
     if (phase.number() == 0) {
-      output_backward<T, kSteps>(args, branch, phase, first, staged, sums, image_sums);
+      output_backward<T, kSteps>(args, branch, phase, first, staged, sums, totals, image_sums);
     } else if (phase.number() == 1) {
       const int slabs = (args.channels + kSlab - 1) / kSlab;
       ready();
@@ -417,7 +425,7 @@ transform_backward(const TransformBackwardArgs args) {
         norm_backward<T>(args, branch, n, slabs, scratch, scratch + kTransformThreads);
       }
     } else {
-      input_backward<T, kSteps>(args, branch, phase, first, staged, sums, image_sums, flag, ready);
+      input_backward<T, kSteps>(args, branch, phase, first, staged, sums, totals, image_sums, flag, ready);
     }
   }
   ready();

@@ -42,7 +42,7 @@ def attention(x: Tensor, logits: Tensor) -> Tensor:
 
 
 def pool_backward(name: str, shape: tuple[int, int, int], mean: float, weights: float) -> None:
-    n, c, s = shape
+    n, c, _ = shape
     x = 4 * pattern(1, 10, *shape) + mean
     w = weights * pattern(2, 6, c)
     grad_context, grad = pattern(3, 20, n, c), pattern(4, 20, *shape)
@@ -61,7 +61,9 @@ def pool_backward(name: str, shape: tuple[int, int, int], mean: float, weights: 
     assert torch.equal(logits, logits.float().double()), "the logits are exact"
     mask, block = errors(of_mask, [x, w], [0, 1]), errors(of_block, [x, w], [0, 1])
     given = errors(of_logits, [x, logits], [0, 1])
-    print(f"{name}: logits {given[1]:.1f}, x {mask[0]:.1f} {given[0]:.1f} {block[0]:.1f}, weight {mask[1]:.1f}")
+    print(
+        f"{name}: logits {given[1]:.1f}, x {mask[0]:.1f} {given[0]:.1f} {block[0]:.1f}, weight {mask[1]:.1f}"
+    )
 
 
 def transform_backward(name: str, n: int, c: int, p: int, one_sign: bool) -> None:

@@ -40,6 +40,8 @@ inline const std::vector<TransformCase>& transform_cases() {
       {2, 1100, {72}, 4, true, false, "rows that warps share, each with a tail of its own"},
       {9, 36, {12}, 4, false, false, "more images than a slab takes at a time"},
       {37, 24, {6}, 1, false, false, "several tiles of images, of which a block takes more than one"},
+      {70, 64, {64}, 1, false, false, "more images than are added one after the other, in the highest slabs"},
+      {130, 24, {6}, 1, false, false, "and in the lowest"},
       {5, 16, {3000}, 2, false, false, "more hidden units than shared memory holds for all images at once"},
       {3, 64, {16}, 4, true, false, "Squeeze-and-Excitation of a ResNet: no norm", false},
       {3, 40, {10}, 4, true, false, "that of an EfficientNet", false, Activation::kSiLU},
