@@ -224,6 +224,27 @@ def test_many_partial_results_are_merged_in_two_rounds(parts):
     assert p.tickets == (0 if parts == 1 else groups + 1 if groups > 1 else 1), p
 
 
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+@pytest.mark.parametrize("images", [1, 7, 64, 1000])
+@pytest.mark.parametrize("kernel", [name for name in KERNELS if name not in ("broadcast", "pixel_dot")])
+def test_no_thread_adds_up_more_than_64_tiles(kernel, images, layout):
+    """Or rounding errors would grow with the number of pixels and images."""
+    for channels, pixels in ((1, 1 << 24), (64, 1 << 22), (512, 1 << 20), (2048, 1 << 19)):
+        p = plan(kernel, images, channels, pixels, layout, **H200)
+        assert p.tiles_per_split <= 64, p
+
+
+def test_the_order_of_additions_does_not_depend_on_the_addresses_of_weights():
+    """Only the width of loads does."""
+    for images, channels, hidden in ((2, 2048, [128]), (2, 520, [130]), (9, 256, [16, 32])):
+        pairs, single = (
+            transform_plan("forward", images, channels, hidden, pairs=of) for of in (True, False)
+        )
+        assert (pairs.width, single.width) == (2, 1)
+        for name in ("shares", "tile_images", "blocks"):
+            assert getattr(pairs, name) == getattr(single, name), (pairs, single)
+
+
 def test_single_weights_are_loaded_where_pairs_do_not_fit():
     assert transform_plan("forward", 2, 1024, [64]).width == 2
     assert transform_plan("forward", 2, 1024, [64], pairs=False).width == 1

@@ -52,14 +52,18 @@ Tensor workspace_of(const FeatureMap& x, const Plan& plan) {
   return plan.workspace > 0 ? x.empty_accumulation({plan.workspace}) : Tensor();
 }
 
-// dots[n, s] = vector . x[:, s] + bias, for maps with more channels than a block can hold. vector: [N, C] or [C].
-void run_pixel_dot(const FeatureMap& x, const Tensor& vector, const Tensor& bias, const Tensor& dots) {
+// dots[n, s] = vector . x[:, s] + bias, for maps with more channels than a block can hold; with a state, of x without
+// its context. vector: [N, C] or [C].
+void run_pixel_dot(const FeatureMap& x, const Tensor& vector, const Tensor& bias, const Tensor& state,
+                   const Tensor& dots) {
   const Plan plan = x.plan(KernelKind::kPixelDot, {x.tensor()});
   PixelDotArgs args{};
   args.x = x.tensor().data_ptr();
   args.vector = companion(vector, x.tensor());
   args.image_stride = vector.numel() == x.channels() ? 0 : x.channels();
   args.bias = companion(bias, x.tensor());
+  if (state.defined()) args.offset = behind(state, 2);  // the statistics
+  args.offset_stride = x.channels() + 2;
   args.dots = dots.data_ptr();
   C10_CUDA_CHECK(launch_pixel_dot(plan, args, x.stream()));
 }
@@ -74,7 +78,7 @@ void run_pool(const FeatureMap& x, Weighting weighting, const Tensor& vector, co
                                                             : KernelKind::kPoolUniform;
   const Plan plan = x.plan(kind, {x.tensor()});
   if (!plan.holds_channels) {
-    run_pixel_dot(x, vector, bias, out.logits);
+    run_pixel_dot(x, vector, bias, {}, out.logits);
     return run_pool(x, Weighting::kLogits, out.logits, {}, factor, {out.context, {}, out.state});
   }
   const Tensor workspace = workspace_of(x, plan);
@@ -110,7 +114,7 @@ void run_pool_backward(PoolGradient gradient, const FeatureMap& x, const PoolBac
   Tensor dots;
   if (!plan.holds_channels) {
     dots = x.empty_accumulation({x.images(), x.pixels()});
-    run_pixel_dot(x, in.grad_context, {}, dots);
+    run_pixel_dot(x, in.grad_context, {}, in.state, dots);
     plan = x.plan(kind, {x.tensor(), written, grad}, /*dots_given=*/true);
   }
   const Tensor workspace = workspace_of(x, plan);

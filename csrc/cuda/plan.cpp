@@ -22,6 +22,8 @@ constexpr int kMergedAtOnce = 8;
 constexpr int kThreadsPerMultiprocessor = 65536 / 128;
 // A split reads at least so many bytes of every channel: its partial results take 4 or 8.
 constexpr int kLeastSplitBytes = 32;
+// A thread adds up its tiles one after the other: more of them would let rounding errors grow with their number.
+constexpr int64_t kMaxSummedTiles = 64;
 // 32-byte segments reach half the streaming rate of an H100, 128-byte ones 93 % (design.md section 4).
 constexpr int kGoodSegment = 128;
 constexpr int kFairSegment = 64;
@@ -170,8 +172,8 @@ int shared_bytes_of(KernelKind kind, const Plan& plan, int elements, bool dots_g
     case KernelKind::kPoolBackwardLogits:
     case KernelKind::kPoolBackwardBlock: {
       const bool mask = kind != KernelKind::kPoolBackwardLogits;
-      take((kind == KernelKind::kPoolBackwardBlock ? 3 : mask ? 2 : 1) * staged, accumulation);
-      take(over_channels_scratch(layout, shape, 1), accumulation);
+      const int vectors = kind == KernelKind::kPoolBackwardBlock ? 4 : mask ? 3 : 2;
+      take(staged_run(channels, vectors, accumulation) * channel_threads(layout, shape), accumulation);
       if (!dots_given) take(dots, accumulation);
       if (mask) take(over_pixels_scratch(layout, shape, channels), accumulation), take(1, sizeof(int));
       break;
@@ -266,6 +268,8 @@ Plan make_plan(KernelKind kind, const Problem& p, const DeviceLimits& device, bo
   if (merges) {
     splits = std::min<int64_t>(splits, kMaxMergedSplits);
     splits = std::min(splits, std::max<int64_t>(1, p.pixels * bytes / kLeastSplitBytes));
+    // By whole factors: as many blocks again and again, so that the last of them end together as before.
+    splits = std::min(splits * divide_up(divide_up(tiles, splits), kMaxSummedTiles), tiles);
   }
   const int64_t tiles_per_split = divide_up(tiles, splits);
   splits = divide_up(tiles, tiles_per_split);

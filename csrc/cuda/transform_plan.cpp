@@ -89,11 +89,12 @@ TransformPlan make_transform_forward_plan(const TransformProblem& p, const Devic
     return sum * image_tiles(static_cast<int>(p.images), plan.tile_images);
   };
   for (int phase = 0; phase < 2; ++phase) {
-    // As many tiles as multiprocessors, as long as every lane has a weight to fetch.
+    // As many tiles as multiprocessors, as long as every lane has a pair of weights to fetch. Not by the width: whether
+    // pairs begin at even addresses must not change the order of additions.
     const int64_t length = phase == 0 ? p.channels : hidden_max(p);
     plan.shares[phase] = 1;
     while (plan.shares[phase] < kTransformWarps && tiles(phase) < device.multiprocessors &&
-           length >= 2 * plan.shares[phase] * kWarp * plan.width) {
+           length >= 2 * plan.shares[phase] * kWarp * 2) {
       plan.shares[phase] *= 2;
     }
     plan.grid.blocks[phase] = blocks_for(tiles(phase), device);
@@ -127,7 +128,7 @@ TransformPlan make_transform_backward_plan(const TransformProblem& p, const Devi
   const int bytes = accumulation_bytes(p.type);
   plan.shared_bytes = 2 * shared_array(1, sizeof(int)) +
                       shared_array(kSlabImages * plan.slab_steps * kSlabStep, bytes) +
-                      shared_array(kSlabScratch, bytes);
+                      shared_array(kSlabScratch, bytes) + shared_array(slab_totals(plan.slab_steps), bytes);
   for (int branch = 0; branch < p.branches; ++branch) {
     plan.workspace += backward_workspace(p, plan, branch).total();
   }

@@ -64,7 +64,9 @@ struct PixelDotArgs {
   Companion vector;        // [N, C], or [C] with image_stride 0
   long long image_stride;  // from one image's vector to the next: C or 0
   Companion bias;          // [1] or absent
-  void* dots;              // A [N, S] out
+  const void* offset;      // A, image n's [C] from n * offset_stride on, or null
+  long long offset_stride;
+  void* dots;  // A [N, S] out
 };
 
 struct BroadcastArgs {

@@ -81,4 +81,10 @@ GC_BOTH int over_pixels_scratch(Layout layout, TileShape shape, int count) {
   return axis_scratch(!channels_are_fast(layout), shape, count);
 }
 
+// Elements of shared memory for a thread's share of `vectors` interleaved vectors over the channels. Runs of several
+// vectors end in a gap of 16 bytes: without it those of neighbouring threads would begin in the same banks.
+GC_BOTH int staged_run(int channels, int vectors, int element_bytes) {
+  return channels * vectors + (vectors > 1 ? kVectorBytes / element_bytes : 0);
+}
+
 }  // namespace gc

@@ -1,17 +1,22 @@
 // Backward of softmax pooling, in one launch and one read of x. With gc = grad_context[n] and a = softmax(logits[n]):
 //
-//   grad_logits[s] = a[s] * (gc . x[:, s] - gc . context)
-//   grad_x[:, s]   = a[s] * gc + grad_logits[s] * mask_weight          (the second term with kMask and kBlock)
-//   grad_mask_weight = sum over n, s of grad_logits[s] * x[:, s]       (kMask, kBlock)
+//   grad_logits[s] = a[s] * (gc . (x[:, s] - context))
+//   grad_x[:, s]   = a[s] * gc + grad_logits[s] * mask_weight                    (the second term with kMask and
+//   kBlock) grad_mask_weight = sum over n, s of grad_logits[s] * (x[:, s] - context)     (kMask, kBlock)
 //
 // With kBlock, the same for a whole context block, whose out = x * scale + ...: grad_x gains grad * scale.
 //
 // The softmax's inner product sum_s a[s] * (gc . x[:, s]) equals gc . context, which the forward pass has kept: so
 // every pixel is on its own. With kLogits, grad_logits is written instead of being folded into grad_x.
 //
+// x is taken relative to the context wherever it meets a gradient of the logits. gc . x - gc . context would leave the
+// rounding errors of two large numbers where they cancel, which is everywhere where one pixel has all the weight: there
+// x - context is exactly 0. And an image's gradients of the logits add up to 0, so the context changes nothing in the
+// sum that is the weight gradient, but without it that sum has their rounding errors times the mean of x.
+//
 // Decomposition: as pool_forward; block (image * splits + split, chunk). Usually one chunk holds all channels; where
-// the registers cannot, `dots` brings gc . x[:, s] from pixel_dot. The weight gradient is summed over a block's pixels
-// in registers, over the blocks of all images by the last of them (split_merge.h).
+// the registers cannot, `dots` brings gc . (x[:, s] - context) from pixel_dot. The weight gradient is summed over a
+// block's pixels in registers, over the blocks of all images by the last of them (split_merge.h).
 //
 // Moves: x once, grad_x once, with kBlock grad once (N*C*S elements each), logits once (N*S accumulation type).
 #pragma once
@@ -46,28 +51,23 @@ pool_backward(const PoolBackwardArgs args) {
   const A inverse_z = A(1) / state[1];
 
   port::SharedArena arena;
-  // Of each channel, side by side: grad_context, the mask weight, the scale.
-  constexpr int kStaged = kBlock ? 3 : kMask ? 2 : 1;
-  A* staged = arena.take<A>(kStaged * map.tile_channels());
-  A* const context_dot_scratch = arena.take<A>(over_channels_scratch(kLayout, map.shape, 1));
+  // Of each channel, side by side: grad_context, the context, the mask weight, the scale.
+  constexpr int kStaged = kBlock ? 4 : kMask ? 3 : 2;
+  A* staged = arena.take<A>(staged_run(kChannels, kStaged, sizeof(A)) * channel_threads(kLayout, map.shape));
   const int dot_count = over_channels_scratch(kLayout, map.shape, kPixels);
   A* const dot_scratch = arena.take<A>(args.dots == nullptr ? 2 * dot_count : 0);
   stage_channels<kStaged>(map, staged, [&](int c) { return read<T>(args.grad_context, map.channels0() + c); });
-  if constexpr (kMask) stage_channels<kStaged>(map, staged + 1, [&](int c) { return read<T>(args.mask_weight, c); });
+  stage_channels<kStaged>(map, staged + 1, [&](int c) { return state[2 + c]; });
+  if constexpr (kMask) stage_channels<kStaged>(map, staged + 2, [&](int c) { return read<T>(args.mask_weight, c); });
   if constexpr (kBlock) {
     const bool scaled = args.scale.data != nullptr;
-    stage_channels<kStaged>(map, staged + 2,
+    stage_channels<kStaged>(map, staged + 3,
                             [&](int c) { return scaled ? read<T>(args.scale, map.channels0() + c) : A(1); });
   }
-  staged += map.channel_thread() * kChannels * kStaged;
-
-  A context_dot[1] = {0};  // over all channels of the image, whatever the block's chunk
-  for (int c = map.channel_thread(); c < map.channels; c += channel_threads(kLayout, map.shape)) {
-    context_dot[0] += read<T>(args.grad_context, map.channels0() + c) * state[2 + c];
-  }
-  OverChannels<kLayout, 1>::publish(map, context_dot, context_dot_scratch);
   port::sync_block<kSyncGradStaged>();
-  OverChannels<kLayout, 1>::collect(map, context_dot, context_dot_scratch);
+  staged += map.channel_thread() * staged_run(kChannels, kStaged, sizeof(A));
+  // The tile's registers take x - context, but those of half the size, which it would be rounded for.
+  constexpr bool kCentred = sizeof(T) == sizeof(A);
 
   A weight_sums[kChannels];
   GC_UNROLL
@@ -78,7 +78,17 @@ pool_backward(const PoolBackwardArgs args) {
     TileT tile;
     tile.load(static_cast<const T*>(args.x) + map.image0(), map, pixel0);
 
-    A grad_logit[kPixels];  // gc . x first
+    if constexpr (kCentred) {
+      GC_UNROLL
+      for (int c = 0; c < kChannels; ++c) {
+        const A context = staged[c * kStaged + 1];
+        GC_UNROLL
+        for (int p = 0; p < kPixels; ++p) tile.set(c, p, tile(c, p) - context);
+      }
+    }
+    const auto centred = [&](int c, int p) { return kCentred ? tile(c, p) : tile(c, p) - staged[c * kStaged + 1]; };
+
+    A grad_logit[kPixels];  // gc . (x - context) first
     if (kRows > kDotsRows || args.dots == nullptr) {
       GC_UNROLL
       for (int p = 0; p < kPixels; ++p) grad_logit[p] = 0;
@@ -86,7 +96,7 @@ pool_backward(const PoolBackwardArgs args) {
       for (int c = 0; c < kChannels; ++c) {
         const A g = staged[c * kStaged];
         GC_UNROLL
-        for (int p = 0; p < kPixels; ++p) grad_logit[p] += g * tile(c, p);
+        for (int p = 0; p < kPixels; ++p) grad_logit[p] += g * centred(c, p);
       }
       // Two scratch areas in turn: who writes one again has passed the barrier after which nobody reads it.
       A* const scratch = dot_scratch + (tile_index & 1) * dot_count;
@@ -108,7 +118,7 @@ pool_backward(const PoolBackwardArgs args) {
       const int pixel = map.pixel(pixel0, p);
       const bool inside = pixel < map.pixels;
       attention[p] = inside ? exp_below(read<T>(args.logits, map.pixels0() + pixel), m) * inverse_z : A(0);
-      grad_logit[p] = inside ? attention[p] * (grad_logit[p] - context_dot[0]) : A(0);
+      grad_logit[p] = inside ? attention[p] * grad_logit[p] : A(0);
       if constexpr (!kMask) {
         if (inside && map.channel_thread() == 0 && port::block_y() == 0) {
           write<T>(args.grad_logits, map.pixels0() + pixel, grad_logit[p]);
@@ -135,10 +145,10 @@ pool_backward(const PoolBackwardArgs args) {
           const int p = TileT::Map::kChannelsFast ? r : e;
           A grad = attention[p] * staged[c * kStaged];
           if constexpr (kMask) {
-            weight_sums[c] += grad_logit[p] * tile(c, p);
-            grad += grad_logit[p] * staged[c * kStaged + 1];
+            weight_sums[c] += grad_logit[p] * centred(c, p);
+            grad += grad_logit[p] * staged[c * kStaged + 2];
           }
-          if constexpr (kBlock) grad += staged[c * kStaged + 2] * grad_rows[r - r0].get(e);
+          if constexpr (kBlock) grad += staged[c * kStaged + 3] * grad_rows[r - r0].get(e);
           tile.set(c, p, grad);  // x is done with: its registers take the gradient
         }
         if (!kBlock || args.grad_x != nullptr)

@@ -11,8 +11,8 @@ enum Site : int {
   kSyncPixelSum,       // pool_forward: every warp's part of the sums over pixels is in scratch
   kSyncSplitStats,     // pool_forward: the largest logit and the sum of every split are in shared memory
   kSyncSplitWeights,   // pool_forward: the weight of every split is in shared memory
-  kSyncGradStaged,     // pool_backward: grad_context, mask weights and the parts of gc . context are in shared memory
-  kSyncGradDot,        // pool_backward: every warp's part of gc . x is in scratch
+  kSyncGradStaged,     // pool_backward: grad_context, context, mask weights and scale are in shared memory
+  kSyncGradDot,        // pool_backward: every warp's part of gc . (x - context) is in scratch
   kSyncWeightSum,      // pool_backward: every warp's part of the weight gradient is in scratch
   kSyncPixelDot,       // pixel_dot: every warp's part of the dot products is in scratch
   kSyncGradSum,        // broadcast_mul_backward: every warp's part of the sums over pixels is in scratch

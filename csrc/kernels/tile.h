@@ -236,13 +236,15 @@ template <Layout kLayout, int kCount, typename Op = Sum>
 using OverPixels = AxisReduce<!channels_are_fast(kLayout), kCount, Op>;
 
 // A vector over the block's channels in shared memory, in the order in which threads use it: thread t's channel i at
-// (t * kChannels + i) * kStride, so that a thread reads its own with vector loads; several vectors may lie interleaved.
+// t * staged_run(..) + i * kStride, so that a thread reads its own with vector loads; kStride vectors lie interleaved.
 // Needs a barrier before it is read.
 template <int kStride = 1, typename Map, typename A, typename Source>
 GC_DEVICE void stage_channels(const Map& map, A* shared, const Source& source) {
   for (int slot = port::thread_index(); slot < map.tile_channels(); slot += port::block_threads()) {
-    const int channel = map.channel(slot / Map::kChannels, slot % Map::kChannels);
-    shared[slot * kStride] = channel < map.channels ? source(channel) : A(0);
+    const int thread = slot / Map::kChannels, i = slot % Map::kChannels;
+    const int channel = map.channel(thread, i);
+    shared[thread * staged_run(Map::kChannels, kStride, sizeof(A)) + i * kStride] =
+        channel < map.channels ? source(channel) : A(0);
   }
 }
 

@@ -61,6 +61,22 @@ GC_DEVICE Acc<T> before_activation(const Branch& branch, Acc<T> normalized, int 
   return read<T>(branch.norm_weight, p) * normalized + read<T>(branch.norm_bias, p);
 }
 
+// The sum of value(i) for i = first, first + step .. below end, in two levels. kAtOnce: loads in flight.
+template <typename A, int kAtOnce, typename Value>
+GC_DEVICE A sum_in_blocks(int first, int end, int step, const Value& value) {
+  const int block = block_of_terms((end - first) / step + 1, kAtOnce) * step;
+  A sum = 0;
+  GC_UNROLL_BY(1)
+  while (first < end) {
+    const int block_end = end - first < block ? end : first + block;
+    A part = 0;
+    GC_UNROLL_BY(kAtOnce)
+    for (; first < block_end; first += step) part += value(first);
+    sum += part;
+  }
+  return sum;
+}
+
 template <typename A>
 GC_DEVICE A warp_sum(A value) {
   GC_UNROLL

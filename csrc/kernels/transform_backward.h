@@ -12,7 +12,7 @@
 // by kWarp columns. A block takes such a piece: a lane has a column, a warp every eighth group of four rows, whose
 // weights and gradients it holds in registers while the images go by. What is summed over rows leaves a partial result
 // a slab, added in order (W2's in the next phase, W1's by the last block of the same columns): no float atomics, the
-// same bits every time.
+// same bits every time. Sums over the images are made in two levels (block_of_terms).
 //
 // Moves: W1, W2 and their gradients once; N * (slabs of C * P + slabs of P * C) partial values, written and read.
 #pragma once
@@ -35,11 +35,11 @@ struct Linear {
   CompanionOut grad_matrix;
 };
 
-// One slab's piece of kWarp columns. staged: [kSlabImages, slab rows], sums: [warps, kSlabImages, kWarp] in shared
-// memory. Calls ready() before it reads what earlier phases have computed.
+// One slab's piece of kWarp columns. staged: [kSlabImages, slab rows], sums: [warps, kSlabImages, kWarp], totals:
+// [slab_totals(kSteps)] in shared memory. Calls ready() before it reads what earlier phases have computed.
 template <int kSteps, typename T, typename In, typename GradOut, typename Ready>
 GC_DEVICE void slab_backward(const Linear<T, In, GradOut>& linear, int slab, int column0, Acc<T>* staged, Acc<T>* sums,
-                             const Ready& ready) {
+                             Acc<T>* totals, const Ready& ready) {
   using A = Acc<T>;
   const int thread = port::thread_index();
   const int lane = thread % kWarp;
@@ -52,7 +52,13 @@ GC_DEVICE void slab_backward(const Linear<T, In, GradOut>& linear, int slab, int
   const auto in_column = linear.in(inside ? column : 0);
 
   A weight[kSteps][kSlabRows];
-  A grad[kSteps][kSlabRows];
+  A grad[kSteps][kSlabRows];  // over a block of images, and in total() over the blocks before
+  constexpr bool kSharedTotals = slab_totals(kSteps) > 0;
+  A own_total[kSharedTotals ? 1 : kSteps][kSlabRows];
+  const auto total = [&](int step, int r) -> A& {
+    return kSharedTotals ? totals[(step * kSlabRows + r) * kTransformThreads + thread]
+                         : own_total[kSharedTotals ? 0 : step][r];
+  };
   GC_UNROLL
   for (int step = 0; step < kSteps; ++step) {
     GC_UNROLL
@@ -61,6 +67,7 @@ GC_DEVICE void slab_backward(const Linear<T, In, GradOut>& linear, int slab, int
       const bool used = row < linear.rows && inside && linear.partial_in != nullptr;
       weight[step][r] = used ? read<T>(linear.matrix, static_cast<long long>(row) * linear.columns + column) : A(0);
       grad[step][r] = 0;
+      total(step, r) = 0;
     }
   }
   ready();
@@ -84,6 +91,7 @@ GC_DEVICE void slab_backward(const Linear<T, In, GradOut>& linear, int slab, int
       next_staged[step] = n < linear.images && row < linear.rows ? linear.grad_out(n, row) : A(0);
     }
   };
+  const int block = block_of_terms(linear.images, kSlabBlock);
   if (kAhead) fetch(0);
   for (int n0 = 0; n0 < linear.images; n0 += kSlabImages) {
     const int images = linear.images - n0 < kSlabImages ? linear.images - n0 : kSlabImages;
@@ -117,6 +125,16 @@ GC_DEVICE void slab_backward(const Linear<T, In, GradOut>& linear, int slab, int
     }
     GC_UNROLL
     for (int n = 0; n < kSlabImages; ++n) sums[(warp * kSlabImages + n) * kWarp + lane] = product[n];
+    if (((n0 + kSlabImages) & (block - 1)) == 0) {
+      GC_UNROLL
+      for (int step = 0; step < kSteps; ++step) {
+        GC_UNROLL
+        for (int r = 0; r < kSlabRows; ++r) {
+          total(step, r) += grad[step][r];
+          grad[step][r] = 0;
+        }
+      }
+    }
     port::sync_block<kSyncSlabSums>();
     // A warp an image. The sums are read before the next kSyncSlabStaged and written after it.
     static_assert(kSlabImages == kTransformWarps, "a warp an image");
@@ -134,7 +152,8 @@ GC_DEVICE void slab_backward(const Linear<T, In, GradOut>& linear, int slab, int
     for (int r = 0; r < kSlabRows; ++r) {
       const int row = row0 + step * kSlabStep + warp * kSlabRows + r;
       if (row >= linear.rows) continue;
-      write<T>(linear.grad_matrix, static_cast<long long>(row) * linear.columns + column, grad[step][r]);
+      write<T>(linear.grad_matrix, static_cast<long long>(row) * linear.columns + column,
+               total(step, r) + grad[step][r]);
     }
   }
 }
@@ -158,8 +177,7 @@ class ImageSums {
     const int row = row0 + thread % kRows;
     Acc<T> sum = 0;
     if (row < end_row) {
-      GC_UNROLL_BY(8)
-      for (int n = thread / kRows; n < images_; n += adders) sum += value(n, row);
+      sum = sum_in_blocks<Acc<T>, 8>(thread / kRows, images_, adders, [&](int n) { return value(n, row); });
     }
     parts[thread] = sum;
     port::sync_block<kSyncImageSums>();
@@ -213,10 +231,9 @@ GC_DEVICE void norm_backward(const TransformBackwardArgs& args, const TransformG
     const int p = p0 + thread % units;
     A dy = 0;
     if (p < branch.hidden) {
-      GC_UNROLL_BY(8)
-      for (int k = first_slab; k < end_slab; ++k) {
-        dy += partial_y[static_cast<long long>(k) * args.images * branch.hidden + p];
-      }
+      dy = sum_in_blocks<A, 8>(first_slab, end_slab, 1, [&](int k) {
+        return partial_y[static_cast<long long>(k) * args.images * branch.hidden + p];
+      });
     }
     if (adders > 1) {  // then the units are all hidden ones: one round
       parts[thread] = dy;
@@ -251,16 +268,19 @@ GC_DEVICE void norm_backward(const TransformBackwardArgs& args, const TransformG
   const A mean = sum / static_cast<A>(branch.hidden);
   const A product_mean = product_sum / static_cast<A>(branch.hidden);
   const A inverse_deviation = static_cast<const A*>(branch.inverse_deviation)[n];
+  // An infinity in a sum gives NaN to the whole image, as in PyTorch, and not an infinity to some of it.
+  const A not_finite = (mean - mean) + (product_mean - product_mean);
   if (thread >= units) return;
   for (int p = thread; p < branch.hidden; p += units) {  // those of which it wrote grad_y
     const A dn = read<T>(branch.norm_weight, p) * grad_y[p];
-    grad_hidden[p] = inverse_deviation * (dn - mean - normalized[p] * product_mean);
+    grad_hidden[p] = inverse_deviation * (dn - mean - normalized[p] * product_mean) + not_finite;
   }
 }
 
 template <typename T, int kSteps>
 GC_DEVICE void output_backward(const TransformBackwardArgs& args, const TransformGradients& branch, const Phase& phase,
-                               int first, Acc<T>* staged, Acc<T>* sums, ImageSums<T, kSteps>& image_sums) {
+                               int first, Acc<T>* staged, Acc<T>* sums, Acc<T>* totals,
+                               ImageSums<T, kSteps>& image_sums) {
   using A = Acc<T>;
   const auto grad_out = [&](int n, int c) {
     const long long i = static_cast<long long>(n) * args.channels + c;
@@ -285,7 +305,7 @@ GC_DEVICE void output_backward(const TransformBackwardArgs& args, const Transfor
   for_each_piece<kSteps>(args.channels, branch.hidden, first, phase.blocks(),
                          [&](int slab, int row0, int end, int column0) {
                            if (partial != nullptr || branch.grad_w2.data != nullptr) {
-                             slab_backward<kSteps>(linear, slab, column0, staged, sums, ready);
+                             slab_backward<kSteps>(linear, slab, column0, staged, sums, totals, ready);
                            }
                            if (column0 == 0) image_sums.write_sums(branch.grad_b2, row0, end, grad_out);
                          });
@@ -331,8 +351,8 @@ GC_DEVICE void add_context_parts(const TransformBackwardArgs& args, int column0,
 
 template <typename T, int kSteps, typename Ready>
 GC_DEVICE void input_backward(const TransformBackwardArgs& args, const TransformGradients& branch, const Phase& phase,
-                              int first, Acc<T>* staged, Acc<T>* sums, ImageSums<T, kSteps>& image_sums, int* flag,
-                              const Ready& ready) {
+                              int first, Acc<T>* staged, Acc<T>* sums, Acc<T>* totals, ImageSums<T, kSteps>& image_sums,
+                              int* flag, const Ready& ready) {
   using A = Acc<T>;
   const auto at = [&](const void* values, int n, int p) {
     return static_cast<const A*>(values)[static_cast<long long>(n) * branch.hidden + p];
@@ -350,7 +370,7 @@ GC_DEVICE void input_backward(const TransformBackwardArgs& args, const Transform
   for_each_piece<kSteps>(branch.hidden, args.channels, first, phase.blocks(),
                          [&](int slab, int row0, int end, int column0) {
                            if (partial != nullptr || branch.grad_w1.data != nullptr) {
-                             slab_backward<kSteps>(linear, slab, column0, staged, sums, ready);
+                             slab_backward<kSteps>(linear, slab, column0, staged, sums, totals, ready);
                            }
                            if (partial != nullptr) add_context_parts<T, kSteps>(args, column0, flag);
                            // The first pieces of a slab take a vector each; where there are fewer, the last takes the
@@ -379,6 +399,7 @@ transform_backward(const TransformBackwardArgs args) {
   int* const flag = arena.take<int>(1);
   A* const staged = arena.take<A>(kSlabImages * kSlab);
   A* const sums = arena.take<A>(kSlabScratch);
+  A* const totals = arena.take<A>(slab_totals(kSteps));
   ImageSums<T, kSteps> image_sums(args.images, sums + kSlabSums);
   const Phase phase(args.grid, args.counters, ticket);
   // As late as may be: a weight matrix, and the gradient that is given, need not wait for the phase before.
@@ -394,7 +415,7 @@ transform_backward(const TransformBackwardArgs args) {
     // The branches begin at opposite ends: who has a piece less of one may have one more of the other.
     const int first = b == 0 ? phase.block() : phase.blocks() - 1 - phase.block();
     if (phase.number() == 0) {
-      output_backward<T, kSteps>(args, branch, phase, first, staged, sums, image_sums);
+      output_backward<T, kSteps>(args, branch, phase, first, staged, sums, totals, image_sums);
     } else if (phase.number() == 1) {
       const int slabs = (args.channels + kSlab - 1) / kSlab;
       ready();
@@ -404,7 +425,7 @@ transform_backward(const TransformBackwardArgs args) {
         norm_backward<T>(args, branch, n, slabs, scratch, scratch + kTransformThreads);
       }
     } else {
-      input_backward<T, kSteps>(args, branch, phase, first, staged, sums, image_sums, flag, ready);
+      input_backward<T, kSteps>(args, branch, phase, first, staged, sums, totals, image_sums, flag, ready);
     }
   }
   ready();

@@ -47,8 +47,19 @@ GC_DEVICE int scattered_index(int lane) {
   return index;
 }
 
+// Two elements, which begin at an even index, moved by one load or by two: kWidth. The one at `end` is read as 0.
+template <int kWidth, typename V>
+GC_DEVICE Vector<V, 2> load_pair(const V* pair, bool has_second) {
+  if constexpr (kWidth == 2) {
+    return port::load_global(reinterpret_cast<const Vector<V, 2>*>(pair));
+  } else {
+    return {pair[0], has_second ? pair[1] : V{}};
+  }
+}
+
 // Of rows r and images n, the lane's sum over elements begin .. end: that of r * kImages + n = scattered_index(lane).
-// Rows and images past the last are read as the last.
+// Rows and images past the last are read as the last. A lane takes pairs of elements, however they are loaded: what is
+// added in which order does not depend on the addresses of the parameters.
 template <int kWidth, int kImages, typename W, typename A>
 GC_DEVICE A tile_dots(const W* matrix, int rows, int count, const A* vectors, long long stride, int images, int begin,
                       int end) {
@@ -60,21 +71,21 @@ GC_DEVICE A tile_dots(const W* matrix, int rows, int count, const A* vectors, lo
   GC_UNROLL
   for (int i = 0; i < kSums; ++i) sums[i] = 0;
   GC_UNROLL_BY(kUnroll)
-  for (int i = begin + port::thread_index() % kWarp * kWidth; i < end; i += kWarp * kWidth) {
-    Vector<W, kWidth> weight[kTileRows];
+  for (int i = begin + port::thread_index() % kWarp * 2; i < end; i += kWarp * 2) {
+    const bool has_second = i + 1 < end;
+    Vector<W, 2> weight[kTileRows];
     GC_UNROLL
     for (int r = 0; r < kTileRows; ++r) {
       const long long row = r < rows ? r : rows - 1;
-      weight[r] = port::load_global(reinterpret_cast<const Vector<W, kWidth>*>(matrix + row * count + i));
+      weight[r] = load_pair<kWidth>(matrix + row * count + i, has_second);
     }
     GC_UNROLL
     for (int n = 0; n < kImages; ++n) {
-      const auto vector =
-          *reinterpret_cast<const Vector<A, kWidth>*>(vectors + (n < images ? n : images - 1) * stride + i);
+      const Vector<A, 2> vector = load_pair<kWidth>(vectors + (n < images ? n : images - 1) * stride + i, has_second);
       GC_UNROLL
       for (int r = 0; r < kTileRows; ++r) {
         GC_UNROLL
-        for (int k = 0; k < kWidth; ++k) sums[r * kImages + n] += to_acc(weight[r].value[k]) * vector.value[k];
+        for (int k = 0; k < 2; ++k) sums[r * kImages + n] += to_acc(weight[r].value[k]) * vector.value[k];
       }
     }
   }

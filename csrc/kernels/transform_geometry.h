@@ -31,5 +31,19 @@ inline constexpr int kMaxSlabSteps = 4;
 // Shared memory beside the staged gradients: the warps' sums over rows, and behind them two areas for sums over images.
 inline constexpr int kSlabSums = kTransformWarps * kSlabImages * kWarp;
 inline constexpr int kSlabScratch = kSlabSums + 2 * kTransformThreads;
+// The least images whose gradients of a weight are added one after the other.
+inline constexpr int kSlabBlock = 8 * kSlabImages;
+// The sums over the blocks before lie in registers, but for the highest slabs, which leave none for them: in shared
+// memory, each thread's own.
+GC_BOTH int slab_totals(int steps) { return steps < kMaxSlabSteps ? 0 : steps * kSlabRows * kTransformThreads; }
+
+// Sums of many terms are made in two levels, of blocks of this many terms: about the root of `count`, so that no chain
+// of additions is longer and rounding errors hardly grow with the number of terms. A multiple of `least`, which like
+// this is a power of two.
+GC_BOTH int block_of_terms(int count, int least) {
+  long long block = least;
+  while (block * block < count) block *= 2;
+  return static_cast<int>(block);
+}
 
 }  // namespace gc

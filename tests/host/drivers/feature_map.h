@@ -197,7 +197,7 @@ void run_launch(const AnyPlan& plan, const host::Schedule& schedule, const std::
                     " bytes of shared memory, planned: " + plan.to_string());
 }
 
-// Every run of a case must give the same bits, whatever the schedule.
+// Every run of a case must give the same bits, whatever the schedule and the addresses.
 class SameBits {
  public:
   template <typename T>
@@ -205,7 +205,7 @@ class SameBits {
     std::vector<unsigned char> bytes(buffer.bytes());
     std::memcpy(bytes.data(), buffer.data(), bytes.size());
     for (const auto& [name, first] : seen_) {
-      if (name == buffer.name()) return host::require(first == bytes, name + " depends on the schedule");
+      if (name == buffer.name()) return host::require(first == bytes, name + " differs from that of another run");
     }
     seen_.emplace_back(buffer.name(), std::move(bytes));
   }

@@ -1,5 +1,6 @@
 // pool_backward (csrc/kernels/pool_backward.h), after pixel_dot where a block cannot hold all channels, against plain
 // loops over the formula. What the forward pass leaves behind (logits and state) is made here, rounded as it would be.
+#include "accuracy.h"
 #include "feature_map.h"
 #include "shapes.h"
 
@@ -133,6 +134,8 @@ struct Backward {
     args.x = x.buffer().data();
     args.vector = grad_context.companion();
     args.image_stride = on.shape.channels;
+    args.offset = state.data() + 2;
+    args.offset_stride = on.shape.channels + 2;
     args.dots = dots.data();
     run_launch(plan, schedule, [&] { return launch_pixel_dot(plan, args, nullptr); });
   }
@@ -185,6 +188,91 @@ struct Backward {
   }
 };
 
+// Attention over pixels whose logits are exact in float32, so that all that differs is the backward pass.
+struct AccuracyCase {
+  const char* name;
+  Shape shape;
+  double mean;     // of x, which is uniform within 4 of it
+  double weights;  // the largest weight of the mask: how far the logits are spread
+  // Eager's errors, of eager_errors.py: of the gradients of given logits and with them of x; with a mask of x, of x in
+  // a block, and of the mask's weight. Where one pixel has all the weight, those of logits and weight are 0 but for
+  // exp(-100) or so, and all that eager has there is noise.
+  double logits, x_logits, x_mask, x_block, weight;
+  const char* reason;
+};
+
+constexpr AccuracyCase kAccuracyCases[] = {
+    {"peaked", {2, 64, 400}, 10, 16, 16777216, 0, 0.5, 0.3, 40735241.9, "one pixel has all the weight: no noise"},
+    {"peaked_chunks", {2, 8200, 16}, 10, 1, 16777216, 0, 0, 0, 29686722.3, "the same with the dot products given"},
+    {"spread", {2, 64, 400}, 10, 0.5, 11.8, 1.7, 10.9, 7.5, 16.8, "some pixels share the weight"},
+    {"spread_chunks", {1, 8200, 16}, 8, 0.03125, 20.1, 1.8, 13.4, 7.7, 27.9, "the same with the dot products given"},
+    {"far_from_zero", {1, 32, 2100}, 100, 0.125, 148.2, 1.4, 97.7, 1.5, 1068.3, "the mean of x is not in the weight"},
+};
+
+void run_accuracy(const AccuracyCase& on, const Variant& variant, Layout layout, const host::Schedule& schedule) {
+  Backward<float> backward(variant, {on.shape, 4, false, 0, on.reason}, layout, true);
+  const auto [images, channels, pixels] = on.shape;
+  const Pattern x(1, 10), weight(2, 6), grad_context(3, 20), grad(4, 20);
+  const auto at = [&](int n, int c, int s) {
+    return 4 * x((static_cast<std::size_t>(n) * channels + c) * pixels + s) + on.mean;
+  };
+  const auto vector = [&](int n, int c) { return grad_context(static_cast<std::size_t>(n) * channels + c); };
+  for (int c = 0; c < channels; ++c) backward.mask_weight.set(c, on.weights * weight(c));
+  std::vector<double> contexts, attentions;
+  for (int n = 0; n < images; ++n) {
+    std::vector<double> logit(pixels, 0);
+    for (int c = 0; c < channels; ++c) {
+      const std::size_t nc = static_cast<std::size_t>(n) * channels + c;
+      backward.grad_context.set(nc, vector(n, c));
+      backward.scale.set(nc, 1);
+      for (int s = 0; s < pixels; ++s) {
+        backward.x.set(n, c, s, at(n, c, s));
+        backward.grad.set(n, c, s, grad(nc * pixels + s));
+        logit[s] += on.weights * weight(c) * at(n, c, s);
+      }
+    }
+    for (int s = 0; s < pixels; ++s) {
+      backward.logits.set(static_cast<std::size_t>(n) * pixels + s, logit[s]);
+      host::require(backward.logits[static_cast<std::size_t>(n) * pixels + s] == logit[s], "the logits are exact");
+    }
+    backward.set_state(n);
+    const double most = *std::max_element(logit.begin(), logit.end());
+    double z = 0;
+    for (const double l : logit) z += std::exp(l - most);
+    for (const double l : logit) attentions.push_back(std::exp(l - most) / z);
+    for (int c = 0; c < channels; ++c) {
+      double sum = 0;
+      for (int s = 0; s < pixels; ++s) sum += attentions[static_cast<std::size_t>(n) * pixels + s] * at(n, c, s);
+      contexts.push_back(sum);
+    }
+  }
+  SameBits bits;
+  backward.run(schedule, bits);
+
+  LargestError logit_error, x_error, weight_error;
+  std::vector<double> weight_sum(channels, 0);
+  for (int n = 0; n < images; ++n) {
+    for (int s = 0; s < pixels; ++s) {
+      const std::size_t ns = static_cast<std::size_t>(n) * pixels + s;
+      const double* const context = &contexts[static_cast<std::size_t>(n) * channels];
+      double grad_logit = 0;
+      for (int c = 0; c < channels; ++c) grad_logit += attentions[ns] * vector(n, c) * (at(n, c, s) - context[c]);
+      if (!variant.mask()) logit_error.add(backward.grad_logits[ns], grad_logit);
+      for (int c = 0; c < channels; ++c) {
+        double want = attentions[ns] * vector(n, c);
+        if (variant.mask()) want += grad_logit * on.weights * weight(c);
+        if (variant.block()) want += grad((static_cast<std::size_t>(n) * channels + c) * pixels + s);
+        x_error.add(backward.grad_x(n, c, s), want);
+        weight_sum[c] += grad_logit * (at(n, c, s) - context[c]);
+      }
+    }
+  }
+  for (int c = 0; variant.mask() && c < channels; ++c) weight_error.add(backward.grad_weight[c], weight_sum[c]);
+  logit_error.require("grad_logits", on.logits);
+  x_error.require("grad_x", variant.block() ? on.x_block : variant.mask() ? on.x_mask : on.x_logits);
+  weight_error.require("grad_weight", on.weight);
+}
+
 std::vector<host::Case> cases() {
   std::vector<host::Case> list;
   bool wide = false;  // small vectors in the element's type and in the accumulation type take turns
@@ -206,6 +294,15 @@ std::vector<host::Case> cases() {
                           }});
         }
       });
+    }
+  }
+  for (const AccuracyCase& on : kAccuracyCases) {
+    for (const Layout layout : kLayouts) {
+      for (const Variant& variant : {kVariants[0], kVariants[1], kVariants[2]}) {
+        list.push_back(
+            accuracy_case(std::string(on.name) + "-" + variant.name + "-" + gc::name_of(layout), on.reason,
+                          [=](const host::Schedule& schedule) { run_accuracy(on, variant, layout, schedule); }));
+      }
     }
   }
   return list;

@@ -1,5 +1,6 @@
 // transform_backward (csrc/kernels/transform_backward.h) against plain loops. What the forward pass leaves behind is
 // made up here.
+#include "accuracy.h"
 #include "transform_cases.h"
 
 namespace gc::drivers {
@@ -273,8 +274,159 @@ void run(const Wanted& wanted, const TransformCase& on, bool wide, SameBits& bit
   }
 }
 
+// Sums over very many images, of terms of either sign or of one.
+struct AccuracyCase {
+  const char* name;
+  int images, channels, hidden;
+  TransformDepth depth;
+  bool one_sign;
+  // Eager's errors, of eager_errors.py. Of what the depth leaves out: 0.
+  double w2, b2, w1, b1, norm_weight, norm_bias;
+};
+
+constexpr AccuracyCase kAccuracyCases[] = {
+    {"many_images", 8192, 64, 64, TransformDepth::kParameters, false, 5.3, 1.3, 5.1, 3.6, 91.4, 33.0},
+    {"very_many_images", 65536, 32, 32, TransformDepth::kLastLayer, false, 7.0, 1.8, 0, 0, 0, 0},
+    {"very_many_images_one_sign", 65536, 32, 32, TransformDepth::kLastLayer, true, 9.6, 1.9, 0, 0, 0, 0},
+};
+
+void run_accuracy(const AccuracyCase& on, const host::Schedule& schedule) {
+  const int images = on.images, channels = on.channels, hidden = on.hidden;
+  const auto index = [](int row, int width, int column) { return static_cast<std::size_t>(row) * width + column; };
+  const TransformCase shape = {images, channels, {hidden}, 1, false, false, on.name, true, Activation::kSiLU};
+  const TransformPlan plan =
+      make_transform_backward_plan(problem_of(shape, ElementType::kFloat), device_of(shape), on.depth);
+  const Wanted wanted = {on.name, on.depth};
+  Branch<float> branch(wanted, shape, hidden, true, Gate::kNone,
+                       backward_workspace(problem_of(shape, ElementType::kFloat), plan, 0));
+  const auto pattern = [](unsigned seed) { return Pattern(seed, 20); };
+  Buffer<float> context("context", index(images, channels, 0), Use::kInput);
+  for (std::size_t i = 0; i < context.size(); ++i) context[i] = static_cast<float>(pattern(1)(i));
+  for (std::size_t i = 0; i < branch.matrix; ++i) {
+    branch.w1.set(i, pattern(2)(i) / 4);
+    branch.w2.set(i, pattern(6)(i));
+  }
+  for (int p = 0; p < hidden; ++p) {
+    branch.norm_weight.set(p, 1 + pattern(4)(p) / 2);
+    branch.norm_bias.set(p, pattern(5)(p));
+  }
+  for (std::size_t i = 0; i < branch.outputs; ++i) {
+    const double value = pattern(7)(i);
+    branch.grad_out[i] = static_cast<float>(on.one_sign ? (value + 1) / 2 : value);
+  }
+
+  std::vector<double> grad_w1(branch.matrix), grad_b1(hidden), grad_norm_weight(hidden), grad_norm_bias(hidden),
+      grad_w2(branch.matrix), grad_b2(channels), normalized(hidden), y(hidden), dy(hidden);
+  for (int n = 0; n < images; ++n) {
+    double mean = 0, variance = 0, dn_mean = 0, product_mean = 0;
+    for (int p = 0; p < hidden; ++p) {
+      normalized[p] = 2 + pattern(3)(p);  // b1
+      for (int c = 0; c < channels; ++c) {
+        normalized[p] += branch.w1[index(p, channels, c)] * context[index(n, channels, c)];
+      }
+      mean += normalized[p] / hidden;
+    }
+    for (const double h : normalized) variance += (h - mean) * (h - mean) / hidden;
+    const double inverse = 1 / std::sqrt(variance + 1e-5);
+    branch.inverse_deviation[n] = static_cast<float>(inverse);
+    for (int p = 0; p < hidden; ++p) {
+      normalized[p] = (normalized[p] - mean) * inverse;
+      branch.normalized[index(n, hidden, p)] = static_cast<float>(normalized[p]);
+      const double v = branch.before(p, normalized[p]);
+      y[p] = activate_of(shape.activation, v);
+      dy[p] = 0;
+      for (int c = 0; c < channels; ++c) {
+        dy[p] += branch.w2[index(c, hidden, p)] * branch.grad_out[index(n, channels, c)];
+      }
+      dy[p] *= slope_of(shape.activation, v);
+      dn_mean += branch.norm_weight[p] * dy[p] / hidden;
+      product_mean += branch.norm_weight[p] * dy[p] * normalized[p] / hidden;
+    }
+    for (int p = 0; p < hidden; ++p) {
+      const double dh = inverse * (branch.norm_weight[p] * dy[p] - dn_mean - normalized[p] * product_mean);
+      grad_b1[p] += dh;
+      grad_norm_weight[p] += dy[p] * normalized[p];
+      grad_norm_bias[p] += dy[p];
+      for (int c = 0; c < channels; ++c) {
+        grad_w1[index(p, channels, c)] += dh * context[index(n, channels, c)];
+        grad_w2[index(c, hidden, p)] += branch.grad_out[index(n, channels, c)] * y[p];
+      }
+    }
+    for (int c = 0; c < channels; ++c) grad_b2[c] += branch.grad_out[index(n, channels, c)];
+  }
+
+  PhaseCounters counters(plan);
+  TransformBackwardArgs args{};
+  args.counters = counters.data();
+  args.images = images;
+  args.channels = channels;
+  args.branches = 1;
+  args.context = context.data();
+  args.context_stride = channels;
+  args.factor = 1;
+  args.activation = shape.activation;
+  args.branch[0] = branch.args();
+  run_launch(plan, schedule, [&] { return launch_transform_backward(plan, args, nullptr); });
+
+  const auto check = [&](const std::string& what, const SmallVector<float>& got, const std::vector<double>& want,
+                         double eager) {
+    LargestError error;
+    for (std::size_t i = 0; i < want.size(); ++i) error.add(got[i], want[i]);
+    error.require(what, eager);
+  };
+  check("grad_w2", branch.grad_w2, grad_w2, on.w2);
+  check("grad_b2", branch.grad_b2, grad_b2, on.b2);
+  if (on.depth == TransformDepth::kLastLayer) return;
+  check("grad_w1", branch.grad_w1, grad_w1, on.w1);
+  check("grad_b1", branch.grad_b1, grad_b1, on.b1);
+  check("grad_norm_weight", branch.grad_norm_weight, grad_norm_weight, on.norm_weight);
+  check("grad_norm_bias", branch.grad_norm_bias, grad_norm_bias, on.norm_bias);
+}
+
+// An infinite gradient of one unit: what the norm makes of it is NaN for every unit of that image, and of no other.
+template <typename T>
+void run_infinite(const host::Schedule& schedule) {
+  const TransformCase on = {3, 4, {5}, 1, false, false, ""};
+  const Wanted wanted = {"", TransformDepth::kContext};
+  const TransformPlan plan =
+      make_transform_backward_plan(problem_of(on, Element<T>::type), device_of(on), wanted.depth);
+  Branch<T> branch(wanted, on, on.hidden[0], true, Gate::kNone,
+                   backward_workspace(problem_of(on, Element<T>::type), plan, 0));
+  for (int p = 0; p < branch.hidden; ++p) branch.norm_bias.set(p, p == 2 ? 100 : -100);  // the others' ReLU is shut
+  branch.grad_out[branch.channels + 1] = std::numeric_limits<Acc<T>>::infinity();
+  Buffer<Acc<T>> context("context", branch.outputs, Use::kInput);
+  for (std::size_t i = 0; i < context.size(); ++i) context[i] = static_cast<Acc<T>>(Pattern(1, 8)(i));
+  Buffer<Acc<T>> grad_context("grad_context", branch.outputs, Use::kOutput);
+  PhaseCounters counters(plan);
+  TransformBackwardArgs args{};
+  args.counters = counters.data();
+  args.images = on.images;
+  args.channels = on.channels;
+  args.branches = 1;
+  args.context = context.data();
+  args.context_stride = on.channels;
+  args.factor = 1;
+  args.grad_context = grad_context.data();
+  args.branch[0] = branch.args();
+  run_launch(plan, schedule, [&] { return launch_transform_backward(plan, args, nullptr); });
+  const auto check = [&](const Buffer<Acc<T>>& got, int width) {
+    for (std::size_t i = 0; i < got.size(); ++i) {
+      const bool spoilt = i / width == 1;
+      host::require(spoilt ? std::isnan(got[i]) : std::isfinite(got[i]),
+                    got.name() + "[" + std::to_string(i) + "] is " + std::to_string(got[i]));
+    }
+  };
+  check(branch.grad_hidden, branch.hidden);
+  check(grad_context, branch.channels);
+}
+
 std::vector<host::Case> cases() {
   std::vector<host::Case> list;
+  each_type(true, [&](auto element) {
+    using T = decltype(element);
+    list.push_back({std::string("infinite-") + Element<T>::name, "an infinity in a norm's sums is NaN, as in PyTorch",
+                    [](const host::Schedule& schedule) { run_infinite<T>(schedule); }});
+  });
   bool wide_first = false;
   for (const Wanted& wanted : kWanted) {
     wide_first = !wide_first;
@@ -284,6 +436,10 @@ std::vector<host::Case> cases() {
                       const host::Schedule& schedule) { run<decltype(element)>(wanted, on, wide, bits, schedule); })) {
       list.push_back(std::move(one));
     }
+  }
+  for (const AccuracyCase& on : kAccuracyCases) {
+    list.push_back(accuracy_case(on.name, "rounding errors do not grow with the number of images",
+                                 [=](const host::Schedule& schedule) { run_accuracy(on, schedule); }));
   }
   return list;
 }

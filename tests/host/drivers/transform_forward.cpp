@@ -149,6 +149,7 @@ void run(const TransformCase& on, bool wide, SameBits& bits, const host::Schedul
   for (const auto& branch : branches) {
     branch->w1.with_buffer(require_fetched);
     branch->w2.with_buffer(require_fetched);
+    bits.check(branch->products);
     bits.check(branch->normalized);
     bits.check(branch->out);
     for (int n = 0; n < on.images; ++n) {
@@ -163,9 +164,19 @@ void run(const TransformCase& on, bool wide, SameBits& bits, const host::Schedul
 
 int main(int argc, char** argv) {
   using namespace gc::drivers;
-  return gc::host::run_cases(
-      argc, argv,
-      cases_of("forward", false,
-               [](auto element, const TransformCase& on, bool wide, SameBits& bits,
-                  const gc::host::Schedule& schedule) { run<decltype(element)>(on, wide, bits, schedule); }));
+  using gc::host::Schedule;
+  std::vector<gc::host::Case> cases = cases_of(
+      "forward", false, [](auto element, const TransformCase& on, bool wide, SameBits& bits, const Schedule& schedule) {
+        run<decltype(element)>(on, wide, bits, schedule);
+      });
+  // The addresses of weights decide on the width of loads, and on nothing that rounds.
+  const std::vector<gc::host::Case> alignments = cases_of(
+      "any_address", true, [](auto element, TransformCase on, bool wide, SameBits& bits, const Schedule& schedule) {
+        for (const bool misaligned : {false, true}) {
+          on.misaligned = misaligned;
+          run<decltype(element)>(on, wide, bits, schedule);
+        }
+      });
+  cases.insert(cases.end(), alignments.begin(), alignments.end());
+  return gc::host::run_cases(argc, argv, cases);
 }
