@@ -151,6 +151,13 @@ _KERNELS = (
 
 
 def register() -> None:
-    """Attach every kernel of this file to the operator of its name."""
+    """Attach every kernel of this file to the operator of its name, in place of those that an earlier import
+    in this process has attached: the operators' namespace outlives a module.
+    """
+    held = torch.ops.gc_cuda.__dict__
+    if "_fakes" in held:
+        held.pop("_fakes")._destroy()
+    library = torch.library.Library("gc_cuda", "FRAGMENT")
     for kernel in _KERNELS:
-        torch.library.register_fake(f"gc_cuda::{kernel.__name__}", kernel)
+        torch.library.register_fake(f"gc_cuda::{kernel.__name__}", kernel, lib=library)
+    held["_fakes"] = library
