@@ -7,7 +7,7 @@ same in plain PyTorch. ``python -m gc_cuda`` reports the build.
 
 __version__ = "0.1.0"
 
-from gc_cuda import blocks, reference
+from gc_cuda import _scripting, _swap, blocks, reference
 from gc_cuda.accelerate import Report, accelerate, restore
 from gc_cuda.blocks import ContextBlock
 from gc_cuda.convert import convert_state_dict
@@ -41,3 +41,18 @@ __all__ = [
     "restore",
     "softmax_pool",
 ]
+
+_scripting.refuse(
+    _swap.Derived,
+    reference.ContextBlock,
+    blocks.NonLocalBlock,
+    blocks.SEBlock,
+    blocks.SimplifiedNonLocalBlock,
+    attention_pool,
+    average_pool,
+    broadcast_add,
+    broadcast_mul,
+    broadcast_mul_add,
+    global_context,
+    softmax_pool,
+)

@@ -9,21 +9,20 @@ one of another folder, version or torch, and in a checkout one that was built of
 
 from __future__ import annotations
 
-import functools
 import glob
 import importlib
 import importlib.util
 import os
 import sys
 from importlib.machinery import EXTENSION_SUFFIXES, PathFinder
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-import gc_cuda
 from gc_cuda import _sources
 from gc_cuda._toolkit import version_tuple
 
+_VERSION: str = sys.modules["gc_cuda"].__version__  # which imports this module, and has set it before
 _PACKAGE = os.path.realpath(os.path.dirname(__file__))
 _ROOT = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))  # of the checkout, if it is one
 _IS_CHECKOUT = _sources.is_checkout(_ROOT)
@@ -70,10 +69,10 @@ def _load() -> tuple[dict[str, str] | None, str, Exception | None]:
 
 def _misfit(config: dict[str, str], here: str) -> str:
     """In what the binary differs from this package, or ""."""
-    if config["version"] != gc_cuda.__version__:
+    if config["version"] != _VERSION:
         return (
             f"gc_cuda._C is of version {config['version']}, and the package in {_PACKAGE} of version "
-            f"{gc_cuda.__version__}: {_BUILD} again"
+            f"{_VERSION}: {_BUILD} again"
         )
     if version_tuple(config["torch"]) != version_tuple(torch.__version__):
         return f"gc_cuda._C was built for torch {config['torch']}, and here is {here}: {_BUILD} again"
@@ -125,11 +124,11 @@ def _not_built(elsewhere: str) -> str:
 
 def _built_elsewhere() -> str:
     """The folder of another gc_cuda that Python could find, if it is built; else ""."""
-    on_the_path = [functools.partial(PathFinder.find_spec, path=[entry]) for entry in sys.path]
-    of_installers = [finder.find_spec for finder in sys.meta_path if finder is not PathFinder]
-    for find in (*on_the_path, *(functools.partial(find, path=None) for find in of_installers)):
+    on_the_path: list[tuple[Any, list[str] | None]] = [(PathFinder, [entry]) for entry in sys.path]
+    of_installers = [(finder, None) for finder in sys.meta_path if finder is not PathFinder]
+    for finder, path in on_the_path + of_installers:
         try:
-            spec = find("gc_cuda")
+            spec = finder.find_spec("gc_cuda", path)
         except Exception:  # of somebody else's finder; this is only for a better word
             continue
         if spec is not None and spec.origin is not None:
