@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
-from gc_cuda import _checks
+from gc_cuda import _checks, _values
 from gc_cuda.reference import ACTIVATIONS, GATES, Transform
 
 
@@ -86,7 +86,7 @@ def global_context(
     _checks.feature_map(x)
     _checks.pooling("avg" if mask_weight is None else "att", mask_weight, mask_bias, x)
     _checks.branches(_transform(add), _transform(mul), x)
-    _checks.epsilon(eps)
+    _values.epsilon(eps)
     for name, number, kinds in (("activation", activation, ACTIVATIONS), ("gate", gate, GATES)):
         if number not in range(len(kinds)):
             raise ValueError(f"{name} must be one of 0 to {len(kinds) - 1}, got {number}")
