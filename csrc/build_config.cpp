@@ -19,12 +19,8 @@ static std::string compiler_name() {
 }
 
 std::map<std::string, std::string> build_config() {
-  return {{"version", GC_VERSION},
-          {"sources", GC_SOURCES},
-          {"torch", GC_BUILD_TORCH},
-          {"cuda", GC_CUDA_VERSION},
-          {"arch_list", GC_ARCH_LIST},
-          {"compiler", compiler_name()}};
+  return {{"version", GC_VERSION},   {"sources", GC_SOURCES},     {"torch", GC_BUILD_TORCH},
+          {"cuda", GC_CUDA_VERSION}, {"arch_list", GC_ARCH_LIST}, {"compiler", compiler_name()}};
 }
 
 }  // namespace gc
