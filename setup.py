@@ -28,15 +28,15 @@ except ImportError as error:
     )
 
 
-def load_toolkit_module():
-    """gc_cuda/_toolkit.py by its path: importing the package would need what is not built yet."""
-    spec = importlib.util.spec_from_file_location("gc_cuda_toolkit", "gc_cuda/_toolkit.py")
+def load_by_path(name):
+    """A module of gc_cuda/ by its path: importing the package would need what is not built yet."""
+    spec = importlib.util.spec_from_file_location(f"gc_cuda_{name}", f"gc_cuda/{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-toolkit = load_toolkit_module()
+toolkit = load_by_path("_toolkit")
 VERSION = re.search(r'^__version__ = "(.+)"$', Path("gc_cuda/__init__.py").read_text(), re.MULTILINE).group(1)
 
 if toolkit.version_tuple(torch.__version__) < (2, 4):
@@ -67,11 +67,27 @@ if not is_ninja_available():
 
 # One folder for each torch and kind of build: nothing stale is taken over, and going back rebuilds nothing.
 BUILD_BASE = Path("build", f"torch-{torch.__version__}-" + ("cuda" if decision.toolkit else "cpu"))
+GENERATED = BUILD_BASE / "generated"
+
+
+def write_build_facts():
+    """What the binary says about itself, as a header: one file is compiled again when it changes, not all."""
+    facts = {
+        "GC_VERSION": VERSION,
+        "GC_SOURCES": load_by_path("_sources").fingerprint("."),
+        "GC_BUILD_TORCH": torch.__version__,
+        "GC_CUDA_VERSION": decision.toolkit.version if decision.toolkit else "",
+        "GC_ARCH_LIST": decision.arch_list,
+    }
+    text = "".join(f'#define {name} "{value}"\n' for name, value in facts.items())
+    header = GENERATED / "build_facts.h"
+    if not header.exists() or header.read_text() != text:
+        header.parent.mkdir(parents=True, exist_ok=True)
+        header.write_text(text)
 
 
 def extension():
     """gc_cuda._C, with the CUDA sources or without."""
-    macros = {"GC_VERSION": VERSION, "GC_BUILD_TORCH": torch.__version__}
     # Without those warnings that g++ 12 gives by the hundred for its own AVX-512 intrinsics.
     cxx = ["-O3", "-g0", "-Wall", "-Wno-uninitialized", "-Wno-maybe-uninitialized", "-Wno-psabi"]
     for folder in include_paths():
@@ -81,23 +97,18 @@ def extension():
         # Without it at::parallel_for, a template in torch's headers, compiles to a plain loop.
         cxx.append("-fopenmp")
         link.append("-fopenmp")
-    sources = ["csrc/ops.cpp", "csrc/reading.cpp"]
+    sources = ["csrc/build_config.cpp", "csrc/ops.cpp", "csrc/reading.cpp"]
     for folder, names in (("cuda", "*plan.cpp"), ("cpu", "*.cpp")):
         sources += map(str, sorted(Path("csrc", folder).glob(names)))
     kind, flags = CppExtension, {"cxx": cxx}
     if decision.toolkit is not None:
-        macros.update(GC_CUDA_VERSION=decision.toolkit.version, GC_ARCH_LIST=decision.arch_list)
         sources += map(str, sorted(p for p in Path("csrc/cuda").iterdir() if p.suffix in (".cpp", ".cu")))
         # No -std and no -gencode: torch adds its own, and the latter would switch TORCH_CUDA_ARCH_LIST off.
         kind, flags["nvcc"] = CUDAExtension, ["-O3", "-Xfatbin", "-compress-all"]
-    define_macros = [(name, f'"{value}"') for name, value in macros.items()]
-    if decision.toolkit is not None:
-        define_macros.append(("GC_WITH_CUDA", None))
     return kind(
         "gc_cuda._C",
         sorted(set(sources)),
-        include_dirs=[str(Path("csrc").resolve())],
-        define_macros=define_macros,
+        include_dirs=[str(Path("csrc").resolve()), str(GENERATED.resolve())],
         extra_compile_args=flags,
         extra_link_args=link,
     )
@@ -125,6 +136,7 @@ class BuildExt(BuildExtension):
             else ". A CUDA build was to be expected: FORCE_CUDA=1 makes this an error"
         )
         print(f"gc_cuda {VERSION}: building for {decision.describe()}{tail}", file=sys.stderr, flush=True)
+        write_build_facts()
         super().run()
 
 

@@ -5,7 +5,9 @@
 same in plain PyTorch. ``python -m gc_cuda`` reports the build.
 """
 
-from gc_cuda import reference
+__version__ = "0.1.0"
+
+from gc_cuda import _scripting, _swap, blocks, reference
 from gc_cuda.accelerate import Report, accelerate, restore
 from gc_cuda.blocks import ContextBlock
 from gc_cuda.convert import convert_state_dict
@@ -21,8 +23,6 @@ from gc_cuda.functional import (
 from gc_cuda.insert import insert
 from gc_cuda.reference import Transform
 
-__version__ = "0.1.0"
-
 __all__ = [
     "ContextBlock",
     "Report",
@@ -30,6 +30,7 @@ __all__ = [
     "accelerate",
     "attention_pool",
     "average_pool",
+    "blocks",
     "broadcast_add",
     "broadcast_mul",
     "broadcast_mul_add",
@@ -40,3 +41,18 @@ __all__ = [
     "restore",
     "softmax_pool",
 ]
+
+_scripting.refuse(
+    _swap.Derived,
+    reference.ContextBlock,
+    blocks.NonLocalBlock,
+    blocks.SEBlock,
+    blocks.SimplifiedNonLocalBlock,
+    attention_pool,
+    average_pool,
+    broadcast_add,
+    broadcast_mul,
+    broadcast_mul_add,
+    global_context,
+    softmax_pool,
+)

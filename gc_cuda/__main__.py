@@ -24,7 +24,10 @@ def _extension_line(config: dict[str, str] | None) -> str:
     if config is None:
         return "not usable"
     cuda = f"CPU and CUDA {config['cuda']}" if config["cuda"] else "CPU only"
-    return f"{cuda}; version {config['version']}, built for torch {config['torch']} by {config['compiler']}"
+    return (
+        f"{cuda}; version {config['version']} of sources {config['sources']}, built for torch "
+        f"{config['torch']} by {config['compiler']}"
+    )
 
 
 def _devices() -> list[tuple[str, tuple[int, int]]]:

@@ -8,11 +8,17 @@ for meta tensors); tests/test_errors.py holds it to that.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from gc_cuda import _extension
+from gc_cuda._values import epsilon, one_of
 from gc_cuda.reference import ACTIVATIONS, GATES, POOLING_TYPES, Transform
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeGuard  # typing has it from Python 3.10 on
 
 # The type in which sums over x are kept; the tensors that travel with x may have it too.
 _ACCUMULATION = {
@@ -36,6 +42,7 @@ def global_context(
 ) -> None:
     """All that the whole block demands."""
     feature_map(x)
+    agreement(x, mask_weight, add, mul)
     pooling(pooling_type, mask_weight, mask_bias, x)
     branches(add, mul, x)
     policy(activation, gate)
@@ -59,6 +66,8 @@ def feature_map(x: Tensor) -> None:
         raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
     if x.layout is not torch.strided:
         raise TypeError(f"x must be a dense (torch.strided) tensor, got {x.layout}")
+    if _is_nested(x):
+        raise TypeError("x must be a dense (torch.strided) tensor, got a nested one")
     if x.dtype not in _ACCUMULATION:
         raise TypeError(f"x must be torch.float32, float16, bfloat16 or float64, got {x.dtype}")
     if x.dim() != 4:
@@ -115,10 +124,45 @@ def per_channel(tensor: Tensor, name: str, x: Tensor) -> None:
         )
 
 
+def channels(x: Tensor, count: int, meaning: str) -> None:
+    """Demand that many channels of a feature map."""
+    if x.shape[1] != count:
+        raise ValueError(f"x must have {count} channels ({meaning}), got shape {_shape(x)}")
+
+
+def agreement(x: Tensor, mask_weight: Tensor | None, add: Transform | None, mul: Transform | None) -> None:
+    """Demand of x the channels and the dtype of the parameters, where two or more of them agree on another:
+    then x is the odd one out, and what is said of the first parameter would lead astray.
+
+    What is wrong with a parameter by itself, or keeps them from being compared, is for the other checks.
+    """
+    said: dict[str, tuple[int, torch.dtype]] = {}
+    if _is_plain(mask_weight):
+        said["mask_weight"] = mask_weight.numel(), mask_weight.dtype
+    for name, branch in (("add", add), ("mul", mul)):
+        if isinstance(branch, (tuple, list)) and len(branch) == len(Transform._fields):
+            w1, _, _, _, w2, b2 = branch
+            if _is_plain(w1) and _is_plain(w2) and _is_plain(b2) and w1.dim() > 1 and w2.dim() > 0:
+                said[f"{name}.w1"] = w1.shape[1], w1.dtype
+                said[f"{name}.w2"] = w2.shape[0], w2.dtype
+                said[f"{name}.b2"] = b2.numel(), b2.dtype
+    if len(said) < 2:
+        return
+    (c, dtype), *others = said.values()
+    arguments = " and ".join(dict.fromkeys(name.partition(".")[0] for name in said))
+    if x.shape[1] != c and all(other == c for other, _ in others):
+        channels(x, c, f"as {arguments}")
+    if dtype not in (x.dtype, _ACCUMULATION[x.dtype]) and all(other == dtype for _, other in others):
+        raise TypeError(f"x must be {dtype} like {arguments}, got {x.dtype}")
+
+
+def _is_plain(tensor: Tensor | None) -> TypeGuard[Tensor]:
+    return isinstance(tensor, Tensor) and tensor.layout is torch.strided and not _is_nested(tensor)
+
+
 def pooling(pooling_type: str, weight: Tensor | None, bias: Tensor | None, x: Tensor) -> None:
     """Demand a known pooling, with a mask weight and perhaps a bias for "att", without them for "avg"."""
-    if pooling_type not in POOLING_TYPES:
-        raise ValueError(f"pooling_type must be one of {POOLING_TYPES}, got {pooling_type!r}")
+    one_of(pooling_type, "pooling_type", POOLING_TYPES)
     if pooling_type == "avg":
         for name, tensor in (("mask_weight", weight), ("mask_bias", bias)):
             if tensor is not None:
@@ -198,18 +242,8 @@ def _vector(tensor: Tensor, name: str, count: int, meaning: str) -> None:
 
 def policy(activation: str, gate: str) -> None:
     """Demand an activation and a gate that there are."""
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {tuple(ACTIVATIONS)}, got {activation!r}")
-    if gate not in GATES:
-        raise ValueError(f"gate must be one of {tuple(GATES)}, got {gate!r}")
-
-
-def epsilon(eps: float) -> None:
-    """Demand a number that is not negative."""
-    if not isinstance(eps, (int, float)):
-        raise TypeError(f"eps must be a number, got {type(eps).__name__}")
-    if not eps >= 0:  # NaN too
-        raise ValueError(f"eps must be 0 or more, got {eps}")
+    one_of(activation, "activation", ACTIVATIONS)
+    one_of(gate, "gate", GATES)
 
 
 def _travels(tensor: Tensor | None, x: Tensor) -> bool:
@@ -219,6 +253,7 @@ def _travels(tensor: Tensor | None, x: Tensor) -> bool:
         and fits(tensor, x)
         and tensor.device == x.device
         and tensor.layout is torch.strided
+        and not _is_nested(tensor)
     )
 
 
@@ -228,12 +263,19 @@ def _companion(tensor: Tensor | None, name: str, x: Tensor) -> None:
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
     if tensor.layout is not torch.strided:
         raise TypeError(f"{name} must be a dense (torch.strided) tensor, got {tensor.layout}")
+    if _is_nested(tensor):
+        raise TypeError(f"{name} must be a dense (torch.strided) tensor, got a nested one")
     if tensor.dtype != x.dtype and tensor.dtype != _ACCUMULATION[x.dtype]:
         wide = _ACCUMULATION[x.dtype]
         also = "" if wide == x.dtype else f", or {wide}"
         raise TypeError(f"{name} must be {x.dtype} like x{also}, got {tensor.dtype}")
     if tensor.device != x.device:
         raise ValueError(f"{name} must be on {x.device} like x, got {tensor.device}")
+
+
+def _is_nested(tensor: Tensor) -> bool:
+    """Of the old kind, which says that it is strided and has no sizes. Compilers do not trace it."""
+    return not torch.compiler.is_compiling() and tensor.is_nested
 
 
 def is_served(dtype: torch.dtype) -> bool:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
-from gc_cuda import _checks
+from gc_cuda import _checks, _values
 from gc_cuda.reference import ACTIVATIONS, GATES, Transform
 
 
@@ -88,7 +88,7 @@ def global_context(
     _checks.feature_map(x)
     _checks.pooling("avg" if mask_weight is None else "att", mask_weight, mask_bias, x)
     _checks.branches(_transform(add), _transform(mul), x)
-    _checks.epsilon(eps)
+    _values.epsilon(eps)
     for name, number, kinds in (("activation", activation, ACTIVATIONS), ("gate", gate, GATES)):
         if number not in range(len(kinds)):
             raise ValueError(f"{name} must be one of 0 to {len(kinds) - 1}, got {number}")
@@ -153,6 +153,13 @@ _KERNELS = (
 
 
 def register() -> None:
-    """Attach every kernel of this file to the operator of its name."""
+    """Attach every kernel of this file to the operator of its name, in place of those that an earlier import
+    in this process has attached: the operators' namespace outlives a module.
+    """
+    held = torch.ops.gc_cuda.__dict__
+    if "_fakes" in held:
+        held.pop("_fakes")._destroy()
+    library = torch.library.Library("gc_cuda", "FRAGMENT")
     for kernel in _KERNELS:
-        torch.library.register_fake(f"gc_cuda::{kernel.__name__}", kernel)
+        torch.library.register_fake(f"gc_cuda::{kernel.__name__}", kernel, lib=library)
+    held["_fakes"] = library

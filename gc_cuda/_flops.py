@@ -75,9 +75,13 @@ _FORMULAS = (
 
 
 def register() -> None:
-    """Enter every formula of this file for the operator of its name."""
+    """Enter every formula of this file for the operator of its name, in place of those that an earlier import
+    in this process has entered.
+    """
     for formula in _FORMULAS:
         operator = getattr(torch.ops.gc_cuda, formula.__name__)
+        for known in (operator, operator.default):
+            flop_registry.pop(known, None)
         register_flop_formula(operator)(formula)
         # torch 2.4 enters it for the operator's overload, and then looks for the operator.
         if operator not in flop_registry:

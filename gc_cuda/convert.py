@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from torch import Tensor
+from torch import Tensor, nn
+
+from gc_cuda import _values
 
 FRAMEWORKS = ("gc_cuda", "mmcv", "gcnet", "timm")
 
@@ -41,10 +43,13 @@ def convert_state_dict(
 
     Raises:
         ValueError: for an unknown framework, or where no parameter of a block is found.
+        TypeError: for what is no mapping of names, or a parameter of a block that is no tensor.
     """
-    for name, framework in (("source", source), ("target", target)):
-        if framework not in FRAMEWORKS:
-            raise ValueError(f"{name} must be one of {FRAMEWORKS}, got {framework!r}")
+    _values.one_of(source, "source", FRAMEWORKS)
+    _values.one_of(target, "target", FRAMEWORKS)
+    if not isinstance(state_dict, Mapping):
+        hint = "; pass its state_dict()" if isinstance(state_dict, nn.Module) else ""
+        raise TypeError(f"state_dict must map names to tensors, got {type(state_dict).__name__}{hint}")
     from_timm, to_timm = source == "timm", target == "timm"
     parts = {timm if from_timm else ours: timm if to_timm else ours for ours, timm in _PARTS.items()}
     of_a_block = re.compile(
@@ -52,18 +57,24 @@ def convert_state_dict(
     )
     converted, found = {}, False
     for key, tensor in state_dict.items():
+        if not isinstance(key, str):
+            raise TypeError(f"state_dict must have names for keys, got {type(key).__name__} {key!r}")
         match = of_a_block.fullmatch(key)
         if match is None:
             converted[key] = tensor
             continue
         found = True
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"state_dict[{key!r}] must be a torch.Tensor, got {type(tensor).__name__}")
         prefix, part, kind = match.groups()
         if part in _NORMS:
             tensor = tensor.reshape(-1) if to_timm else tensor.reshape(-1, 1, 1)
         converted[f"{prefix}{parts[part]}.{kind}"] = tensor
     if not found:
+        within = [key for key, value in state_dict.items() if isinstance(value, Mapping)]
+        hint = f"; are they in state_dict[{within[0]!r}]?" if within else ""
         raise ValueError(
             f"state_dict has no parameter of a global context block by the names of {source}, such as "
-            f"{next(iter(parts))}.weight; got {len(state_dict)} others"
+            f"{next(iter(parts))}.weight; got {len(state_dict)} others{hint}"
         )
     return converted

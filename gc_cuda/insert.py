@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from gc_cuda import _swap
+from gc_cuda import _swap, _values
 from gc_cuda.blocks import ContextBlock
 from gc_cuda.integrations import timm, torchvision
 
@@ -51,7 +51,10 @@ def insert(
     Raises:
         ValueError: for a stage that is not there or has no bottleneck that is known, or one that has a block
             or another attention already; nothing was changed then.
+        TypeError: for a model that is no module, or stages that are no names.
     """
+    _values.module(model, "model")
+    stages = _values.names(stages, "stages")
     places = {place.bottleneck: place for stage in stages for place in _places(model, stage)}
     blocks = [
         ContextBlock(bottleneck.conv3.out_channels, ratio, pooling_type, fusion_types)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from gc_cuda import _values
 from gc_cuda._contexts import constant_count, promoted
 
 POOLING_TYPES = ("avg", "att")
@@ -191,7 +192,8 @@ class ContextBlock(nn.Module):
 
     Raises:
         AssertionError: for an unknown pooling or fusion, or fusion types that are no list or tuple.
-        ValueError: when no hidden unit is left.
+        ValueError: when no hidden unit is left, or for a number out of range.
+        TypeError: for in_channels that are no integer, or a ratio or eps that is no number.
     """
 
     _abbr_ = "context_block"  # the attribute name under which mmdetection's backbones hold the block
@@ -211,7 +213,7 @@ class ContextBlock(nn.Module):
         eps: float = 1e-5,
     ) -> None:
         super().__init__()
-        _check_block_arguments(in_channels, ratio, pooling_type, fusion_types)
+        _check_block_arguments(in_channels, ratio, pooling_type, fusion_types, eps)
         self.in_channels = in_channels
         self.ratio = ratio
         self.planes = int(in_channels * ratio)
@@ -287,10 +289,10 @@ def _zero(parameter: Tensor | None) -> None:
 
 
 def _check_block_arguments(
-    in_channels: int, ratio: float, pooling_type: str, fusion_types: Sequence[str]
+    in_channels: int, ratio: float, pooling_type: str, fusion_types: Sequence[str], eps: float
 ) -> None:
     # Raised by hand: mmcv's callers expect AssertionError, and `python -O` would drop an assert.
-    if pooling_type not in POOLING_TYPES:
+    if not _values.is_one_of(pooling_type, POOLING_TYPES):
         raise AssertionError(f"pooling_type must be one of {POOLING_TYPES}, got {pooling_type!r}")
     if not isinstance(fusion_types, (list, tuple)):
         raise AssertionError(
@@ -299,11 +301,17 @@ def _check_block_arguments(
         )
     if not fusion_types:
         raise AssertionError(f"fusion_types must name at least one of {FUSION_TYPES}, got {fusion_types!r}")
-    unknown = [fusion for fusion in fusion_types if fusion not in FUSION_TYPES]
+    unknown = [fusion for fusion in fusion_types if not _values.is_one_of(fusion, FUSION_TYPES)]
     if unknown:
         raise AssertionError(f"fusion_types must be among {FUSION_TYPES}, got {unknown[0]!r}")
-    if int(in_channels * ratio) < 1:
+    _values.count(in_channels, "in_channels")
+    _values.ratio(ratio)
+    _values.epsilon(eps)
+    _values.ratio(in_channels * ratio, "in_channels * ratio")
+    hidden = int(in_channels * ratio)
+    if hidden < 1:
         raise ValueError(
-            f"ratio must leave at least one hidden unit: int(in_channels * ratio) is "
-            f"{int(in_channels * ratio)} for in_channels {in_channels} and ratio {ratio}"
+            f"ratio must leave at least one hidden unit: int(in_channels * ratio) is {hidden} "
+            f"for in_channels {in_channels} and ratio {ratio}"
         )
+    _values.count(hidden, "int(in_channels * ratio)")

@@ -5,14 +5,18 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import warnings
+from fractions import Fraction
+from math import inf, nan
 
+import numpy
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gc_cuda
-from gc_cuda import Transform, _extension
+from gc_cuda import Transform, _extension, _values
 
 X = torch.arange(2 * 4 * 3 * 5, dtype=torch.float32).view(2, 4, 3, 5)
 LOGITS, WEIGHT, BIAS, PER_CHANNEL = torch.zeros(2, 15), torch.zeros(4), torch.zeros(1), torch.zeros(2, 4)
@@ -25,6 +29,19 @@ TRANSFORM = Transform(
     torch.zeros(4, 3, 1, 1),
     torch.zeros(4),
 )
+
+TRANSFORM_OF_5 = Transform(
+    torch.zeros(3, 5), torch.zeros(3), torch.zeros(3), torch.zeros(3), torch.zeros(5, 3), torch.zeros(5)
+)
+DOUBLE, HALF = (
+    Transform(*(tensor.to(dtype) for tensor in TRANSFORM)) for dtype in (torch.float64, torch.float16)
+)
+
+DENSE = "must be a dense (torch.strided) tensor, got"
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # a prototype, says PyTorch
+    NESTED = torch.nested.nested_tensor([torch.zeros(2), torch.zeros(2)])
+    NESTED_X = torch.nested.nested_tensor([X[0], X[1]])
 
 CALLS = {
     "softmax_pool": (gc_cuda.softmax_pool, (LOGITS,)),
@@ -53,6 +70,8 @@ BAD_X = {
         "x must be torch.float32, float16, bfloat16 or float64, got torch.complex64",
     ),
     "sparse": (X.to_sparse(), TypeError, "x must be a dense (torch.strided) tensor, got torch.sparse_coo"),
+    "an array": (X.numpy(), TypeError, "x must be a torch.Tensor, got ndarray"),
+    "none": (None, TypeError, "x must be a torch.Tensor, got NoneType"),
     "no rows": (
         X[:, :, :0],
         ValueError,
@@ -78,6 +97,13 @@ def test_x(call, bad):
     x, error, message = BAD_X[bad]
     with pytest.raises(error, match=re.escape(message)):
         function(x, *companions)
+
+
+@pytest.mark.parametrize("call", [call for call in CALLS if call != "ContextBlock"])
+def test_nested_x(call):
+    function, companions = CALLS[call]
+    with pytest.raises(TypeError, match=re.escape(f"x {DENSE} a nested one")):
+        function(NESTED_X, *companions)
 
 
 PER_CHANNEL_SHAPES = "must have shape [2, 4] or [2, 4, 1, 1] (N and C of x), got"
@@ -167,6 +193,10 @@ BAD_COMPANIONS = {
         TypeError,
         "scale must be a dense (torch.strided) tensor, got torch.sparse_coo",
     ),
+    "nested logits": ("softmax_pool", 0, NESTED, TypeError, f"logits {DENSE} a nested one"),
+    "nested mask_weight": ("attention_pool", 0, NESTED, TypeError, f"mask_weight {DENSE} a nested one"),
+    "nested mask_bias": ("attention_pool", 1, NESTED, TypeError, f"mask_bias {DENSE} a nested one"),
+    "nested term": ("broadcast_mul_add", 1, NESTED, TypeError, f"term {DENSE} a nested one"),
     "half scale for float32 x": (
         "broadcast_mul_add",
         0,
@@ -249,7 +279,84 @@ BAD_BLOCKS = {
         "add.norm_weight and add.norm_bias must both be tensors or both None (no layer norm), got Tensor and "
         "NoneType",
     ),
-    "eps, a tensor": ({"eps": BIAS}, TypeError, "eps must be a number, got Tensor"),
+    "eps, a tensor": ({"eps": BIAS}, TypeError, "eps must be a float or an int, got Tensor"),
+    "eps, a string": ({"eps": "1e-5"}, TypeError, "eps must be a float or an int, got str '1e-5'"),
+    "eps, a boolean": ({"eps": True}, TypeError, "eps must be a float or an int, got bool True"),
+    "eps, none": ({"eps": None}, TypeError, "eps must be a float or an int, got NoneType"),
+    "eps beyond a float": (
+        {"eps": 10**400},
+        ValueError,
+        "eps must be within the range of a float, got 1e400 or so",
+    ),
+    "eps of more digits than Python prints": (
+        {"eps": -(10**5000)},
+        ValueError,
+        "eps must be 0 or more, got -1e5",
+    ),
+    "activation, a list": (
+        {"activation": ["relu"]},
+        ValueError,
+        "activation must be one of ('relu', 'silu', 'hardswish'), got ['relu']",
+    ),
+    "activation, an array": (
+        {"activation": numpy.array(["relu", "silu"])},
+        ValueError,
+        "activation must be one of ('relu', 'silu', 'hardswish'), got array(['relu', 'silu'], dtype='<U4')",
+    ),
+    "activation, a module": (
+        {"activation": torch.nn.ReLU()},
+        ValueError,
+        "activation must be one of ('relu', 'silu', 'hardswish'), got ReLU()",
+    ),
+    "gate, a set": (
+        {"gate": {"sigmoid"}},
+        ValueError,
+        "gate must be one of ('sigmoid', 'hardsigmoid'), got {'sigmoid'}",
+    ),
+    "gate, none": ({"gate": None}, ValueError, "gate must be one of ('sigmoid', 'hardsigmoid'), got None"),
+    "pooling, a list": (
+        {"pooling_type": ["att"]},
+        ValueError,
+        "pooling_type must be one of ('avg', 'att'), got ['att']",
+    ),
+    "pooling, an array": (
+        {"pooling_type": numpy.array(["att", "avg"])},
+        ValueError,
+        "pooling_type must be one of ('avg', 'att'), got array(['att', 'avg']",
+    ),
+    "nested mask_weight": ({"mask_weight": NESTED}, TypeError, f"mask_weight {DENSE} a nested one"),
+    "nested mask_bias": ({"mask_bias": NESTED}, TypeError, f"mask_bias {DENSE} a nested one"),
+    "x of other channels than all": (
+        {"mask_weight": torch.zeros(5), "add": None, "mul": TRANSFORM_OF_5},
+        ValueError,
+        "x must have 5 channels (as mask_weight and mul), got shape [2, 4, 3, 5]",
+    ),
+    "x of other channels than both branches": (
+        {
+            "pooling_type": "avg",
+            "mask_weight": None,
+            "mask_bias": None,
+            "add": TRANSFORM_OF_5,
+            "mul": TRANSFORM_OF_5,
+        },
+        ValueError,
+        "x must have 5 channels (as add and mul), got shape [2, 4, 3, 5]",
+    ),
+    "x of other channels than all but one": (
+        {"add": TRANSFORM_OF_5, "mul": TRANSFORM_OF_5},
+        ValueError,
+        "add.w1 must have shape [3, 4] (P of b1, C of x) or [3, 4, 1, 1], got [3, 5]",
+    ),
+    "x of another dtype than all": (
+        {"mask_weight": WEIGHT.double(), "add": DOUBLE, "mul": None, "mask_bias": None},
+        TypeError,
+        "x must be torch.float64 like mask_weight and add, got torch.float32",
+    ),
+    "half parameters": (
+        {"mask_weight": None, "mask_bias": None, "pooling_type": "avg", "add": None, "mul": HALF},
+        TypeError,
+        "x must be torch.float16 like mul, got torch.float32",
+    ),
     "add, a tensor": ({"add": WEIGHT}, TypeError, "add must be a gc_cuda.Transform or None, got Tensor"),
     "mul of five tensors": (
         {"mul": TRANSFORM[:5]},
@@ -357,6 +464,10 @@ BAD_FIELDS = {
         TypeError,
         "must be a dense (torch.strided) tensor, got torch.sparse_coo",
     ),
+    "nested w1": ("w1", NESTED, TypeError, f"{DENSE} a nested one"),
+    "nested b1": ("b1", NESTED, TypeError, f"{DENSE} a nested one"),
+    "nested norm_bias": ("norm_bias", NESTED, TypeError, f"{DENSE} a nested one"),
+    "w2, an array": ("w2", numpy.zeros((4, 3)), TypeError, "must be a torch.Tensor, got ndarray"),
     "norm_weight on another device": (
         "norm_weight",
         torch.zeros(3, device="meta"),
@@ -539,16 +650,205 @@ def test_block_with_other_channels():
             "fusion_types must name at least one of ('channel_add', 'channel_mul'), got []",
         ),
         (
+            {"pooling_type": ["att"]},
+            AssertionError,
+            "pooling_type must be one of ('avg', 'att'), got ['att']",
+        ),
+        (
+            {"fusion_types": [["channel_add"]]},
+            AssertionError,
+            "fusion_types must be among ('channel_add', 'channel_mul'), got ['channel_add']",
+        ),
+        (
+            {"fusion_types": [numpy.array(["channel_add"] * 2)]},
+            AssertionError,
+            "fusion_types must be among ('channel_add', 'channel_mul'), got array(['channel_add'",
+        ),
+        (
             {"ratio": 1 / 32},
             ValueError,
             "ratio must leave at least one hidden unit: int(in_channels * ratio) is 0 for in_channels 16",
         ),
+        (
+            {"ratio": -1},
+            ValueError,
+            "ratio must leave at least one hidden unit: int(in_channels * ratio) is -16 for in_channels 16",
+        ),
+        *(
+            ({"ratio": value}, ValueError, f"ratio must be finite, got {words}")
+            for value, words in ((nan, "nan"), (inf, "inf"), (-inf, "-inf"), (10**400, "1e400 or so"))
+        ),
+        ({"ratio": 1e308}, ValueError, "in_channels * ratio must be finite, got inf"),
+        ({"ratio": 1e30}, ValueError, "int(in_channels * ratio) must fit a 64-bit integer, got 1600"),
+        ({"ratio": "0.25"}, TypeError, "ratio must be a number, got str '0.25'"),
+        ({"ratio": None}, TypeError, "ratio must be a number, got NoneType"),
+        ({"ratio": True}, TypeError, "ratio must be a number, got bool True"),
+        ({"ratio": 1j}, TypeError, "ratio must be a number, got complex 1j"),
+        ({"ratio": [0.5]}, TypeError, "ratio must be a number, got list"),
+        ({"ratio": torch.ones(2)}, TypeError, "ratio must be a number, got Tensor"),
+        ({"in_channels": 16.0}, TypeError, "in_channels must be an integer, got float 16.0"),
+        ({"in_channels": True}, TypeError, "in_channels must be an integer, got bool True"),
+        ({"in_channels": "16"}, TypeError, "in_channels must be an integer, got str '16'"),
+        ({"in_channels": None}, TypeError, "in_channels must be an integer, got NoneType"),
+        ({"in_channels": 0}, ValueError, "in_channels must be 1 or more, got 0"),
+        ({"in_channels": -1}, ValueError, "in_channels must be 1 or more, got -1"),
+        ({"in_channels": 10**400}, ValueError, "in_channels must fit a 64-bit integer, got 1e400 or so"),
+        ({"eps": -1}, ValueError, "eps must be 0 or more, got -1"),
+        ({"eps": nan}, ValueError, "eps must be 0 or more, got nan"),
+        ({"eps": 10**400}, ValueError, "eps must be within the range of a float, got 1e400 or so"),
+        ({"eps": "1e-5"}, TypeError, "eps must be a float or an int, got str '1e-5'"),
     ],
     ids=lambda value: "" if not isinstance(value, dict) else str(value),
 )
 def test_constructor(library, arguments, error, message):
     with pytest.raises(error, match=re.escape(message)):
         library.ContextBlock(**{"in_channels": 16, "ratio": 1 / 4, **arguments})
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"in_channels": numpy.int64(16)},
+        {"ratio": 1},
+        {"ratio": numpy.float32(0.5)},
+        {"ratio": Fraction(1, 4)},
+        {"ratio": torch.tensor(0.25)},
+        {"eps": 0},
+        {"eps": inf},
+        {"eps": numpy.float64(1e-6)},
+        {"fusion_types": ["channel_add", "channel_add"]},
+    ],
+    ids=str,
+)
+def test_constructor_takes_every_kind_of_number(arguments):
+    x = torch.randn(1, 16, 2, 2)
+    assert torch.equal(gc_cuda.ContextBlock(**{"in_channels": 16, "ratio": 1 / 4, **arguments})(x), x)
+
+
+# The checks that the blocks and the functions on models share: the check, a bad value, the error
+BAD_VALUES = {
+    "a number for a module": (_values.module, 5, TypeError, "it must be a torch.nn.Module, got int"),
+    "none for a module": (_values.module, None, TypeError, "it must be a torch.nn.Module, got NoneType"),
+    "a class for a module": (
+        _values.module,
+        torch.nn.ReLU,
+        TypeError,
+        "it must be a torch.nn.Module, got the class ReLU",
+    ),
+    "a module for a class": (
+        _values.module_class,
+        torch.nn.ReLU(),
+        TypeError,
+        "it must be a class, as torch.nn.ReLU, got an instance of ReLU",
+    ),
+    "a name for a class": (
+        _values.module_class,
+        "relu",
+        TypeError,
+        "it must be a class, as torch.nn.ReLU, got str 'relu'",
+    ),
+    "one name for several": (
+        _values.names,
+        "layer1",
+        TypeError,
+        "it must be a list or tuple of names, got str 'layer1'",
+    ),
+    "a number for names": (_values.names, 5, TypeError, "it must be a list or tuple of names, got int 5"),
+    "a number among names": (
+        _values.names,
+        ["layer1", 2],
+        TypeError,
+        "it must be a list or tuple of names, got int 2 among them",
+    ),
+    "a float for a count": (_values.count, 8.0, TypeError, "it must be an integer, got float 8.0"),
+    "zero for a count": (_values.count, 0, ValueError, "it must be 1 or more, got 0"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_VALUES)
+def test_values(case):
+    check, value, error, message = BAD_VALUES[case]
+    with pytest.raises(error, match=f"^{re.escape(message)}$"):
+        check(value, "it")
+
+
+# what is called, with what, the error
+BAD_MODEL_CALLS = {
+    "insert into a number": (gc_cuda.insert, (5,), TypeError, "model must be a torch.nn.Module, got int"),
+    "insert into a class": (
+        gc_cuda.insert,
+        (torch.nn.Sequential,),
+        TypeError,
+        "model must be a torch.nn.Module, got the class Sequential",
+    ),
+    "insert with one stage": (
+        gc_cuda.insert,
+        (torch.nn.Sequential(), "layer1"),
+        TypeError,
+        "stages must be a list or tuple of names, got str 'layer1'",
+    ),
+    "convert a list": (
+        gc_cuda.convert_state_dict,
+        ([1], "mmcv"),
+        TypeError,
+        "state_dict must map names to tensors, got list",
+    ),
+    "convert none": (
+        gc_cuda.convert_state_dict,
+        (None, "mmcv"),
+        TypeError,
+        "state_dict must map names to tensors, got NoneType",
+    ),
+    "convert a module": (
+        gc_cuda.convert_state_dict,
+        (torch.nn.ReLU(), "mmcv"),
+        TypeError,
+        "state_dict must map names to tensors, got ReLU; pass its state_dict()",
+    ),
+    "convert numbers": (
+        gc_cuda.convert_state_dict,
+        ({1: WEIGHT}, "mmcv"),
+        TypeError,
+        "state_dict must have names for keys, got int 1",
+    ),
+    "convert a norm that is no tensor": (
+        gc_cuda.convert_state_dict,
+        ({"a.channel_add_conv.1.weight": [1.0]}, "mmcv"),
+        TypeError,
+        "state_dict['a.channel_add_conv.1.weight'] must be a torch.Tensor, got list",
+    ),
+    "convert a mask that is no tensor": (
+        gc_cuda.convert_state_dict,
+        ({"conv_mask.bias": None}, "mmcv"),
+        TypeError,
+        "state_dict['conv_mask.bias'] must be a torch.Tensor, got NoneType",
+    ),
+    "convert a whole checkpoint": (
+        gc_cuda.convert_state_dict,
+        ({"epoch": 3, "state_dict": {"conv_mask.weight": WEIGHT}}, "mmcv"),
+        ValueError,
+        "got 2 others; are they in state_dict['state_dict']?",
+    ),
+    "convert from a list": (
+        gc_cuda.convert_state_dict,
+        ({}, ["timm"]),
+        ValueError,
+        "source must be one of ('gc_cuda', 'mmcv', 'gcnet', 'timm'), got ['timm']",
+    ),
+    "convert to none": (
+        gc_cuda.convert_state_dict,
+        ({}, "timm", None),
+        ValueError,
+        "target must be one of ('gc_cuda', 'mmcv', 'gcnet', 'timm'), got None",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_MODEL_CALLS)
+def test_models(case):
+    function, arguments, error, message = BAD_MODEL_CALLS[case]
+    with pytest.raises(error, match=re.escape(message)):
+        function(*arguments)
 
 
 def test_integers_are_no_feature_map_under_autocast_either():

@@ -190,13 +190,6 @@ def test_jit_trace(net, random):
         close(loaded(x), net(x))
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
-def test_jit_script_is_refused_by_torch():
-    """It cannot read the annotations; nothing is scripted half."""
-    with pytest.raises((RuntimeError, ValueError), match="Unknown type"):
-        torch.jit.script(gc_cuda.ContextBlock(16, 1 / 4))
-
-
 def test_functions_under_export(random):
     """The functions themselves, outside of a block."""
     inputs = draw_inputs(random, WHOLE, (2, 16, 5, 6), dtype=torch.float32)

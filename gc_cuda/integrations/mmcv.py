@@ -32,7 +32,7 @@ def _registry() -> Any:
         import mmcv.cnn
     except ImportError as error:
         raise ImportError(
-            "gc_cuda.integrations.mmcv needs mmcv: 2.x with mmengine (pip install 'gc_cuda[mmcv]'), or 1.x"
+            "gc_cuda.integrations.mmcv needs mmcv: 2.x with mmengine (pip install mmcv-lite mmengine), or 1.x"
         ) from error
     if hasattr(mmcv.cnn, "PLUGIN_LAYERS"):
         return mmcv.cnn.PLUGIN_LAYERS
