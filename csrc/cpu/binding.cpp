@@ -98,6 +98,7 @@ PoolGradients run_pool_backward(const Tensor& grad_context, const FeatureMap& x,
   const Tensor wide_weight = mask ? accumulated(mask_weight, x) : Tensor();
   const Tensor attention = at::empty(logits.sizes(), x.accumulation());
   const Tensor grad_logits = at::empty(logits.sizes(), x.accumulation());
+  const Tensor grad_logits_sums = at::empty({shape.images * plan.splits}, x.accumulation());
   PoolGradients out;
   out.x = x.like();
   const Tensor parts = mask ? at::empty({1, shape.images * plan.splits, shape.channels}, x.accumulation()) : Tensor();
@@ -106,7 +107,7 @@ PoolGradients run_pool_backward(const Tensor& grad_context, const FeatureMap& x,
     using A = acc_t<T>;
     run(PoolBackwardArgs<T>{shape, plan, wide_grad.data_ptr<A>(), x.tensor.data_ptr<T>(), wide_logits.data_ptr<A>(),
                             wide_state.data_ptr<A>(), attention.data_ptr<A>(), grad_logits.data_ptr<A>(),
-                            mask ? parts.data_ptr<A>() : nullptr});
+                            grad_logits_sums.data_ptr<A>(), mask ? parts.data_ptr<A>() : nullptr});
     run(GradXArgs<T>{shape, nullptr, nullptr, attention.data_ptr<A>(), wide_grad.data_ptr<A>(),
                      grad_logits.data_ptr<A>(), mask ? wide_weight.data_ptr<A>() : nullptr, out.x.data_ptr<T>(),
                      past_caches(x)});

@@ -320,8 +320,9 @@ void run_backward(const Backward& problem, std::vector<Tensor>& grads) {
   A* parts = needs_weight ? scratch.take(units * channels) : nullptr;
   A* attention = scratch.take(images * pixels);
   A* grad_logits = scratch.take(images * pixels);
+  A* grad_logits_sums = scratch.take(units);
   run(PoolBackwardArgs<T>{map.shape, plan, grad_context, map.tensor.data_ptr<T>(), problem.logits.data_ptr<A>(),
-                          problem.state.data_ptr<A>(), attention, grad_logits, parts});
+                          problem.state.data_ptr<A>(), attention, grad_logits, grad_logits_sums, parts});
   if (needs_x) {
     run(GradXArgs<T>{map.shape, grad, scale, attention, grad_context, grad_logits,
                      scratch.template widened<T>(*problem.mask_weight), grad_x, past_caches(map)});

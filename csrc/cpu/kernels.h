@@ -37,7 +37,7 @@ struct PoolArgs {
   T* context;          // [N, C] or null
 };
 
-// a = softmax(logits), dl = a * (grad_context . x - grad_context . context), grad_mask_weight = sum_s dl * x
+// a = softmax(logits), dl = a * (grad_context . (x - context)), grad_mask_weight = sum_s dl * x
 template <typename T>
 struct PoolBackwardArgs {
   Shape shape;
@@ -48,6 +48,7 @@ struct PoolBackwardArgs {
   const acc_t<T>* state;         // [N, 2 + C]
   acc_t<T>* attention;           // [N, S]: a
   acc_t<T>* grad_logits;         // [N, S]: dl
+  acc_t<T>* grad_logits_sums;    // [N, splits]: sums of the dl
   acc_t<T>* grad_mask_weight;    // [N, splits, C], partial sums, or null
 };
 
@@ -147,7 +148,7 @@ struct NormalizeBackwardArgs {
   Activation activation;
 };
 
-// out[group][i] = sum over the group's members, in their order
+// out[group][i] = sum over the group's members, always in the same order
 template <typename A>
 struct ReduceArgs {
   const A* in;  // [groups, members, width]
@@ -163,6 +164,7 @@ struct Kernels {
   void (*pool)(const PoolArgs<T>&, int64_t unit_begin, int64_t unit_end);
   void (*pool_merge)(const PoolArgs<T>&, int64_t image_begin, int64_t image_end);
   void (*pool_backward)(const PoolBackwardArgs<T>&, int64_t unit_begin, int64_t unit_end);
+  void (*pool_backward_balance)(const PoolBackwardArgs<T>&, int64_t unit_begin, int64_t unit_end);
   void (*broadcast_backward)(const BroadcastBackwardArgs<T>&, int64_t unit_begin, int64_t unit_end);
   // Units of make_rows, image by image.
   void (*broadcast)(const BroadcastArgs<T>&, int64_t unit_begin, int64_t unit_end);

@@ -39,8 +39,12 @@ void run(const PoolArgs<T>& args) {
 
 template <typename T>
 void run(const PoolBackwardArgs<T>& args) {
-  parallel_splits(args.shape, args.plan,
-                  [&](int64_t begin, int64_t end) { kernels<T>().pool_backward(args, begin, end); });
+  const Kernels<T>& k = kernels<T>();
+  parallel_splits(args.shape, args.plan, [&](int64_t begin, int64_t end) { k.pool_backward(args, begin, end); });
+  if (args.plan.splits > 1) {
+    parallel(args.shape.images * args.plan.splits, args.shape.pixels / args.plan.splits,
+             [&](int64_t begin, int64_t end) { k.pool_backward_balance(args, begin, end); });
+  }
 }
 
 // Calls body(unit_begin, unit_end) on ranges of all images' units.
@@ -73,7 +77,7 @@ void run(const ReduceArgs<acc_t<T>>& args) {
            [&](int64_t begin, int64_t end) { kernels<T>().reduce(args, begin, end); });
 }
 
-// [groups, members, width] -> [groups, width], members added in their order.
+// [groups, members, width] -> [groups, width], members added in the same order whoever does it.
 template <typename T>
 at::Tensor sum_members(const at::Tensor& parts) {
   using A = acc_t<T>;

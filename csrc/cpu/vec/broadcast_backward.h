@@ -2,6 +2,7 @@
 // grad. Every element is read once, and of grad_x written once.
 #pragma once
 
+#include "cpu/vec/cascade.h"
 #include "cpu/vec/tile.h"
 
 namespace gc::cpu {
@@ -90,11 +91,11 @@ inline void backward_planes(const BroadcastBackwardArgs<T>& args, int64_t image,
       });
 }
 
-// channels_last: rows are pixels. A few are added up on the way before their sum goes to the total in memory, run by
-// run: so memory is read as it lies.
-template <typename Want, typename T>
+// channels_last: rows are pixels. A few are added up on the way before their sum goes to those in memory, run by run:
+// so x is read as it lies. Calls added() whenever each of the sums has had such a term.
+template <typename Want, typename T, typename Added>
 inline void backward_pixels(const BroadcastBackwardArgs<T>& args, int64_t image, int64_t begin, int64_t end,
-                            acc_t<T>* grad_scale, acc_t<T>* grad_term) {
+                            acc_t<T>* grad_scale, acc_t<T>* grad_term, const Added& added) {
   using L = Lanes<T>;
   constexpr int kTogether = 4;
   const int64_t channels = args.shape.channels;
@@ -118,6 +119,7 @@ inline void backward_pixels(const BroadcastBackwardArgs<T>& args, int64_t image,
       if constexpr (Want::kGradScale) by_x.add_to(grad_scale + c, count);
       if constexpr (Want::kGradTerm) plain.add_to(grad_term + c, count);
     });
+    added();
   };
   int64_t pixel = begin;
   for (; pixel + kTogether <= end; pixel += kTogether) take_rows(pixel, std::integral_constant<int, kTogether>{});
@@ -128,26 +130,31 @@ template <typename Want, typename T>
 inline void backward_units(const BroadcastBackwardArgs<T>& args, int64_t unit_begin, int64_t unit_end) {
   const Shape& shape = args.shape;
   const Plan& plan = args.plan;
+  Sums<acc_t<T>> scale_sums(shape.channels), term_sums(shape.channels);
   for (int64_t unit = unit_begin; unit < unit_end; ++unit) {
     const int64_t image = unit / plan.splits;
     const int64_t split = unit % plan.splits;
     acc_t<T>* grad_scale = Want::kGradScale ? args.grad_scale + unit * shape.channels : nullptr;
     acc_t<T>* grad_term = Want::kGradTerm ? args.grad_term + unit * shape.channels : nullptr;
-    for (int64_t c = 0; c < shape.channels; ++c) {
-      if constexpr (Want::kGradScale) grad_scale[c] = 0;
-      if constexpr (Want::kGradTerm) grad_term[c] = 0;
-    }
-    const int64_t split_end = std::min(plan.split_begin(split + 1), shape.pixels);
-    // Nothing is read twice, so an NCHW step need not fit any cache; it ends where its sums would grow too long.
-    const int64_t step = shape.channels_last ? std::min(plan.tile, kChain) : kMaxTilePixels;
-    for (int64_t pixel = plan.split_begin(split); pixel < split_end; pixel += step) {
-      const int64_t end = std::min(pixel + step, split_end);
-      if (shape.channels_last) {
-        backward_pixels<Want>(args, image, pixel, end, grad_scale, grad_term);
-      } else {
-        backward_planes<Want>(args, image, pixel, end, grad_scale, grad_term);
+    if constexpr (Want::kGradScale) scale_sums.start(grad_scale);
+    if constexpr (Want::kGradTerm) term_sums.start(grad_term);
+    const auto added = [&] {
+      if constexpr (Want::kGradScale) scale_sums.added();
+      if constexpr (Want::kGradTerm) term_sums.added();
+    };
+    const int64_t begin = plan.split_begin(split);
+    const int64_t end = std::min(plan.split_begin(split + 1), shape.pixels);
+    if (shape.channels_last) {
+      backward_pixels<Want>(args, image, begin, end, grad_scale, grad_term, added);
+    } else {
+      // Nothing is read twice, so a step need not fit any cache; it ends where its sums would grow too long.
+      for (int64_t pixel = begin; pixel < end; pixel += kMaxTilePixels) {
+        backward_planes<Want>(args, image, pixel, std::min(pixel + kMaxTilePixels, end), grad_scale, grad_term);
+        added();
       }
     }
+    if constexpr (Want::kGradScale) scale_sums.finish();
+    if constexpr (Want::kGradTerm) term_sums.finish();
   }
 }
 

@@ -4,18 +4,25 @@
 // over pixels from the tile that is now in cache, rescaled whenever m grows: x is read from memory once. The splits of
 // an image are merged in their order.
 //
-// Backward, with G the gradient of the context, per tile: a[s] = exp(l[s] - m) / z, dl[s] = a[s] * (G . x[:, s] - G .
-// context), then grad_mask_weight += dl * x: one read of x. What follows, grad_x, needs x no more: see grad_x.h.
+// Backward, with G the gradient of the context, per tile: a[s] = exp(l[s] - m) / z, dl[s] = a[s] * (G . (x[:, s] -
+// context)), then grad_mask_weight += dl * x: one read of x. What follows, grad_x, needs x no more: see grad_x.h.
 //
-// The dl of an image sum to zero but for rounding. What remains, times the mean of x, would be the largest error of
-// grad_mask_weight, so that is summed over x - context instead: the same by definition, and free of it.
+// The difference from the context is taken before the product: a pixel that has all the weight is the context, and its
+// dl is an exact 0, where G . x - G . context would leave the rounding of two large numbers.
+//
+// The dl of an image sum to zero but for the rounding of the context, an error of a[s] * G . (error of the context).
+// The sum shows how large it is, so it is taken out of each dl in proportion to a. In grad_mask_weight, what remains
+// of the sum, times the mean of x, would be the largest error: that is summed over x - context instead, the same by
+// definition, and free of it.
 //
 // An image whose logits are all -inf has z = 0 and becomes NaN by the division, as in PyTorch; +inf and NaN logits do
 // so by themselves. No pixel is skipped for a zero weight: 0 * inf stays NaN.
 #pragma once
 
+#include <cmath>
 #include <limits>
 
+#include "cpu/vec/cascade.h"
 #include "cpu/vec/tile.h"
 
 namespace gc::cpu {
@@ -116,6 +123,7 @@ void pool(const PoolArgs<T>& args, int64_t unit_begin, int64_t unit_end) {
   const Shape& shape = args.shape;
   const Plan& plan = args.plan;
   A weights[kMaxTilePixels];
+  Sums<A> z_and_sums(1 + shape.channels);
   if (args.weights == Weights::kUniform) {
     for (int64_t p = 0; p < plan.tile; ++p) weights[p] = A(1);
   }
@@ -123,16 +131,15 @@ void pool(const PoolArgs<T>& args, int64_t unit_begin, int64_t unit_end) {
     const int64_t image = unit / plan.splits;
     const int64_t split = unit % plan.splits;
     A* partial = args.partials + unit * (shape.channels + 2);
+    A& z = partial[1];
     A* sums = partial + 2;
     A m = args.weights == Weights::kUniform ? A(0) : -std::numeric_limits<A>::infinity();
-    A z = 0;
-    for (int64_t c = 0; c < shape.channels; ++c) sums[c] = 0;
+    z_and_sums.start(partial + 1);
 
     const int64_t end = std::min(plan.split_begin(split + 1), shape.pixels);
     for (int64_t pixel = plan.split_begin(split); pixel < end; pixel += plan.tile) {
       const int64_t count = std::min(plan.tile, end - pixel);
       const Tile<T> tile(args.x, shape, image, pixel, count);
-      A rescale = 1;
       if (args.weights == Weights::kUniform) {
         z += static_cast<A>(count);
       } else {
@@ -144,17 +151,17 @@ void pool(const PoolArgs<T>& args, int64_t unit_begin, int64_t unit_end) {
         }
         const A grown = largest(logits, count, m);
         const A shift = shift_of(grown);
-        rescale = exp_scalar(m - shift);
-        z = z * rescale + exp_weights(logits, count, shift, weights);
+        const A rescale = exp_scalar(m - shift);
+        if (rescale != A(1)) z_and_sums.scale(rescale);
+        z += exp_weights(logits, count, shift, weights);
         m = grown;
       }
-      const V factor(rescale);
-      tile.sum_over_pixels(weights, [&](int64_t c, const V& sum, int n) {
-        at::vec::fmadd(V::loadu(sums + c, n), factor, sum).store(sums + c, n);
-      });
+      tile.sum_over_pixels(weights,
+                           [&](int64_t c, const V& sum, int n) { (V::loadu(sums + c, n) + sum).store(sums + c, n); });
+      z_and_sums.added();
     }
+    z_and_sums.finish();
     partial[0] = m;
-    partial[1] = z;
     if (plan.splits == 1) merge_image(args, image);
   }
 }
@@ -164,6 +171,29 @@ void pool_merge(const PoolArgs<T>& args, int64_t image_begin, int64_t image_end)
   for (int64_t image = image_begin; image < image_end; ++image) merge_image(args, image);
 }
 
+// grad_logits -= attention * (the sum of the image's grad_logits), in the pixels of a unit. Infinities and NaN stay.
+template <typename T>
+void pool_backward_balance(const PoolBackwardArgs<T>& args, int64_t unit_begin, int64_t unit_end) {
+  using A = acc_t<T>;
+  using V = Vec<A>;
+  const Plan& plan = args.plan;
+  for (int64_t unit = unit_begin; unit < unit_end; ++unit) {
+    const int64_t image = unit / plan.splits;
+    const int64_t split = unit % plan.splits;
+    A excess = 0;
+    for (int64_t k = 0; k < plan.splits; ++k) excess += args.grad_logits_sums[image * plan.splits + k];
+    if (excess == A(0) || !std::isfinite(excess)) continue;
+    const A* attention = args.attention + image * args.shape.pixels;
+    A* grad_logits = args.grad_logits + image * args.shape.pixels;
+    const V factor(-excess);
+    for_each_run<V::size()>(
+        plan.split_begin(split), std::min(plan.split_begin(split + 1), args.shape.pixels), [&](int64_t p, int n, auto) {
+          const V balanced = at::vec::fmadd(V::loadu(attention + p, n), factor, V::loadu(grad_logits + p, n));
+          balanced.store(grad_logits + p, n);
+        });
+  }
+}
+
 template <typename T>
 void pool_backward(const PoolBackwardArgs<T>& args, int64_t unit_begin, int64_t unit_end) {
   using A = acc_t<T>;
@@ -171,20 +201,17 @@ void pool_backward(const PoolBackwardArgs<T>& args, int64_t unit_begin, int64_t 
   const Shape& shape = args.shape;
   const Plan& plan = args.plan;
   const int64_t channels = shape.channels;
+  Sums<A> weight_sums(channels);
   for (int64_t unit = unit_begin; unit < unit_end; ++unit) {
     const int64_t image = unit / plan.splits;
     const int64_t split = unit % plan.splits;
     const A* state = args.state + image * (channels + 2);
+    const A* context = state + 2;
     const A* grad_context = args.grad_context + image * channels;
     A* grad_weight = args.grad_mask_weight ? args.grad_mask_weight + unit * channels : nullptr;
-    if (grad_weight) {
-      for (int64_t c = 0; c < channels; ++c) grad_weight[c] = 0;
-    }
-    A lanes[V::size()];
-    dot_rows<1, 1>(state + 2, 0, channels, grad_context, 0).store(lanes);
-    const V mean(lanes[0]);
+    if (grad_weight) weight_sums.start(grad_weight);
     const V z(state[1]);
-    A grad_logits_sum = 0;
+    Cascade<A> grad_logits_sum;
 
     const int64_t end = std::min(plan.split_begin(split + 1), shape.pixels);
     for (int64_t pixel = plan.split_begin(split); pixel < end; pixel += plan.tile) {
@@ -193,21 +220,25 @@ void pool_backward(const PoolBackwardArgs<T>& args, int64_t unit_begin, int64_t 
       A* attention = args.attention + image * shape.pixels + pixel;
       A* grad_logits = args.grad_logits + image * shape.pixels + pixel;
       exp_weights(args.logits + image * shape.pixels + pixel, count, state[0], attention);
-      tile.sum_over_channels(grad_context, [&](int64_t p, const V& sum, int n) {
+      tile.sum_over_channels(grad_context, context, [&](int64_t p, const V& sum, int n) {
         const V a = V::loadu(attention + p, n) / z;
         a.store(attention + p, n);
-        (a * (sum - mean)).store(grad_logits + p, n);
+        (a * sum).store(grad_logits + p, n);
       });
+      grad_logits_sum.add(sum_of(grad_logits, count));
       if (grad_weight) {
-        grad_logits_sum += sum_of(grad_logits, count);
         tile.sum_over_pixels(grad_logits, [&](int64_t c, const V& sum, int n) {
           (V::loadu(grad_weight + c, n) + sum).store(grad_weight + c, n);
         });
+        weight_sums.added();
       }
     }
+    args.grad_logits_sums[unit] = grad_logits_sum.total();
     if (grad_weight) {
-      for (int64_t c = 0; c < channels; ++c) grad_weight[c] -= grad_logits_sum * state[2 + c];
+      weight_sums.finish();
+      for (int64_t c = 0; c < channels; ++c) grad_weight[c] -= args.grad_logits_sums[unit] * context[c];
     }
+    if (plan.splits == 1) pool_backward_balance(args, unit, unit + 1);
   }
 }
 

@@ -1,7 +1,8 @@
-// Sums of a few vectors, in their order: what parts of the work have left behind, one element of the result at a time.
+// Sums of vectors, always in the same order: what parts of the work have left behind, one element of the result at a
+// time.
 #pragma once
 
-#include "cpu/vec/lanes.h"
+#include "cpu/vec/cascade.h"
 
 namespace gc::cpu {
 inline namespace CPU_CAPABILITY {
@@ -15,9 +16,9 @@ void reduce(const ReduceArgs<A>& args, int64_t element_begin, int64_t element_en
     const int64_t end = std::min(args.width, column + element_end - element);
     const A* in = args.in + group * args.members * args.width;
     for_each_run<V::size()>(column, end, [&](int64_t j, int count, auto) {
-      V sum(A(0));
-      for (int64_t k = 0; k < args.members; ++k) sum = sum + V::loadu(in + k * args.width + j, count);
-      sum.store(args.out + group * args.width + j, count);
+      Cascade<V> sum;
+      for (int64_t k = 0; k < args.members; ++k) sum.add(V::loadu(in + k * args.width + j, count));
+      sum.total().store(args.out + group * args.width + j, count);
     });
     element += end - column;
   }

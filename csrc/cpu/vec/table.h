@@ -14,10 +14,22 @@ inline namespace CPU_CAPABILITY {
 template <typename T>
 constexpr Kernels<T> make_kernels() {
   using A = acc_t<T>;
-  return {
-      pool<T>,          pool_merge<T>, pool_backward<T>,   broadcast_backward<T>, broadcast<T>, grad_x<T>,
-      reduce<A>,        linear<T>,     linear_backward<T>, normalize<A>,          activate<A>,  normalize_backward<A>,
-      gate_backward<A>, widen<T>,      narrow<T>};
+  return {pool<T>,
+          pool_merge<T>,
+          pool_backward<T>,
+          pool_backward_balance<T>,
+          broadcast_backward<T>,
+          broadcast<T>,
+          grad_x<T>,
+          reduce<A>,
+          linear<T>,
+          linear_backward<T>,
+          normalize<A>,
+          activate<A>,
+          normalize_backward<A>,
+          gate_backward<A>,
+          widen<T>,
+          narrow<T>};
 }
 
 // Constant, so that nothing of this instruction set runs when the library is loaded.

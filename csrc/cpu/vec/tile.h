@@ -6,20 +6,25 @@
 // row_dot sums along the rows, column_accumulate across them; over channels and over pixels are then the one or the
 // other. Results are handed to emit(index, vector of sums, count), in ascending index. Sums run in several chains, each
 // short, that are added at the end: that keeps the rounding error at or below that of a blocked matrix product.
+//
+// Either can subtract a number per channel from x before it is weighed: one per row or one per column.
 #pragma once
 
-#include "cpu/vec/lanes.h"
+#include "cpu/vec/cascade.h"
 
 namespace gc::cpu {
 inline namespace CPU_CAPABILITY {
 
 inline constexpr int kAccumulators = 8;  // vectors; leaves AVX2 half of its 16 registers for operands
 inline constexpr int kSums = sizeof(Vec<float>) == 64 ? 16 : 8;  // half of the registers of AVX-512, or of AVX2
-inline constexpr int64_t kChain = 32;  // additions into one accumulator before it is added to a total
 
-// Lane k * kRows + r of the result is sum_j x[r * stride + j] * v[k * v_stride + j].
-template <int kRows, int kVectors, typename T>
-GC_FLATTEN Vec<acc_t<T>> dot_rows(const T* x, int64_t stride, int64_t width, const acc_t<T>* v, int64_t v_stride) {
+// What is subtracted from x: nothing, or a number per row or column.
+enum class Centre { kNone, kOfRow, kOfColumn };
+
+// Lane k * kRows + r of the result is sum_j (x[r * stride + j] - centre) * v[k * v_stride + j].
+template <int kRows, int kVectors, Centre kCentre = Centre::kNone, typename T>
+GC_FLATTEN Vec<acc_t<T>> dot_rows(const T* x, int64_t stride, int64_t width, const acc_t<T>* v, int64_t v_stride,
+                                  const acc_t<T>* centre = nullptr) {
   using L = Lanes<T>;
   using V = typename L::V;
   V total(acc_t<T>(0));
@@ -37,9 +42,14 @@ GC_FLATTEN Vec<acc_t<T>> dot_rows(const T* x, int64_t stride, int64_t width, con
                               for (int k = 0; k < kVectors; ++k) {
                                 weight[k] = L::template load_wide<partial.value>(v + k * v_stride + j, count);
                               }
+                              L centres = L::zero();
+                              if constexpr (kCentre == Centre::kOfColumn) {
+                                centres = L::template load_wide<partial.value>(centre + j, count);
+                              }
                               GC_UNROLL_SUMS
                               for (int r = 0; r < kRows; ++r) {
-                                const L row = L::template load<partial.value>(x + r * stride + j, count);
+                                L row = L::template load<partial.value>(x + r * stride + j, count);
+                                if constexpr (kCentre == Centre::kOfColumn) row = row.minus(centres);
                                 GC_UNROLL_SUMS
                                 for (int k = 0; k < kVectors; ++k) acc[k][r].add_product(row, weight[k]);
                               }
@@ -63,11 +73,12 @@ inline constexpr int kRowsTogether = std::min(kSums / Lanes<T>::kVecs, Lanes<T>:
 inline constexpr int64_t kLongRowBytes = 2048;
 inline constexpr int kLongRowsTogether = 4;
 
-// emits sum_j x[r][j] * v[j] for every row r
-template <typename T, typename Emit>
-inline void row_dot(const T* x, int64_t stride, int64_t rows, int64_t width, const acc_t<T>* v, const Emit& emit) {
+// emits sum_j (x[r][j] - centre[j]) * v[j] for every row r
+template <Centre kCentre, typename T, typename Emit>
+inline void row_dot(const T* x, int64_t stride, int64_t rows, int64_t width, const acc_t<T>* v, const acc_t<T>* centre,
+                    const Emit& emit) {
   const auto dots = [&](int64_t row, auto count) {
-    emit(row, dot_rows<count, 1>(x + row * stride, stride, width, v, 0), count);
+    emit(row, dot_rows<count, 1, kCentre>(x + row * stride, stride, width, v, 0, centre), count);
   };
   if (width * static_cast<int64_t>(sizeof(T)) < kLongRowBytes) {
     for_each_group<kRowsTogether<T>>(0, rows, dots);
@@ -77,9 +88,9 @@ inline void row_dot(const T* x, int64_t stride, int64_t rows, int64_t width, con
 }
 
 // kBlock runs of columns from x on; `last` elements in the last run.
-template <int kBlock, bool kPartial, typename T, typename Emit>
-inline void accumulate_block(const T* x, int64_t stride, int64_t rows, const acc_t<T>* coef, int64_t column, int last,
-                             const Emit& emit) {
+template <int kBlock, bool kPartial, Centre kCentre, typename T, typename Emit>
+inline void accumulate_block(const T* x, int64_t stride, int64_t rows, const acc_t<T>* coef, const acc_t<T>* centre,
+                             int64_t column, int last, const Emit& emit) {
   using L = Lanes<T>;
   using V = typename L::V;
   constexpr int kChains = kAccumulators / (kBlock * L::kVecs);
@@ -98,9 +109,15 @@ inline void accumulate_block(const T* x, int64_t stride, int64_t rows, const acc
     const auto add_row = [&](int64_t r, L(&sum)[kBlock]) {
       const V weight(coef[r]);
       const T* row = x + r * stride;
+      const auto centred = [&](const L& values) {
+        if constexpr (kCentre == Centre::kOfRow) return values.minus(L::all(centre[r]));
+        return values;
+      };
       GC_UNROLL_SUMS
-      for (int b = 0; b < kBlock - 1; ++b) sum[b].add_product(L::template load<false>(row + b * L::kWidth), weight);
-      sum[kBlock - 1].add_product(L::template load<kPartial>(row + (kBlock - 1) * L::kWidth, last), weight);
+      for (int b = 0; b < kBlock - 1; ++b) {
+        sum[b].add_product(centred(L::template load<false>(row + b * L::kWidth)), weight);
+      }
+      sum[kBlock - 1].add_product(centred(L::template load<kPartial>(row + (kBlock - 1) * L::kWidth, last)), weight);
     };
     int64_t r = begin;
     for (; r + kChains <= end; r += kChains) {
@@ -127,27 +144,27 @@ inline void accumulate_block(const T* x, int64_t stride, int64_t rows, const acc
 }
 
 // Takes as many blocks of kBlock runs as fit, then goes on with half the block.
-template <int kBlock, typename T, typename Emit>
+template <int kBlock, Centre kCentre, typename T, typename Emit>
 inline void accumulate_columns(const T* x, int64_t stride, int64_t rows, int64_t column, int64_t width,
-                               const acc_t<T>* coef, const Emit& emit) {
+                               const acc_t<T>* coef, const acc_t<T>* centre, const Emit& emit) {
   constexpr int kWidth = Lanes<T>::kWidth;
   while (column + kBlock * kWidth <= width) {
-    accumulate_block<kBlock, false>(x + column, stride, rows, coef, column, kWidth, emit);
+    accumulate_block<kBlock, false, kCentre>(x + column, stride, rows, coef, centre, column, kWidth, emit);
     column += kBlock * kWidth;
   }
   if (column + (kBlock - 1) * kWidth < width) {
     const int last = static_cast<int>(width - column - (kBlock - 1) * kWidth);
-    accumulate_block<kBlock, true>(x + column, stride, rows, coef, column, last, emit);
+    accumulate_block<kBlock, true, kCentre>(x + column, stride, rows, coef, centre, column, last, emit);
   } else if constexpr (kBlock > 1) {
-    accumulate_columns<kBlock / 2>(x, stride, rows, column, width, coef, emit);
+    accumulate_columns<kBlock / 2, kCentre>(x, stride, rows, column, width, coef, centre, emit);
   }
 }
 
-// emits sum_r coef[r] * x[r][j] for every column j
-template <typename T, typename Emit>
+// emits sum_r coef[r] * (x[r][j] - centre[r]) for every column j
+template <Centre kCentre, typename T, typename Emit>
 inline void column_accumulate(const T* x, int64_t stride, int64_t rows, int64_t width, const acc_t<T>* coef,
-                              const Emit& emit) {
-  accumulate_columns<kAccumulators / Lanes<T>::kVecs>(x, stride, rows, 0, width, coef, emit);
+                              const acc_t<T>* centre, const Emit& emit) {
+  accumulate_columns<kAccumulators / Lanes<T>::kVecs, kCentre>(x, stride, rows, 0, width, coef, centre, emit);
 }
 
 // One tile of an image in either layout.
@@ -174,9 +191,19 @@ struct Tile {
   template <typename Emit>
   void sum_over_channels(const acc_t<T>* weight, const Emit& emit) const {
     if (channels_last) {
-      row_dot(x, row_stride, pixels, channels, weight, emit);
+      row_dot<Centre::kNone>(x, row_stride, pixels, channels, weight, nullptr, emit);
     } else {
-      column_accumulate(x, row_stride, channels, pixels, weight, emit);
+      column_accumulate<Centre::kNone>(x, row_stride, channels, pixels, weight, nullptr, emit);
+    }
+  }
+
+  // emits sum_c weight[c] * (x[c, p] - centre[c]) for every pixel p of the tile
+  template <typename Emit>
+  void sum_over_channels(const acc_t<T>* weight, const acc_t<T>* centre, const Emit& emit) const {
+    if (channels_last) {
+      row_dot<Centre::kOfColumn>(x, row_stride, pixels, channels, weight, centre, emit);
+    } else {
+      column_accumulate<Centre::kOfRow>(x, row_stride, channels, pixels, weight, centre, emit);
     }
   }
 
@@ -184,9 +211,9 @@ struct Tile {
   template <typename Emit>
   void sum_over_pixels(const acc_t<T>* weight, const Emit& emit) const {
     if (channels_last) {
-      column_accumulate(x, row_stride, pixels, channels, weight, emit);
+      column_accumulate<Centre::kNone>(x, row_stride, pixels, channels, weight, nullptr, emit);
     } else {
-      row_dot(x, row_stride, channels, pixels, weight, emit);
+      row_dot<Centre::kNone>(x, row_stride, channels, pixels, weight, nullptr, emit);
     }
   }
 };

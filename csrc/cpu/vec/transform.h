@@ -3,6 +3,7 @@
 // their own type W and are fetched from memory once for all images. Everything else is in the accumulation type.
 #pragma once
 
+#include "cpu/vec/cascade.h"
 #include "cpu/vec/reduce.h"
 #include "cpu/vec/tile.h"
 
@@ -106,18 +107,36 @@ void linear(const LinearArgs<W>& args, int64_t group_begin, int64_t group_end) {
   }
 }
 
-// The columns [j, j + runs) of kRows rows of grad_weight: sum_n grad[n][row] * in[n][j]
+// Sums of kRows rows by kRuns runs of columns.
+template <typename W, int kRows, int kRuns>
+struct SumBlock {
+  Lanes<W> sums[kRows][kRuns];
+
+  explicit SumBlock(int value) {
+    GC_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      GC_UNROLL
+      for (int b = 0; b < kRuns; ++b) sums[r][b] = Lanes<W>::all(acc_t<W>(value));
+    }
+  }
+  SumBlock& operator+=(const SumBlock& other) {
+    GC_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      GC_UNROLL
+      for (int b = 0; b < kRuns; ++b) sums[r][b].add(other.sums[r][b]);
+    }
+    return *this;
+  }
+};
+
+// The columns [j, j + runs) of kRows rows of sum_n grad[n][row] * in[n][j], for the images [begin, end).
 template <int kRows, int kRuns, bool kPartial, typename W>
-inline void outer_sums(const LinearBackwardArgs<W>& args, int64_t row, int64_t j, int last) {
+GC_INLINE SumBlock<W, kRows, kRuns> outer_products(const LinearBackwardArgs<W>& args, int64_t begin, int64_t end,
+                                                   int64_t row, int64_t j, int last) {
   using L = Lanes<W>;
   using V = typename L::V;
-  L sums[kRows][kRuns];
-  GC_UNROLL
-  for (int r = 0; r < kRows; ++r) {
-    GC_UNROLL
-    for (int b = 0; b < kRuns; ++b) sums[r][b] = L::zero();
-  }
-  for (int64_t image = 0; image < args.images; ++image) {
+  SumBlock<W, kRows, kRuns> block(0);
+  for (int64_t image = begin; image < end; ++image) {
     const acc_t<W>* from = args.in + image * args.in_stride + j;
     const acc_t<W>* grad = args.grad + image * args.rows + row;
     L in[kRuns];
@@ -127,15 +146,35 @@ inline void outer_sums(const LinearBackwardArgs<W>& args, int64_t row, int64_t j
     for (int r = 0; r < kRows; ++r) {
       const V factor(grad[r]);
       GC_UNROLL
-      for (int b = 0; b < kRuns; ++b) sums[r][b].add_product(in[b], factor);
+      for (int b = 0; b < kRuns; ++b) block.sums[r][b].add_product(in[b], factor);
     }
   }
-  GC_UNROLL
-  for (int r = 0; r < kRows; ++r) {
-    W* out = args.grad_weight + (row + r) * args.columns + j;
+  return block;
+}
+
+// The columns [j, j + runs) of kRows rows of grad_weight.
+template <int kRows, int kRuns, bool kPartial, typename W>
+inline void outer_sums(const LinearBackwardArgs<W>& args, int64_t row, int64_t j, int last) {
+  using L = Lanes<W>;
+  const auto of_images = [&](int64_t begin) {
+    const int64_t end = std::min(begin + kChain, args.images);
+    return outer_products<kRows, kRuns, kPartial>(args, begin, end, row, j, last);
+  };
+  const auto store = [&](const SumBlock<W, kRows, kRuns>& block) {
     GC_UNROLL
-    for (int b = 0; b < kRuns; ++b) sums[r][b].template store<kPartial>(out + b * L::kWidth, last);
+    for (int r = 0; r < kRows; ++r) {
+      W* out = args.grad_weight + (row + r) * args.columns + j;
+      GC_UNROLL
+      for (int b = 0; b < kRuns; ++b) block.sums[r][b].template store<kPartial>(out + b * L::kWidth, last);
+    }
+  };
+  if (args.images <= kChain) {  // their sums need not leave the registers
+    store(of_images(0));
+    return;
   }
+  Cascade<SumBlock<W, kRows, kRuns>> blocks;
+  for (int64_t image = 0; image < args.images; image += kChain) blocks.add(of_images(image));
+  store(blocks.total());
 }
 
 // The columns [j, j + runs) of grad_in for kImages images, (+)= sum_row weight[row][j] * grad[n][row]
@@ -214,9 +253,9 @@ void linear_backward(const LinearBackwardArgs<W>& args, int64_t piece_begin, int
 // sum_i term(i), i the start of a run of n elements; a term's lanes past n are zero.
 template <typename A, typename Term>
 inline A sum_runs(int64_t count, const Term& term) {
-  Vec<A> sum(A(0));
-  for_each_run<Vec<A>::size()>(0, count, [&](int64_t i, int n, auto) { sum = sum + term(i, n); });
-  return lane_sum(sum);
+  Cascade<Vec<A>> sum;
+  for_each_run<Vec<A>::size()>(0, count, [&](int64_t i, int n, auto) { sum.add(term(i, n)); });
+  return lane_sum(sum.total());
 }
 
 // The first n lanes of a vector; the others become zero.
@@ -280,14 +319,17 @@ void normalize(const NormalizeArgs<A>& args, int64_t image_begin, int64_t image_
 template <typename A>
 void normalize_backward(const NormalizeBackwardArgs<A>& args) {
   using V = Vec<A>;
-  const V width(static_cast<A>(args.width));
-  for (int64_t i = 0; args.weight && i < args.width; ++i) args.grad_weight[i] = args.grad_bias[i] = 0;
+  const A width = static_cast<A>(args.width);
+  Sums<A> weight_sums(args.width), bias_sums(args.width);
+  if (args.weight) {
+    weight_sums.start(args.grad_weight);
+    bias_sums.start(args.grad_bias);
+  }
   for (int64_t image = 0; image < args.images; ++image) {
     const int64_t at = image * args.width;
     const A* normalized = args.normalized + at;
     A* grad = args.grad + at;
-    V plain_sum(A(0));
-    V normalized_sum(A(0));
+    Cascade<V> plain_sum, normalized_sum;
     for_each_run<V::size()>(0, args.width, [&](int64_t i, int n, auto) {
       const V value = V::loadu(normalized + i, n);
       const V entering = before_activation<A>(args, value, i, n);
@@ -299,18 +341,27 @@ void normalize_backward(const NormalizeBackwardArgs<A>& args) {
       (V::loadu(args.grad_bias + i, n) + before).store(args.grad_bias + i, n);
       at::vec::fmadd(before, value, V::loadu(args.grad_weight + i, n)).store(args.grad_weight + i, n);
       const V scaled = before * V::loadu(args.weight + i, n);
-      plain_sum = plain_sum + scaled;
-      normalized_sum = at::vec::fmadd(scaled, value, normalized_sum);
+      plain_sum.add(scaled);
+      normalized_sum.add(scaled * value);
       scaled.store(grad + i, n);
     });
     if (!args.weight) continue;
-    const V plain_mean = V(lane_sum(plain_sum)) / width;
-    const V normalized_mean = V(lane_sum(normalized_sum)) / width;
-    const V factor(args.inverse_deviation[image]);
+    weight_sums.added();
+    bias_sums.added();
+    const A plain_mean = lane_sum(plain_sum.total()) / width;
+    const A normalized_mean = lane_sum(normalized_sum.total()) / width;
+    // Of infinite sums the formula makes infinities here and NaN there, PyTorch's arrangement of it nearly always NaN,
+    // which is what the gradient is: the difference of two infinities.
+    const A undefined = (plain_mean - plain_mean) + (normalized_mean - normalized_mean);
+    const V factor(args.inverse_deviation[image] + undefined);
     for_each_run<V::size()>(0, args.width, [&](int64_t i, int n, auto) {
-      const V centred = V::loadu(grad + i, n) - plain_mean - V::loadu(normalized + i, n) * normalized_mean;
+      const V centred = V::loadu(grad + i, n) - V(plain_mean) - V::loadu(normalized + i, n) * V(normalized_mean);
       (centred * factor).store(grad + i, n);
     });
+  }
+  if (args.weight) {
+    weight_sums.finish();
+    bias_sums.finish();
   }
 }
 
