@@ -75,7 +75,8 @@ def _make(
 
 def original(kind: type[nn.Module]) -> type[nn.Module]:
     """The class that a made one was made of; any other is its own."""
-    return kind._gc_recipe[0] if issubclass(kind, Derived) else kind
+    recipe = getattr(kind, "_gc_recipe", None)  # not by Derived, of which a new import makes another
+    return kind if recipe is None else recipe[0]
 
 
 def _new(*recipe: Any) -> nn.Module:

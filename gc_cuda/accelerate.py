@@ -7,12 +7,14 @@ from typing import NamedTuple
 
 from torch import nn
 
-from gc_cuda import _extension, _swap
+from gc_cuda import _extension, _swap, _values
 from gc_cuda._fused import fused_forward, recipe_of
 from gc_cuda._parts import Kind, Unserved
 from gc_cuda.integrations import gcnet, mmdet, timm, torchvision
 
 _KINDS: dict[str, Kind] = {**gcnet.KINDS, **mmdet.KINDS, **timm.KINDS, **torchvision.KINDS}
+
+_PREFIX = "Accelerated"  # of the names of the classes that are made
 
 ACCELERATED = "accelerated"
 ALREADY = "accelerated before"
@@ -65,9 +67,16 @@ def accelerate(model: nn.Module) -> Report:
     training mode; only their class becomes a subclass of what it was. Copies and pickles stay accelerated
     (loading one needs gc_cuda); accelerating twice is the same as once; :func:`restore` undoes it.
 
-    A block is read anew in every call: if it is changed later into something that is not served, its own
-    forward runs. That also runs while a graph is traced (``torch.fx``, ``torch.jit.trace``), under the
-    transforms of ``torch.func``, and for inputs that the operators do not take, as on other devices.
+    A block is looked at anew in every call: if it, or a part of it, is changed later into something that is
+    not served (by a hook, pruning, an adapter, another activation …), its own forward runs, which calls its
+    parts. That also runs while a graph is traced, under the transforms of ``torch.func`` and forward-mode AD,
+    for subclasses of Tensor such as DTensor, and for inputs that the operators do not take, as on other
+    devices.
+
+    So a model traced by ``torch.jit.trace``, ``torch.fx.symbolic_trace`` or torchvision's
+    ``create_feature_extractor`` holds PyTorch's own operators and is not accelerated. To keep the blocks in
+    an FX graph, name their classes as leaves: ``create_feature_extractor(model, nodes,
+    tracer_kwargs={"leaf_modules": [type(model.get_submodule(name)) for name in report.accelerated]})``.
     ``torch.jit.script`` wants a restored model.
 
     Args:
@@ -77,9 +86,11 @@ def accelerate(model: nn.Module) -> Report:
         The blocks by name, what was done with each, and why nothing was; print it.
 
     Raises:
+        TypeError: for what is no module.
         ImportError: where the extension is missing, or lacks CUDA and the blocks are on a GPU; nothing was
             changed then, and it says what to run.
     """
+    _values.module(model, "model")
     _extension.require()
     found = list(_blocks(model))
     if any(parameter.is_cuda for _, block, _ in found for parameter in block.parameters()):
@@ -92,7 +103,12 @@ def accelerate(model: nn.Module) -> Report:
 
 
 def restore(model: nn.Module) -> None:
-    """Undo :func:`accelerate`: every block is of its own class again."""
+    """Undo :func:`accelerate`: every block is of its own class again.
+
+    Raises:
+        TypeError: for what is no module.
+    """
+    _values.module(model, "model")
     for module in model.modules():
         if _is_accelerated(module):
             module.__class__ = _swap.original(type(module))
@@ -124,12 +140,14 @@ def _accelerate(block: nn.Module, kind: Kind) -> tuple[str, str]:
         return LEFT_ALONE, str(unserved)
     except AttributeError as error:  # another version of the framework
         return LEFT_ALONE, f"it is built differently: {error}"
-    block.__class__ = _swap.derive(type(block), "Accelerated", fused_forward, (kind.read,))
+    block.__class__ = _swap.derive(type(block), _PREFIX, fused_forward, (kind.read,))
     return ACCELERATED, ""
 
 
 def _is_accelerated(module: nn.Module) -> bool:
-    return isinstance(module, _swap.Derived) and module._gc_recipe[2] is fused_forward
+    # By name: the module may have been accelerated before gc_cuda was imported anew.
+    recipe = getattr(type(module), "_gc_recipe", None)
+    return recipe is not None and recipe[1] == _PREFIX
 
 
 def _full_name(kind: type) -> str:

@@ -624,7 +624,7 @@ def test_empty_batch_is_no_error():
 
 def test_block_with_other_channels():
     with pytest.raises(
-        ValueError, match=re.escape("x must have 8 channels (in_channels of the block), got shape [2, 4,")
+        ValueError, match=re.escape("x must have 8 channels (as mask_weight and add), got shape [2, 4,")
     ):
         gc_cuda.ContextBlock(8, 1 / 2)(X)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from gc_cuda import _fused
+from gc_cuda import _fused, _values
 from gc_cuda._parts import Look, Pooling, convolution
 from gc_cuda.functional import attention_pool, broadcast_add
 
@@ -57,8 +57,9 @@ class NonLocalBlock(nn.Module):
         mode: str = "embedded_gaussian",
     ) -> None:
         super().__init__()
-        if mode not in MODES:
-            raise ValueError(f"mode must be one of {MODES}, got {mode!r}")
+        _values.count(in_channels, "in_channels")
+        _values.count(reduction, "reduction")
+        _values.one_of(mode, "mode", MODES)
         self.in_channels = in_channels
         self.inter_channels = max(in_channels // reduction, 1)
         self.sub_sample = sub_sample
@@ -129,6 +130,7 @@ class SimplifiedNonLocalBlock(nn.Module):
 
     def __init__(self, in_channels: int) -> None:
         super().__init__()
+        _values.count(in_channels, "in_channels")
         self.in_channels = in_channels
         self.conv_mask = nn.Conv2d(in_channels, 1, kernel_size=1)
         self.conv_value = nn.Conv2d(in_channels, in_channels, kernel_size=1, bias=False)

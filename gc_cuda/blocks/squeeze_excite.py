@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gc_cuda import _fused
-from gc_cuda._parts import Look, Recipe, squeeze_excite
+from gc_cuda import _fused, _values
+from gc_cuda._parts import Look, Recipe, Unserved, activation, gate, squeeze_excite
 
 
 class SEBlock(nn.Module):
@@ -25,7 +25,8 @@ class SEBlock(nn.Module):
         gate_layer: nn.Sigmoid or nn.Hardsigmoid.
 
     Raises:
-        ValueError: for another activation or gate.
+        TypeError: for a number that is no integer, or what is no class of modules.
+        ValueError: for another activation or gate, or a number below 1.
     """
 
     def __init__(
@@ -36,12 +37,25 @@ class SEBlock(nn.Module):
         gate_layer: type[nn.Module] = nn.Sigmoid,
     ) -> None:
         super().__init__()
+        _values.count(channels, "channels")
+        if hidden is not None:
+            _values.count(hidden, "hidden")
+        _values.module_class(act_layer, "act_layer")
+        _values.module_class(gate_layer, "gate_layer")
         hidden = max(channels // 16, 1) if hidden is None else hidden
         self.fc1 = nn.Conv2d(channels, hidden, kernel_size=1)
         self.act = act_layer()
         self.fc2 = nn.Conv2d(hidden, channels, kernel_size=1)
         self.gate = gate_layer()
-        _fused.recipe_of(self, _read)
+        look = Look()
+        for made, name, read, served in (
+            (self.act, "act_layer", activation, "nn.ReLU, nn.SiLU or nn.Hardswish"),
+            (self.gate, "gate_layer", gate, "nn.Sigmoid or nn.Hardsigmoid"),
+        ):
+            try:
+                read(look, made, name)
+            except Unserved:
+                raise ValueError(f"{name} must be {served}, got {type(made).__name__}") from None
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, C, H, W] -> the same shape, dtype and memory format."""
