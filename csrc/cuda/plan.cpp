@@ -24,6 +24,8 @@ constexpr int kThreadsPerMultiprocessor = 65536 / 128;
 constexpr int kLeastSplitBytes = 32;
 // A thread adds up its tiles one after the other: more of them would let rounding errors grow with their number.
 constexpr int64_t kMaxSummedTiles = 64;
+// As far as a grid has room for the splits of many images.
+constexpr int64_t kMaxSplits = 65536;
 // 32-byte segments reach half the streaming rate of an H100, 128-byte ones 93 % (design.md section 4).
 constexpr int kGoodSegment = 128;
 constexpr int kFairSegment = 64;
@@ -269,7 +271,7 @@ Plan make_plan(KernelKind kind, const Problem& p, const DeviceLimits& device, bo
     splits = std::min<int64_t>(splits, kMaxMergedSplits);
     splits = std::min(splits, std::max<int64_t>(1, p.pixels * bytes / kLeastSplitBytes));
     // By whole factors: as many blocks again and again, so that the last of them end together as before.
-    splits = std::min(splits * divide_up(divide_up(tiles, splits), kMaxSummedTiles), tiles);
+    splits = std::min({splits * divide_up(divide_up(tiles, splits), kMaxSummedTiles), tiles, kMaxSplits});
   }
   const int64_t tiles_per_split = divide_up(tiles, splits);
   splits = divide_up(tiles, tiles_per_split);

@@ -115,7 +115,8 @@ TransformPlan make_transform_backward_plan(const TransformProblem& p, const Devi
   // High slabs leave fewer partial results; lower ones where they would leave multiprocessors idle. A block's images go
   // by one after the other: many of them take two blocks to a multiprocessor, which hide each other's waiting.
   const int64_t wanted = p.images >= 2 * kSlabImages ? 2 * device.multiprocessors : device.multiprocessors / 2;
-  plan.slab_steps = kMaxSlabSteps;
+  // In float64 the highest would take more shared memory than a launch has without asking.
+  plan.slab_steps = p.type == ElementType::kDouble ? kMaxSlabSteps / 2 : kMaxSlabSteps;
   while (plan.slab_steps > 1 &&
          std::min(pieces(p.channels, hidden_sum(p)), pieces(hidden_sum(p), p.channels)) < wanted) {
     plan.slab_steps /= 2;
