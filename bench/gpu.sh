@@ -2,9 +2,11 @@
 # Everything that takes a GPU, in one go:  bench/gpu.sh OUTPUT_FOLDER [STEP…]
 #
 # Builds for the GPU at hand, runs the GPU tests, the benchmark, the four tools of compute-sanitizer, the remaining
-# tests and, at the end, the report (bench/report.py; its folder has what goes to bench/results). Fetches nothing: it
-# uses what $PYTHON (default: python3) holds, which must be torch >= 2.4 with CUDA, pytest and ninja, and an nvcc; with
-# matplotlib there are pictures, with timm and torchvision whole models. OUTPUT_FOLDER gets GPU-NAME.md, the result,
+# tests, the laboratory (bench/lab) and, at the end, the report (bench/report.py; its folder has what goes to
+# bench/results). Fetches nothing: it uses what $PYTHON (default: python3) holds, which must be torch >= 2.4 with CUDA,
+# pytest and ninja, and an nvcc; with pytest-xdist the tests run side by side, with matplotlib there are pictures, with
+# timm and torchvision whole models. BEFORE names the folder of another checkout, built for this GPU too: the step
+# `compare`, which only runs when it is named, times the kernels of both in turn. OUTPUT_FOLDER gets GPU-NAME.md, the result,
 # brought up to date after every step, GPU-NAME.log with all that was printed, and the benchmarks' own files. A step
 # that fails does not keep the others from running; the exit status is 1 if any failed. The steps are those in the list
 # below, in that order, or the ones named.
@@ -21,7 +23,8 @@ die() {
 output=$1
 shift
 steps=("$@")
-(($#)) || steps=(build environment gpu-tests bench bench-half bench-bfloat16 memcheck racecheck initcheck synccheck tests report)
+(($#)) || steps=(build environment gpu-tests counters memcheck racecheck initcheck synccheck lab bench bench-half bench-bfloat16
+  tests report)
 
 gpu=$("$python" - << 'END'
 import importlib.util
@@ -61,6 +64,23 @@ sanitizer() { # TOOL
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$tool" --tool "$1" --error-exitcode 1 "$python" bench/sanitize.py
 }
 
+# Side by side where pytest-xdist is there.
+gpu_tests() {
+  local workers=()
+  ! "$python" -c 'import xdist' 2> /dev/null || workers=(-n 16)
+  "$python" -m pytest tests -m gpu -q -rs "${workers[@]}" --ignore tests/test_gpu_counters.py
+}
+
+# The kernels of two checkouts, in turn: before, after, before, after; the second of each counts.
+compare() { # BEFORE
+  local pass
+  for pass in 1 2; do
+    PYTHONPATH=$1 "$python" "$root/bench/kernel_times.py" --output "$output/kernels-before.json" || return
+    PYTHONPATH=$root "$python" "$root/bench/kernel_times.py" --output "$output/kernels-after.json" || return
+  done
+  "$python" bench/kernel_times.py --compare "$output/kernels-before.json" "$output/kernels-after.json"
+}
+
 # The full grid, as far as it fits into a call of ten minutes; the benchmark names what it leaves out.
 latency() { # DTYPE FOLDER
   "$python" bench/latency.py --full --device cuda --dtype "$1" --seconds 0.3 --limit 540 --output "$2"
@@ -75,8 +95,15 @@ run() { # STEP
       nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm,clocks.max.mem --format=csv
       ;;
     gpu-tests) # which would all be skipped without the CUDA kernels
-      "$python" -c 'from gc_cuda import _extension as e; e.require_cuda()' && "$python" -m pytest tests -m gpu -q -rs
+      "$python" -c 'from gc_cuda import _extension as e; e.require_cuda()' && gpu_tests
       ;;
+    counters) "$python" -m pytest tests/test_gpu_counters.py -q -rs ;; # alone: it reads how much memory is free
+    lab)
+      local capability
+      capability=$("$python" -c 'import torch; print("sm_%d%d" % torch.cuda.get_device_capability())')
+      bench/lab.sh "$work/lab" "$capability" && "$work/lab" --json "$output/lab.json"
+      ;;
+    compare) compare "${BEFORE:?names the folder of the other checkout}" ;;
     bench) latency float32 "$output/latency" ;;
     bench-half) latency float16 "$output/latency-float16" ;;
     bench-bfloat16) latency bfloat16 "$output/latency-bfloat16" ;;
@@ -104,7 +131,7 @@ write_result() {
     printf '# %s\n\ncommit %s, %s\n\n' "$gpu" "$commit" "$(date -u '+%Y-%m-%d %H:%M UTC')"
     printf '| step | result | seconds | last line |\n|---|---|---|---|\n'
     cat "$work/rows"
-    for step in environment bench bench-half bench-bfloat16 report; do
+    for step in environment lab compare bench bench-half bench-bfloat16 report; do
       [[ ! -s $work/$step.out ]] || section "$step" "$work/$step.out"
     done
     for step in "${failed[@]}"; do
