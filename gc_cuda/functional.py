@@ -4,7 +4,8 @@ Shapes: x [N, C, H, W], contiguous or channels_last (other strides are copied fi
 function takes float32, float16, bfloat16 and float64; sums are kept in float32 (float64 for float64), and the
 result has x's dtype. The tensors that travel with x (logits, mask_weight, mask_bias, scale, term, those of a
 Transform) have x's dtype or that of its sums. N = 0 is allowed. Results are bitwise reproducible, whatever
-the number of threads.
+the number of threads. On the CPU the bits do not depend on where a tensor lies in memory; on CUDA the
+alignment of x alone may change them.
 
 Every function raises ValueError for a shape or device that does not fit, TypeError for a dtype that does not
 or for what is no dense tensor, and ImportError, saying what to run, where the extension is missing or lacks

@@ -1,11 +1,11 @@
-"""Two runs give identical bits, for any number of CPU threads, forward and backward."""
+"""Two runs give identical bits, for any number of CPU threads, wherever tensors lie, forward and backward."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from block_cases import CONFIGURATIONS, draw_inputs, function_of
-from evaluate import evaluate
+from evaluate import Evaluation, evaluate
 
 import gc_cuda
 
@@ -82,3 +82,77 @@ def test_block(random, threads, fusion_types, layout, device):
     for count in (1, 2, 3, 7) if device.type == "cpu" else (1, 1):
         threads(count)
         assert torch.equal(block(x), expected), f"with {count} threads"
+
+
+def moved(tensor, offset):
+    """The same values and strides, `offset` elements behind the beginning of a storage."""
+    room = torch.zeros(tensor.numel() + offset, dtype=tensor.dtype, device=tensor.device)
+    copy = room[offset:].as_strided(tensor.shape, tensor.stride(), offset)
+    return copy.copy_(tensor)
+
+
+def where_it_lies(inputs, offset, device):
+    """All tensors elsewhere; on CUDA all but x, which the docstring of gc_cuda.functional excepts."""
+    first, *others = inputs
+    return [first if device.type == "cuda" else moved(first, offset), *(moved(t, offset) for t in others)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+# The last is written past the caches.
+@pytest.mark.parametrize(
+    "size", [(2, 33, 9, 13), (3, 512, 7, 7), (1, 67, 100, 83), (2, 192, 90, 80)], ids=str
+)
+@pytest.mark.parametrize("name", CALLS)
+def test_bits_do_not_depend_on_where_tensors_lie(random, name, size, dtype, layout, device):
+    n, c, h, w = size
+
+    def draw(*shape):
+        return random(*shape, dtype=dtype, device=device)
+
+    x = random(*size, dtype=dtype, device=device, layout=layout)
+    inputs = (x, *(t.to(dtype) for t in CALLS[name](draw, n, c, h * w)))
+    grad = random(*size, dtype=dtype, device=device, layout=layout) if "broadcast" in name else draw(n, c)
+    expected = evaluate(getattr(gc_cuda, name), inputs, grad)
+    for offset in (1, 2, 3, 5, 8):
+        actual = evaluate_in_place(
+            getattr(gc_cuda, name),
+            where_it_lies(inputs, offset, device),
+            grad if device.type == "cuda" else moved(grad, offset),
+        )
+        assert_same_bits(actual, expected, ["out", "x", "second", "third"], offset)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("parameters", [torch.float32, None], ids=["float32 parameters", "parameters like x"])
+@pytest.mark.parametrize("size", [(2, 33, 9, 13), (3, 512, 7, 7)], ids=str)
+@pytest.mark.parametrize("configuration", CONFIGURATIONS[2::3], ids=str)
+def test_bits_of_the_block_do_not_depend_on_where_tensors_lie(
+    random, configuration, size, parameters, dtype, layout, device
+):
+    inputs = draw_inputs(
+        random, configuration, size, dtype=dtype, parameters=parameters, device=device, layout=layout
+    )
+    function = function_of(gc_cuda, configuration, inputs)
+    grad = random(*size, dtype=dtype, device=device, layout=layout)
+    expected = evaluate(function, inputs.values(), grad)
+    for offset in (1, 2, 3, 5, 8):
+        actual = evaluate_in_place(
+            function,
+            where_it_lies(inputs.values(), offset, device),
+            grad if device.type == "cuda" else moved(grad, offset),
+        )
+        assert_same_bits(actual, expected, ["out", *inputs], offset)
+
+
+def evaluate_in_place(function, inputs, grad):
+    """As evaluate() does, of these very tensors: a conversion would move them."""
+    leaves = [t.detach().requires_grad_() for t in inputs]
+    assert [leaf.data_ptr() for leaf in leaves] == [t.data_ptr() for t in inputs]
+    out = function(*leaves)
+    return Evaluation(out.detach(), torch.autograd.grad(out, leaves, grad, allow_unused=True))
+
+
+def assert_same_bits(actual, expected, names, offset):
+    for name, one, other in zip(names, *((e.out, *e.gradients) for e in (actual, expected))):
+        if other is not None:
+            assert torch.equal(one, other), f"{name}, tensors moved by {offset} elements"

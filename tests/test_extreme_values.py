@@ -11,7 +11,7 @@ from evaluate import evaluate
 from tolerance import assert_close_to_truth
 
 import gc_cuda
-from gc_cuda import reference
+from gc_cuda import Transform, reference
 
 INF, NAN = float("inf"), float("nan")
 # One image that fits a tile, and one that is cut into several splits.
@@ -214,6 +214,45 @@ def test_non_finite_parameter(random, name, value, device):
     inputs = draw_inputs(random, WHOLE, size, dtype=torch.float32, device=device)
     inputs[name].view(-1)[1] = value
     compare_block(WHOLE, inputs, random(*size, dtype=torch.float32, device=device))
+
+
+@pytest.mark.parametrize("activation", reference.ACTIVATIONS)
+@pytest.mark.parametrize("branch", ["add", "mul"])
+@pytest.mark.parametrize("of", ["norm_weight", "norm_bias", "w1", "w2", "b1", "b2", "x", "grad"])
+@pytest.mark.parametrize("several", [False, True], ids=["one", "several"])
+def test_layer_norm_gradients_of_infinity(random, of, several, branch, activation, layout, device):
+    """No infinity where PyTorch's layer norm has NaN on the CPU, and what is finite is so in both."""
+    size = (3, 16, 5, 6)
+    configuration = Configuration("att", (branch,))
+    inputs = draw_inputs(random, configuration, size, dtype=torch.float32, device=device, layout=layout)
+    grad = random(*size, dtype=torch.float32, device=device, layout=layout)
+    tensor = grad if of == "grad" else inputs.get(f"{branch}.{of}", inputs["x"])
+    places = [(1, 2, 3, 4), (1, 0, 2, 2)] if tensor.dim() == 4 and of in ("x", "grad") else [1, 4]
+    for k, place in enumerate(places if several else places[:1]):
+        if isinstance(place, tuple):
+            tensor[place] = INF
+        else:
+            tensor.view(-1)[place] = -INF if k else INF
+    # PyTorch's CUDA layer norm arranges the formula in another way.
+    on_cpu = {name: tensor.cpu() for name, tensor in inputs.items()}
+
+    def call(library, *tensors):
+        given = dict(zip(inputs, tensors))
+        six = Transform(*(given[f"{branch}.{name}"] for name in Transform._fields))
+        return library.global_context(
+            given["x"], given["mask_weight"], given["mask_bias"], **{branch: six}, activation=activation
+        )
+
+    ours = evaluate(lambda *tensors: call(gc_cuda, *tensors), inputs.values(), grad)
+    eager = evaluate(lambda *tensors: call(reference, *tensors), on_cpu.values(), grad.cpu())
+    for name, actual, expected in zip(inputs, ours.gradients, eager.gradients):
+        if name == "mask_bias":
+            continue
+        actual = actual.cpu()
+        assert torch.equal(actual.isfinite(), expected.isfinite()), f"grad of {name}"
+        assert not (expected.isnan() & ~actual.isnan()).any(), (
+            f"grad of {name}: an infinity in place of a NaN"
+        )
 
 
 def test_block_beyond_half_range_on_the_way(random, layout, device):

@@ -215,6 +215,12 @@ struct Lanes {
     for (int i = 0; i < kVecs; ++i) lanes.v[i] = v[i] - other.v[i];
     return lanes;
   }
+  Lanes minus(const V& other) const {
+    Lanes lanes;
+    GC_UNROLL
+    for (int i = 0; i < kVecs; ++i) lanes.v[i] = v[i] - other;
+    return lanes;
+  }
   // The first `count` lanes of `begin`, and then those of `end`.
   static GC_INLINE Lanes joined(const Lanes& begin, const Lanes& end, int count) {
     Lanes lanes;

@@ -7,8 +7,9 @@
 // Backward, with G the gradient of the context, per tile: a[s] = exp(l[s] - m) / z, dl[s] = a[s] * (G . (x[:, s] -
 // context)), then grad_mask_weight += dl * x: one read of x. What follows, grad_x, needs x no more: see grad_x.h.
 //
-// The difference from the context is taken before the product: a pixel that has all the weight is the context, and its
-// dl is an exact 0, where G . x - G . context would leave the rounding of two large numbers.
+// A pixel that has all the weight is the context, and its dl is an exact 0: see tile.h, where G . (x - context) is
+// summed. The rounding of two large numbers, G . x and G . context, would be left otherwise, times mask_weight in
+// grad_x.
 //
 // The dl of an image sum to zero but for the rounding of the context, an error of a[s] * G . (error of the context).
 // The sum shows how large it is, so it is taken out of each dl in proportion to a. In grad_mask_weight, what remains
