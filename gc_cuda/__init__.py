@@ -6,6 +6,7 @@ same in plain PyTorch. ``python -m gc_cuda`` reports the build.
 """
 
 from gc_cuda import reference
+from gc_cuda._pages import keep_pages
 from gc_cuda.accelerate import Report, accelerate, restore
 from gc_cuda.blocks import ContextBlock
 from gc_cuda.convert import convert_state_dict
@@ -36,6 +37,7 @@ __all__ = [
     "convert_state_dict",
     "global_context",
     "insert",
+    "keep_pages",
     "reference",
     "restore",
     "softmax_pool",
