@@ -1,10 +1,11 @@
 """What whole models cost in processor time with the C library's own way with memory: eager and accelerated.
 
-By default glibc gives large blocks back to the system when a tensor dies, and the next tensor's pages have to
-be found and cleared again: system time, which a benchmark of one block on memory that stays does not see. Here
-each variant runs in processes of its own, in turn, plain and accelerated; each reports user and system time of
-its calls, and of the blocks in each stage (forward pass only). The models are a backbone of mmdetection, one image
-of 800x1344, forward; and timm's seresnet50, a training step, 224x224, batch 8. One thread.
+By default glibc gives large blocks back to the system when a tensor dies, and the next tensor's pages have
+to be found and cleared again: system time, which a benchmark of one block on memory that stays does not
+see. Here the plain and the accelerated model run in processes of their own, in turn; each reports user and
+system time of its calls, and of the blocks in each stage (forward pass only). The models are a backbone of
+mmdetection, one image of 800x1344, forward; and timm's seresnet50, a training step, 224x224, batch 8. One
+thread.
 
     python bench/pages.py --output FOLDER                  15 pairs of mmdetection's backbone
     python bench/pages.py --output FOLDER --model seresnet50
@@ -152,8 +153,8 @@ def table(results: dict[str, list[dict[str, Any]]]) -> str:
         lines.append(f"| a block in {stage}, forward | {cells[0]} | {cells[1]} |")
     lines.append("")
     lines.append(
-        f"User and system time, accelerated / eager, {len(ratios)} pairs: median {statistics.median(ratios):.3f} "
-        f"({ratios[0]:.3f} to {ratios[-1]:.3f})."
+        f"User and system time, accelerated / eager, {len(ratios)} pairs: "
+        f"median {statistics.median(ratios):.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f})."
     )
     return "\n".join(lines)
 
@@ -165,9 +166,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="folder for the result file")
     parser.add_argument("--model", choices=MODELS, default="backbone")
     parser.add_argument("--pairs", type=int, default=15)
-    parser.add_argument(
-        "--calls", type=int, default=2, help="timed calls of a process, after one that is not"
-    )
+    parser.add_argument("--calls", type=int, default=2, help="timed calls of a process, after one more")
     parser.add_argument("--keep", action="store_true", help="after gc_cuda.keep_pages()")
     parser.add_argument("--worker", choices=(PLAIN, FUSED), help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -36,21 +36,23 @@ class _Mallinfo(ctypes.Structure):
 def keep_pages() -> bool:
     """Makes the C library keep the memory that tensors on the CPU free, and use it for the next ones.
 
-    By default glibc gives every block beyond 32 MiB back to the system when it is freed, and the end of its heap
-    too. The next tensor of that size lies on fresh pages, which the system has to find and clear: at c3 of a
-    detector (1x512x100x168, float32) that costs more than the arithmetic, in eager PyTorch and here. After this
-    call glibc takes all blocks from its heap (``M_MMAP_MAX`` is 0) and never shortens the heap
+    By default glibc gives every block beyond 32 MiB back to the system when it is freed, and a long free end
+    of its heap too. The next tensor of that size lies on fresh pages, which the system has to find and clear:
+    at c3 of a detector (1x512x100x168, float32) that costs more than the arithmetic, in eager PyTorch and here.
+    After this call glibc takes all blocks from its heap (``M_MMAP_MAX`` is 0) and never shortens the heap
     (``M_TRIM_THRESHOLD`` is off).
 
-    It is for the whole process, for PyTorch and every other library, from the next allocation on, and cannot be
-    taken back: call it once, at the start. What it costs is memory: the process stays as large as it was at its
-    largest, holes between blocks included, and so does each process forked from it. Blocks made before the call,
-    and those of other threads than the first, which have heaps of their own, may still be given back.
-    ``MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2147483647`` in the environment does the same without a call.
+    It is for the whole process, for PyTorch and every other library, from the next allocation on, and cannot
+    be taken back: call it once, at the start. What it costs is memory: the process stays as large as it was
+    at its largest, holes between blocks included, and so does each process forked from it. Blocks made before
+    the call, and those of other threads than the first, which have heaps of their own, may still be given
+    back. ``MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2147483647`` in the environment does the same without a
+    call.
 
     Returns:
-        Whether it took effect, which is tried with a tensor of 40 MiB that is never written to. Where it did not
-        (macOS, Windows, musl; jemalloc, tcmalloc and others in place of glibc's allocator), a warning says why.
+        Whether it took effect, which is tried with a tensor of 40 MiB that is never written to. Where it did
+        not (macOS, Windows, musl; jemalloc, tcmalloc and others in place of glibc's allocator), a warning says
+        why.
     """
     try:
         # By its name, not through the process: another allocator may have put its own functions before these.
