@@ -201,7 +201,7 @@ print(least(of_ten_clones), {{call}}, least(of_ten_clones), least(of_ten_steps))
 
 @glibc
 def test_keep_pages_keeps_what_tensors_free():
-    """Ten clones of c3 fault in their 84,000 pages (huge ones: 160) by default, and none once they are kept."""
+    """Ten clones of c3 fault in their 84,000 pages (huge ones: 160) by default, and none once kept."""
     before, took_effect, clones, steps = run(KEPT.format(call="gc_cuda.keep_pages()"))
     assert took_effect == "True"
     assert int(before) >= 160
