@@ -39,7 +39,7 @@ def keep_pages() -> bool:
     By default glibc gives every block beyond 32 MiB back to the system when it is freed, and a long free end
     of its heap too. The next tensor of that size lies on fresh pages, which the system has to find and clear:
     at c3 of a detector (1x512x100x168, float32) that costs more than the arithmetic, in eager PyTorch and
-    here. After this call glibc takes all blocks from its heap (``M_MMAP_MAX`` is 0) and never shortens the heap
+    here. After this call glibc takes all blocks from its heap (``M_MMAP_MAX`` is 0) and never shortens it
     (``M_TRIM_THRESHOLD`` is off).
 
     It is for the whole process, for PyTorch and every other library, from the next allocation on, and cannot
