@@ -180,7 +180,7 @@ def main() -> None:
         name = f"{slug(device)}-pages-{options.model}{'-kept' if options.keep else ''}.json"
         about = {
             "device": device,
-            "system": platform.release(),
+            "system": f"{platform.system()} {'.'.join(platform.release().split('.')[:2])}",
             "torch": torch.__version__,
             "gc_cuda": gc_cuda.__version__,
             "commit": commit(),
