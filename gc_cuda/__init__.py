@@ -8,6 +8,7 @@ same in plain PyTorch. ``python -m gc_cuda`` reports the build.
 __version__ = "0.1.0"
 
 from gc_cuda import _scripting, _swap, blocks, reference
+from gc_cuda._pages import keep_pages
 from gc_cuda.accelerate import Report, accelerate, restore
 from gc_cuda.blocks import ContextBlock
 from gc_cuda.convert import convert_state_dict
@@ -37,6 +38,7 @@ __all__ = [
     "convert_state_dict",
     "global_context",
     "insert",
+    "keep_pages",
     "reference",
     "restore",
     "softmax_pool",
