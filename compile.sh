@@ -132,7 +132,7 @@ check_cuda() {
   need "${test_needs[@]}" "${model_needs[@]}"
   say "testing the models of timm and torchvision"
   (cd / && "$python" -m pytest -q -c "$root/pyproject.toml" -p no:cacheprovider \
-    "$root"/tests/test_{timm,torchvision,readme}.py)
+    "$root"/tests/test_{timm,torchvision,readme,old_files,parts}.py)
 }
 
 verb=${1:-build}

@@ -3,9 +3,9 @@
     python bench/kernel_times.py --output times.json                  of the gc_cuda that Python finds
     python bench/kernel_times.py --compare before.json after.json     a table: medians, and their ratio
 
-Run it for two checkouts in turn, each with its folder first in PYTHONPATH. The times are those of the profiler, cold:
-between two steps a buffer larger than the second-level cache is filled. ``step`` is a replay of the step as a CUDA
-graph, by events, cold too.
+Run it for two checkouts in turn, each with its folder first in PYTHONPATH. The times are those of the
+profiler, cold: between two steps a buffer larger than the second-level cache is filled. ``step`` is a replay
+of the step as a CUDA graph, by events, cold too.
 """
 
 from __future__ import annotations
@@ -42,7 +42,11 @@ def step_of(size: tuple[int, ...], layout: str, dtype: torch.dtype) -> Callable[
     block = gc_cuda.ContextBlock(size[1], 1 / 16).cuda()
     for parameter in block.parameters():
         nn.init.normal_(parameter, std=0.05)
-    x = torch.randn(size, device="cuda", dtype=dtype).contiguous(memory_format=LAYOUTS[layout]).requires_grad_()
+    x = (
+        torch.randn(size, device="cuda", dtype=dtype)
+        .contiguous(memory_format=LAYOUTS[layout])
+        .requires_grad_()
+    )
     grad = torch.randn_like(x)
     inputs = [x, *block.parameters()]
     return lambda: torch.autograd.grad(block(x), inputs, grad)
@@ -101,7 +105,9 @@ def measure(repeats: int) -> dict[str, dict[str, float]]:
                 for _ in range(3):
                     step()
                 name = f"{case} {layout} {str(dtype).removeprefix('torch.')}"
-                results[name] = kernel_times(step, flush, repeats) | {"step": graph_time(step, flush, repeats)}
+                results[name] = kernel_times(step, flush, repeats) | {
+                    "step": graph_time(step, flush, repeats)
+                }
                 print(f"{name}: step {results[name]['step']:.1f} us", flush=True)
     return results
 
@@ -118,7 +124,9 @@ def table(before: dict[str, dict[str, float]], after: dict[str, dict[str, float]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--output", type=Path, metavar="JSON")
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--compare", type=Path, nargs=2, metavar=("BEFORE", "AFTER"))

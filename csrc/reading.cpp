@@ -49,8 +49,8 @@ unsigned version_of(PyTypeObject* type) {
 // after the module that holds them has been found to hold that very address, and then in all that was seen of them.
 struct Seen {
   PyObject* module;
-  unsigned version;      // of its class
-  bool is_part = false;  // calling it does nothing but its class's forward
+  unsigned version;                                          // of its class
+  bool is_part = false;                                      // calling it does nothing but its class's forward
   std::vector<std::pair<PyObject*, py::object>> attributes;  // in its own dictionary; null where there was no such key
   std::vector<std::pair<PyObject*, PyObject*>> children;     // likewise
   bool all_children = false;                                 // these are all that there are, in their order
@@ -121,9 +121,9 @@ py::object parameter(PyObject* module, PyObject* name) {
 const at::Tensor* plain(PyObject* object) {
   if (!THPVariable_CheckExact(object)) return nullptr;
   const at::Tensor& tensor = THPVariable_Unpack(object);
-  constexpr c10::DispatchKeySet kWrapped{c10::DispatchKey::Batched, c10::DispatchKey::FuncTorchBatched,
-                                         c10::DispatchKey::FuncTorchGradWrapper, c10::DispatchKey::Functionalize,
-                                         c10::DispatchKey::Python, c10::DispatchKey::NestedTensor};
+  constexpr c10::DispatchKeySet kWrapped{
+      c10::DispatchKey::Batched,       c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::FuncTorchGradWrapper,
+      c10::DispatchKey::Functionalize, c10::DispatchKey::Python,           c10::DispatchKey::NestedTensor};
   if (tensor.layout() != at::kStrided || tensor.key_set().has_any(kWrapped)) return nullptr;
   return tensor.is_cpu() || tensor.is_cuda() || tensor.is_meta() ? &tensor : nullptr;
 }

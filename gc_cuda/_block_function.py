@@ -140,7 +140,8 @@ class _WholeBlock(Function):
 
 def _weights_and_biases(add: Present, mul: Present) -> tuple[list[Tensor], list[Tensor]]:
     """Of both branches: what the backward operator reads, and b1 and b2, of which it needs the shape only."""
-    weights, biases = [], []
+    weights: list[Tensor] = []
+    biases: list[Tensor] = []
     for branch in (add, mul):
         for tensor, place in zip(branch, _PLACES[len(branch)]):
             (biases if place in (_B1, _B2) else weights).append(tensor)

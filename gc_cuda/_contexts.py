@@ -1,5 +1,7 @@
-"""Where plain PyTorch has to run in place of the operators: what records a call, or transforms it, or computes
-with more than the numbers of a tensor, often understands only PyTorch's own operators.
+"""Where plain PyTorch has to run in place of the operators.
+
+What records a call, or transforms it, or means more by a tensor than its numbers, often understands only
+PyTorch's own operators.
 """
 
 from __future__ import annotations
@@ -49,7 +51,7 @@ _STAND_INS = (
 
 
 def is_batch(tensor: Tensor) -> bool:
-    """Whether it stands for a batch, in what autograd uses for ``is_grads_batched`` (not torch.func's vmap)."""
+    """Whether it stands for a batch, by the means of ``is_grads_batched``, which is not torch.func's vmap."""
     return not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(tensor)
 
 

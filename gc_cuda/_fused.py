@@ -104,8 +104,8 @@ def _see(block: Any, read: Read, x: Any) -> tuple[bool, Groups, Any] | None:
             return None
         current = known.notes.current(x)
         if current is None:  # a class that Python gives no version: its block is read anew in every call
-            groups = recipe_of(block, read).parameters()
-            current = False, *([getattr(part, name) for part, name in group] for group in groups)
+            places = recipe_of(block, read).parameters()
+            current = False, *([getattr(part, name) for part, name in group] for group in places)
         _known[block] = known
     assert known is not None
     fits, *groups = current
@@ -154,7 +154,7 @@ def _after(
     policy: Policy,
     strict: bool,
 ) -> Any:
-    """Where the operator refused its arguments: whose fault it is in our words, or what the block does itself."""
+    """Where the operator refused its arguments: an error in our words, or what the block itself does."""
     mask, add, mul = groups
     weight, bias = mask or (None, None)
     try:
@@ -198,9 +198,7 @@ def _fitted(x: Tensor, groups: Groups, strict: bool) -> Groups | None:
         tensor.dtype != torch.float64 for tensor in (x, *odd)
     ):
         # Eager would cast both to the dtype of autocast.
-        return [
-            [t if t is None or _checks.fits(t, x) else t.to(x.dtype) for t in group] for group in groups
-        ]
+        return [[t if t is None or _checks.fits(t, x) else t.to(x.dtype) for t in group] for group in groups]
     if strict:
         raise TypeError(f"x must be {odd[0].dtype} like the block's parameters, got {x.dtype}")
     return None

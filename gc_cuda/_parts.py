@@ -252,8 +252,7 @@ def normalization(
     plain(look, module, where)
     if not _has(module, "weight") or not _has(module, "bias"):
         raise Unserved(f"{where} has no weight or no bias")
-    hidden, *ones = look.attribute(module, "normalized_shape")
-    if any(one != 1 for one in ones):
+    if any(one != 1 for one in look.attribute(module, "normalized_shape")[1:]):
         raise Unserved(f"{where} is not over the hidden units alone")
     assert isinstance(module, nn.Module)
     return module

@@ -25,7 +25,7 @@ def save(ctx: Any, tensors: Sequence[Tensor | None], biases: Sequence[Tensor | N
     ctx.versions = [_version(bias) for bias in beside]
 
 
-def saved(ctx: Any, *, values_of_biases: bool) -> tuple[list[Tensor | None], list[Tensor | None]]:
+def saved(ctx: Any, *, values_of_biases: bool) -> tuple[list[Any], list[Any]]:
     """The tensors and the biases, None for what was not there.
 
     Raises:
@@ -35,9 +35,9 @@ def saved(ctx: Any, *, values_of_biases: bool) -> tuple[list[Tensor | None], lis
     kept = [next(there) if place else None for place in ctx.places]
     if values_of_biases and [_version(bias) for bias in ctx.beside] != ctx.versions:
         raise RuntimeError(
-            "one of the variables needed for gradient computation has been modified by an inplace operation: "
-            "a bias of the global context block was changed between its forward pass and a backward pass that "
-            "has to be differentiable (create_graph=True)"
+            "one of the variables needed for gradient computation has been modified by an inplace "
+            "operation: a bias of the global context block was changed between its forward pass and a "
+            "backward pass that has to be differentiable (create_graph=True)"
         )
     return kept[: ctx.count], [*kept[ctx.count :], *ctx.beside]
 

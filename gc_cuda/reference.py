@@ -270,7 +270,8 @@ class ContextBlock(nn.Module):
         if self.conv_mask is None:
             return self.avg_pool(x)
         attention = self.softmax(self.conv_mask(x).flatten(2)).unsqueeze(-1)  # [N, 1, S, 1]
-        return torch.matmul(x.flatten(2).unsqueeze(1), attention).transpose(1, 2)  # [N, 1, C, 1] -> [N, C, 1, 1]
+        context = torch.matmul(x.flatten(2).unsqueeze(1), attention)  # [N, 1, C, 1]
+        return context.transpose(1, 2)
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, C, H, W] -> the same shape and dtype."""

@@ -180,7 +180,7 @@ def _observed(block: nn.Module) -> None:
 
 
 def _offload(part: Any) -> None:
-    """As accelerate's hooks do: a forward in the instance, which brings the weights and then runs the old one."""
+    """As accelerate's hooks do: a forward in the instance, which brings the weights and runs the old one."""
     old = part.forward
 
     def forward(*args, **kwargs):
@@ -321,7 +321,9 @@ MANIPULATIONS: dict[str, Manipulation] = {
     ),
     "adapter": _instead(nn.Conv2d, by=Adapter),
     "pruning": _on(nn.Conv2d, do=lambda part: prune.l1_unstructured(part, "weight", 0.5)),
-    "pruning of channels": _on(nn.Conv2d, do=lambda part: prune.ln_structured(part, "weight", 0.5, n=2, dim=1)),
+    "pruning of channels": _on(
+        nn.Conv2d, do=lambda part: prune.ln_structured(part, "weight", 0.5, n=2, dim=1)
+    ),
     "pruning, made permanent": _on(
         nn.Conv2d,
         do=lambda part: (prune.l1_unstructured(part, "weight", 0.5), prune.remove(part, "weight")),

@@ -7,11 +7,13 @@ their own.
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import pickle
 import subprocess
 import sys
 import types
+import weakref
 
 import pytest
 import torch
@@ -355,3 +357,87 @@ print([name for name in ("mmcv", "mmengine", "mmdet", "timm", "torchvision") if 
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_signature_of_forward_stays(random):
+    """A call by keyword, and what inspects the forward."""
+    block = ContextBlock(8, 1 / 2).double()
+    before, x = inspect.signature(block.forward), random(2, 8, 3, 4)
+    gc_cuda.accelerate(block)
+    assert inspect.signature(block.forward) == before
+    with Spy() as spy:
+        out = block(x=x)
+    assert "gc_cuda::global_context" in spy.names()
+    assert torch.equal(out, block(x))
+    with pytest.raises(TypeError, match="unexpected keyword argument 'y'"):
+        block(y=x)
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'x'"):
+        block()
+
+
+@pytest.mark.parametrize("channels", [4, 16])
+def test_an_x_of_other_channels_gets_the_error_of_the_block(random, channels):
+    net = model()
+    x = random(2, channels, 5, 5)
+    with pytest.raises(RuntimeError) as theirs:
+        net[1][0](x)
+    gc_cuda.accelerate(net)
+    with pytest.raises(RuntimeError) as ours:
+        net[1][0](x)
+    assert str(ours.value) == str(theirs.value)
+
+
+def test_what_the_operator_does_not_take_runs_as_before(random):
+    """A last convolution of one channel broadcasts in PyTorch."""
+    net = model()
+    net[1][0].channel_add_conv[3] = nn.Conv2d(4, 1, 1).double()
+    x = random(2, 3, 7, 7)
+    expected = net(x)
+    gc_cuda.accelerate(net)
+    assert torch.equal(net(x), expected)
+
+
+def test_a_traced_model_is_plain_pytorch_unless_the_blocks_are_leaves(random):
+    """As accelerate's docstring says."""
+    net, x = model().eval(), random(1, 3, 7, 7)
+    report = gc_cuda.accelerate(net)
+    blocks = {type(net.get_submodule(name)) for name in report.accelerated}
+
+    class Leaves(torch.fx.Tracer):
+        def is_leaf_module(self, module, name):
+            return type(module) in blocks or super().is_leaf_module(module, name)
+
+    for tracer, fused in ((torch.fx.Tracer(), False), (Leaves(), True)):
+        traced = torch.fx.GraphModule(net, tracer.trace(net))
+        with torch.no_grad(), Spy() as spy:
+            out = traced(x)
+        assert ("gc_cuda::global_context" in spy.names()) == fused
+        torch.testing.assert_close(out, net(x), rtol=1e-12, atol=1e-12)
+
+
+def test_one_compilation_for_blocks_of_one_kind(random):
+    """The guard of a block asks nothing that differs between two of the same shape."""
+    blocks = [awake(ContextBlock(8, 1 / 2)) for _ in range(4)]
+    for block in blocks:
+        gc_cuda.accelerate(block)
+    x, compiled = random(2, 8, 5, 5), []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph
+
+    torch.compiler.reset()
+    run = torch.compile(lambda block, x: block(x), backend=backend, fullgraph=True)
+    for block in blocks:
+        torch.testing.assert_close(run(block, x), block(x), rtol=1e-12, atol=1e-12)
+    assert len(compiled) == 1
+
+
+def test_a_block_can_die(random):
+    """What is remembered of it keeps nothing alive."""
+    block = awake(ContextBlock(8, 1 / 2))
+    gc_cuda.accelerate(block)
+    block(random(2, 8, 5, 5))
+    gone = weakref.ref(block)
+    del block
+    assert gone() is None

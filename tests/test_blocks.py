@@ -205,7 +205,9 @@ def test_parameters_of_a_dtype_that_does_not_fit(random, parameters, map_dtype):
     """Eager raises, too; under autocast, which casts there, the block runs."""
     block = randomised(gc_cuda.ContextBlock(16, 1 / 4)).to(parameters)
     x = random(2, 16, 5, 6, dtype=map_dtype)
-    with pytest.raises(TypeError, match=f"x must be {parameters} like the block's parameters, got {map_dtype}"):
+    with pytest.raises(
+        TypeError, match=f"x must be {parameters} like the block's parameters, got {map_dtype}"
+    ):
         block(x)
     if map_dtype == torch.float32:
         with torch.autocast("cpu", torch.bfloat16):

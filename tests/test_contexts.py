@@ -1,16 +1,17 @@
-"""Where only plain PyTorch serves, the operations are plain PyTorch; nobody who watches sees anything else change."""
+"""Where only plain PyTorch serves, the operations are plain PyTorch; who watches sees nothing else change."""
 
 from __future__ import annotations
 
 import copy
 import itertools
+from typing import ClassVar
 
 import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
 from block_cases import Spy
-from test_accelerate import gcnet  # noqa: F401 (a fixture: GCNet's module as if it were installed)
 from test_accelerate import ContextBlock as TheirBlock
+from test_accelerate import gcnet  # noqa: F401 (a fixture: GCNet's module as if it were installed)
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from whole_models import awake
@@ -198,7 +199,7 @@ class Tagged(Tensor):
 class Counting(Tensor):
     """Sees every function of torch that it meets."""
 
-    seen: list = []
+    seen: ClassVar[list[str]] = []
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -280,7 +281,9 @@ def test_dtensors(tmp_path, random):
             out = block(sharded)
             assert out.placements == (tensors.Shard(0),)
             torch.testing.assert_close(out.full_tensor(), expected)
-        out = gc_cuda.broadcast_add(sharded, tensors.distribute_tensor(x[:, :, 0, 0], mesh, [tensors.Shard(0)]))
+        out = gc_cuda.broadcast_add(
+            sharded, tensors.distribute_tensor(x[:, :, 0, 0], mesh, [tensors.Shard(0)])
+        )
         torch.testing.assert_close(out.full_tensor(), x + x[:, :, :1, :1])
     finally:
         torch.distributed.destroy_process_group()
@@ -288,7 +291,7 @@ def test_dtensors(tmp_path, random):
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
 def test_fully_shard_of_a_part(tmp_path, random):
-    """A wrapping policy by class or size makes a unit of a convolution: its weights are there only in its call."""
+    """A wrapping policy makes a unit of a convolution: its weights are there only while it is called."""
     fsdp = pytest.importorskip("torch.distributed.fsdp")
     if not hasattr(fsdp, "fully_shard"):
         pytest.skip("this torch has no fully_shard")
@@ -346,7 +349,7 @@ def test_modes_see_the_operator(grad, random):
 
 def test_saved_tensors_are_tensors(random):
     """Tools that draw graphs go through them."""
-    n, c, h, w = SIZE
+    n, c = SIZE[:2]
     x, scale = random(*SIZE, grad=True), random(n, c, grad=True)
     weight, bias = random(c, grad=True), random(1, grad=True)
     outs = [gc_cuda.broadcast_add(x, scale), gc_cuda.broadcast_mul(x, scale.detach())]

@@ -242,3 +242,74 @@ else:
 def test_other_installations(program):
     """A double of mmcv 1.x, whose registry is its own and which has no mmengine; and none at all."""
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+@pytest.mark.parametrize("kind", ["gc_cuda", "registry", "accelerated"])
+def test_what_mmcv_asserts_of_its_block(kind):
+    """The assertions of mmcv's own unit test of ContextBlock."""
+    import mmcv.cnn.bricks
+
+    import gc_cuda.integrations.mmcv
+
+    makers = {
+        "gc_cuda": gc_cuda.ContextBlock,
+        "registry": gc_cuda.integrations.mmcv.ContextBlock,
+        "accelerated": mmcv.cnn.bricks.ContextBlock,
+    }
+
+    def new(*args, **kwargs):
+        block = makers[kind](*args, **kwargs)
+        if kind == "accelerated":
+            assert gc_cuda.accelerate(block).accelerated
+        return block
+
+    for wrong in (
+        {"pooling_type": "unsupport_type"},
+        {"fusion_types": "unsupport_type"},
+        {"fusion_types": ("unsupport_type",)},
+    ):
+        with pytest.raises(AssertionError):
+            new(16, 1.0 / 4, **wrong)
+
+    images = torch.randn(2, 16, 20, 20)
+    block = new(16, 1.0 / 4, pooling_type="att")
+    assert block.conv_mask.in_channels == 16
+    assert block.conv_mask.out_channels == 1
+    assert block(images).shape == images.shape
+    block = new(16, 1.0 / 4, pooling_type="avg")
+    assert hasattr(block, "avg_pool")
+    assert block(images).shape == images.shape
+    for fusions in (("channel_add",), ("channel_mul",), ("channel_add", "channel_mul")):
+        block = new(16, 1.0 / 4, fusion_types=fusions)
+        assert (block.channel_add_conv is not None) == ("channel_add" in fusions)
+        assert (block.channel_mul_conv is not None) == ("channel_mul" in fusions)
+        assert block(images).shape == images.shape
+
+
+@pytest.mark.parametrize("kind", ["gc_cuda", "registry", "accelerated"])
+def test_a_hook_on_softmax_gets_the_attention(kind, random):
+    import mmcv.cnn.bricks
+
+    import gc_cuda.integrations.mmcv
+
+    theirs = mmcv.cnn.bricks.ContextBlock(16, 1 / 4).double()
+    maps = {}
+    for name, block in (
+        ("theirs", theirs),
+        (
+            "ours",
+            {
+                "gc_cuda": gc_cuda.ContextBlock(16, 1 / 4),
+                "registry": gc_cuda.integrations.mmcv.ContextBlock(16, 1 / 4),
+                "accelerated": mmcv.cnn.bricks.ContextBlock(16, 1 / 4),
+            }[kind].double(),
+        ),
+    ):
+        block.load_state_dict(theirs.state_dict(), strict=True)
+        if name == "ours" and kind == "accelerated":
+            gc_cuda.accelerate(block)
+        block.softmax.register_forward_hook(lambda module, args, out, name=name: maps.update({name: out}))
+        torch.manual_seed(0)
+        block(torch.randn(2, 16, 5, 6, dtype=torch.float64))
+    assert maps["ours"].shape == (2, 1, 30)
+    torch.testing.assert_close(maps["ours"], maps["theirs"])

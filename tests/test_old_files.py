@@ -1,4 +1,4 @@
-"""Modules that older versions of gc_cuda pickled load, run and are restored (see tests/old_files/README.md)."""
+"""Modules that gc_cuda 0.1.0 pickled load, run and are restored (see tests/old_files/README.md)."""
 
 from __future__ import annotations
 
@@ -62,4 +62,6 @@ def test_it_is_restored(old):
     assert not any(kind.__name__.startswith("Accelerated") for kind in kinds)
     torch.testing.assert_close(module(x), y, rtol=1e-5, atol=1e-5)
     assert gc_cuda.accelerate(module) is not None
-    assert [_swap.original(type(part)) for part in module.modules()] == [_swap.original(kind) for kind in kinds]
+    assert [_swap.original(type(part)) for part in module.modules()] == [
+        _swap.original(kind) for kind in kinds
+    ]

@@ -1,4 +1,4 @@
-"""A block never bypasses its parts: whatever is done to one, the block computes what it would in plain PyTorch."""
+"""A block never bypasses its parts: whatever is done to one, it computes what plain PyTorch would."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def kind(request):
 
 
 def run(block, forward, x):
-    """Two steps of training: outputs, the gradients of x and of every parameter, buffers, what hooks have seen."""
+    """Two steps of training: outputs, the gradients of x and of every parameter, what hooks have seen."""
     results = {}
     for step in range(2):
         block.zero_grad()
@@ -36,7 +36,9 @@ def run(block, forward, x):
             # the mask's bias has no effect: what is left of its gradient in PyTorch is rounding
             if parameter.grad is not None and not name.endswith(("conv_mask.bias", "conv_attn.bias")):
                 results[f"{name} {step}"] = parameter.grad.clone()
-    seen = {name: torch.tensor(module.seen) for name, module in block.named_modules() if hasattr(module, "seen")}
+    seen = {
+        name: torch.tensor(module.seen) for name, module in block.named_modules() if hasattr(module, "seen")
+    }
     return results | seen
 
 
@@ -66,7 +68,9 @@ def test_what_is_done_to_a_part_counts(kind, manipulation, random):
     actual = run(block, block, x)
     assert list(actual) == list(expected)
     for name, tensor in expected.items():
-        torch.testing.assert_close(actual[name], tensor, rtol=1e-9, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            actual[name], tensor, rtol=1e-9, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}"
+        )
     assert runs_fused(block, x) == fused
 
 
@@ -83,7 +87,9 @@ def test_what_is_done_to_all_modules_counts_while_it_lasts(kind, what, random):
         actual = run(block, block.forward, x)
         assert runs_fused(block, x) == (not applies(block, concerned))
     for name, tensor in expected.items():
-        torch.testing.assert_close(actual[name], tensor, rtol=1e-9, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            actual[name], tensor, rtol=1e-9, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}"
+        )
     assert runs_fused(block, x)
     after = run(block, block, x)
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())

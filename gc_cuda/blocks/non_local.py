@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from gc_cuda import _fused, _values
+from gc_cuda import _checks, _fused, _values
 from gc_cuda._parts import Look, Pooling, convolution
 from gc_cuda.functional import attention_pool, broadcast_add
 
@@ -142,14 +142,14 @@ class SimplifiedNonLocalBlock(nn.Module):
         parameters = _fused.parameters(self, _read, x)
         if parameters is not None:
             mask_weight, mask_bias, value = parameters
+            _checks.feature_map(x)
+            _checks.channels(x, mask_weight.shape[1], "as the parameters")
             context = attention_pool(x, mask_weight, mask_bias)
             # As a convolution, whose weight gets a gradient of its own strides.
             return broadcast_add(x, functional.conv2d(context[:, :, None, None], value))
         attention = self.conv_mask(x).flatten(2).softmax(2).transpose(1, 2)  # [N, S, 1]
         context = torch.matmul(x.flatten(2), attention)  # [N, C, 1]
         return x + self.conv_value(context.unsqueeze(-1))
-
-
 
 
 def _read(look: Look, block: Any) -> Pooling:
