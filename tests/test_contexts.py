@@ -399,3 +399,18 @@ def test_gradients_have_the_strides_of_their_parameters(module, random, recwarn)
         module(random(*SIZE)).square().sum().backward()
         for name, parameter in module.named_parameters():
             assert parameter.grad.stride() == parameter.stride(), name
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
+def test_ddp_does_not_warn_after_channels_last(tmp_path, random, recwarn):
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1
+    )
+    try:
+        for make in MODULES.values():
+            net = awake(make()).float().to(memory_format=torch.channels_last)
+            net = nn.parallel.DistributedDataParallel(net, find_unused_parameters=True)
+            net(random(*SIZE, dtype=torch.float32)).square().sum().backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    assert not [warning for warning in recwarn if "strides" in str(warning.message)]

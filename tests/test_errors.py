@@ -892,3 +892,14 @@ except ImportError as error:
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert "run ./compile.sh" in done.stdout
+
+
+@pytest.mark.parametrize("function", [gc_cuda.accelerate, gc_cuda.restore], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    ("value", "got"),
+    [(5, "int"), (None, "NoneType"), (torch.nn.ReLU, "the class ReLU"), ([torch.nn.ReLU()], "list")],
+    ids=["a number", "none", "a class", "a list"],
+)
+def test_what_is_no_model(function, value, got):
+    with pytest.raises(TypeError, match=f"model must be a torch.nn.Module, got {got}"):
+        function(value)
