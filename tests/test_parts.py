@@ -136,3 +136,29 @@ def test_asking_costs_little(random):
     finally:
         torch.set_num_threads(threads)
     assert min(ratios) <= 6, ratios
+
+
+def test_a_block_is_read_once(kind, random, monkeypatch):
+    """While nothing changes, its reader's notes hold: also for another map, another mode, new values."""
+    from gc_cuda import _fused
+
+    block = awake(kind.make())
+    looks = []
+    look = _fused._look
+    monkeypatch.setattr(_fused, "_look", lambda *args: looks.append(1) or look(*args))
+    for size in ((2, CHANNELS, 4, 3), (1, CHANNELS, 5, 5)):
+        block(random(*size)).sum().backward()
+        block.eval()
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.add_(1)
+    block.load_state_dict(block.state_dict())
+    block(random(2, CHANNELS, 4, 3))
+    assert looks == [1]
+    block.float()
+    block.double()
+    handle = next(block.children()).register_forward_hook(lambda *_: None)
+    block(random(2, CHANNELS, 4, 3))
+    handle.remove()
+    block(random(2, CHANNELS, 4, 3))
+    assert looks == [1] * 3
