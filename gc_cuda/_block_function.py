@@ -22,7 +22,6 @@ _ACTIVATION = {name: number for number, name in enumerate(reference.ACTIVATIONS)
 _GATE = {name: number for number, name in enumerate(reference.GATES)}
 # The place of each present tensor among w1, b1, norm_weight, norm_bias, w2, b2, by how many there are.
 _PLACES = {0: (), 4: (0, 1, 4, 5), 6: (0, 1, 2, 3, 4, 5)}
-_B1, _B2 = 1, 5
 
 
 class Policy(NamedTuple):
@@ -45,10 +44,16 @@ def whole_block(
     add: Present,
     mul: Present,
     policy: Policy,
+    *,
+    unwrapped: bool = False,
 ) -> Tensor:
-    """The output, or some error where an argument does not fit: :mod:`gc_cuda._checks` finds the words."""
+    """The output, or some error where an argument does not fit: :mod:`gc_cuda._checks` finds the words.
+
+    unwrapped: no tensor is a wrapper of torch.func's, not even of a transform that is over.
+    """
     if torch.is_grad_enabled():
-        out, _ = _WholeBlock.apply(x, mask_weight, mask_bias, policy, len(add), *add, *mul)
+        apply = _apply_unwrapped if unwrapped else _WholeBlock.apply
+        out, _ = apply(x, mask_weight, mask_bias, policy, len(add), *add, *mul)
     else:  # a Function of 16 arguments would take as long as the operator does on a small map
         out, *_ = torch.ops.gc_cuda.global_context.default(
             x, mask_weight, mask_bias, add, mul, policy.eps, *policy.numbers()
@@ -138,13 +143,19 @@ class _WholeBlock(Function):
         return grad_x, grad_weight, grad_bias, None, None, *given
 
 
+# Autograd's own apply. That of torch.autograd.Function first looks for wrappers of torch.func: 2 us here.
+_apply_unwrapped = super(Function, _WholeBlock).apply
+
+
 def _weights_and_biases(add: Present, mul: Present) -> tuple[list[Tensor], list[Tensor]]:
     """Of both branches: what the backward operator reads, and b1 and b2, of which it needs the shape only."""
     weights: list[Tensor] = []
     biases: list[Tensor] = []
     for branch in (add, mul):
-        for tensor, place in zip(branch, _PLACES[len(branch)]):
-            (biases if place in (_B1, _B2) else weights).append(tensor)
+        if branch:
+            w1, b1, *norm, w2, b2 = branch
+            weights += (w1, *norm, w2)
+            biases += (b1, b2)
     return weights, biases
 
 
@@ -152,11 +163,15 @@ def _joined(
     weights: Sequence[Tensor], biases: Sequence[Tensor], counts: tuple[int, int]
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The branches again."""
-    left_weights, left_biases = iter(weights), iter(biases)
-    add, mul = (
-        [next(left_biases if place in (_B1, _B2) else left_weights) for place in _PLACES[count]]
-        for count in counts
-    )
+    branches: list[list[Tensor]] = []
+    for count in counts:
+        if count == 0:
+            branches.append([])
+            continue
+        (w1, *norm, w2), weights = weights[: count - 2], weights[count - 2 :]
+        (b1, b2), biases = biases[:2], biases[2:]
+        branches.append([w1, b1, *norm, w2, b2])
+    add, mul = branches
     return add, mul
 
 

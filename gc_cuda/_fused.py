@@ -68,7 +68,8 @@ def run(block: Any, read: Read, own_forward: Callable[..., Any], x: Any, *, stri
         _checks.global_context(x, weight, bias, as_transform(add), as_transform(mul), *policy)
         return whole_block(x, weight, bias, add, mul, policy)
     try:
-        return whole_block(x, weight, bias, add, mul, policy)
+        # What fits is a plain tensor; what was made to fit may be a wrapper.
+        return whole_block(x, weight, bias, add, mul, policy, unwrapped=fits)
     except Exception as error:
         return _after(error, block, own_forward, x, groups, policy, strict)
 
