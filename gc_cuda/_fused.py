@@ -50,17 +50,18 @@ def run(block: Any, read: Read, own_forward: Callable[..., Any], x: Any, *, stri
         if strict:
             _checks.feature_map(x)
         return own_forward(block, x)
+    given = x
     if torch._C._is_any_autocast_enabled():
         x = _as_autocast_promotes(x)
     compiled = torch.compiler.is_compiling()
     seen = (_see_compiled if compiled else _see)(block, read, x)
     if seen is None:
-        return own_forward(block, x)
+        return own_forward(block, given)
     fits, groups, policy = seen
     if not fits:
         fitting = _fitted(x, groups, strict)
         if fitting is None:
-            return own_forward(block, x)
+            return own_forward(block, given)
         groups = fitting
     mask, add, mul = groups
     weight, bias = mask or (None, None)
@@ -71,7 +72,8 @@ def run(block: Any, read: Read, own_forward: Callable[..., Any], x: Any, *, stri
         # What fits is a plain tensor; what was made to fit may be a wrapper.
         return whole_block(x, weight, bias, add, mul, policy, unwrapped=fits)
     except Exception as error:
-        return _after(error, block, own_forward, x, groups, policy, strict)
+        _explain_or_leave(error, strict, x, weight, bias, as_transform(add), as_transform(mul), *policy)
+        return own_forward(block, given)
 
 
 def parameters(block: Any, read: Read, x: Any) -> list[Any] | None:
@@ -101,7 +103,7 @@ def _see(block: Any, read: Read, x: Any) -> tuple[bool, Groups, Any] | None:
         _known.pop(block, None)
         try:
             known = _look(block, read)
-        except Unserved:
+        except (Unserved, AttributeError):  # the latter: a part without what such a part has
             return None
         current = known.notes.current(x)
         if current is None:  # a class that Python gives no version: its block is read anew in every call
@@ -134,7 +136,7 @@ def _see_compiled(block: Any, read: Read, x: Any) -> tuple[bool, Groups, Any] | 
     try:
         look.nothing_on_all_modules()
         recipe = read(look, block)
-    except Unserved:
+    except (Unserved, AttributeError):
         return None
     groups = [[getattr(part, name) for part, name in names] for names in recipe.parameters()]
     return False, groups, _policy(recipe)
@@ -146,24 +148,17 @@ def _policy(recipe: Recipe | Pooling) -> Policy | None:
     return Policy("avg" if recipe.mask is None else "att", recipe.activation, recipe.gate, recipe.eps)
 
 
-def _after(
-    error: Exception,
-    block: Any,
-    own_forward: Callable[..., Any],
-    x: Tensor,
-    groups: Groups,
-    policy: Policy,
-    strict: bool,
-) -> Any:
-    """Where the operator refused its arguments: an error in our words, or what the block itself does."""
-    mask, add, mul = groups
-    weight, bias = mask or (None, None)
+def _explain_or_leave(error: Exception, strict: bool, *arguments: Any) -> None:
+    """After an error of the operator: raise it, or in our words what is wrong with the arguments.
+
+    Returns where it is the arguments' fault and the block's own forward is to say so, or to compute it.
+    """
     try:
-        explain(x, weight, bias, as_transform(add), as_transform(mul), *policy)
+        explain(*arguments)
     except (ValueError, TypeError):
         if strict:
             raise
-        return own_forward(block, x)
+        return
     raise error
 
 

@@ -441,3 +441,25 @@ def test_a_block_can_die(random):
     gone = weakref.ref(block)
     del block
     assert gone() is None
+
+
+def test_the_own_forward_gets_the_x_that_was_given(random):
+    """Under autocast to the other half type, where the fused form takes x in float32."""
+    net = model().float()
+    net[1][0].conv_mask.register_forward_hook(lambda *_: None)
+    block, twin = net[1][0], copy.deepcopy(net[1][0])
+    block.__class__ = gc_cuda._swap.derive(
+        ContextBlock, "Accelerated", gc_cuda._fused.fused_forward, (gc_cuda.integrations.gcnet._read,)
+    )
+    x = random(2, 8, 5, 5, dtype=torch.float16)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(block(x), twin(x))
+
+
+def test_a_part_that_lost_what_such_a_part_has(random):
+    """The block's own forward runs, and says what it says."""
+    net = model()
+    gc_cuda.accelerate(net)
+    del net[1][0].softmax
+    with pytest.raises(AttributeError, match="softmax"):
+        net(random(2, 3, 7, 7))
