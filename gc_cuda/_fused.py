@@ -9,10 +9,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from gc_cuda import _checks, _extension
+from gc_cuda import _checks, _extension, _parts
 from gc_cuda._block_function import Policy, as_transform, whole_block
 from gc_cuda._contexts import is_batch, is_foreign, plain_pytorch_wanted
-from gc_cuda._parts import Look, Pooling, Recipe, Unserved
+from gc_cuda._parts import Look, Pooling, Recipe
 from gc_cuda._swap import Forward
 from gc_cuda.functional import explain
 
@@ -89,7 +89,7 @@ def parameters(block: Any, read: Read, x: Any) -> list[Any] | None:
 
 def recipe_of(block: Any, read: Read) -> Recipe:
     """What the block computes; raises Unserved where that is not what its parts compute."""
-    return read(Look(), block)
+    return read(_parts.Look(), block)
 
 
 def _see(block: Any, read: Read, x: Any) -> tuple[bool, Groups, Any] | None:
@@ -103,7 +103,7 @@ def _see(block: Any, read: Read, x: Any) -> tuple[bool, Groups, Any] | None:
         _known.pop(block, None)
         try:
             known = _look(block, read)
-        except (Unserved, AttributeError):  # the latter: a part without what such a part has
+        except (_parts.Unserved, AttributeError):  # the latter: a part without what such a part has
             return None
         current = known.notes.current(x)
         if current is None:  # a class that Python gives no version: its block is read anew in every call
@@ -121,7 +121,7 @@ def _look(block: Any, read: Read) -> _Known:
     from gc_cuda._C import Reading
 
     notes = Reading()
-    look = Look(notes)
+    look = _parts.Look(notes)
     look.nothing_on_all_modules()
     recipe = read(look, block)
     for group, names in enumerate(recipe.parameters()):
@@ -132,18 +132,18 @@ def _look(block: Any, read: Read) -> _Known:
 
 def _see_compiled(block: Any, read: Read, x: Any) -> tuple[bool, Groups, Any] | None:
     """The same while torch.compile traces: it guards what the reader looks at."""
-    look = Look()
+    look = _parts.Look()
     try:
         look.nothing_on_all_modules()
         recipe = read(look, block)
-    except (Unserved, AttributeError):
+    except (_parts.Unserved, AttributeError):
         return None
     groups = [[getattr(part, name) for part, name in names] for names in recipe.parameters()]
     return False, groups, _policy(recipe)
 
 
 def _policy(recipe: Recipe | Pooling) -> Policy | None:
-    if isinstance(recipe, Pooling):
+    if isinstance(recipe, _parts.Pooling):
         return None
     return Policy("avg" if recipe.mask is None else "att", recipe.activation, recipe.gate, recipe.eps)
 

@@ -184,7 +184,7 @@ def test_a_peer_that_fails_is_missing_and_the_rest_is_timed(latency, tmp_path, c
         raise RuntimeError("no C++ compiler found\nand a long story")
 
     monkeypatch.setattr("torch.compile", unavailable)
-    monkeypatch.setattr(gc_cuda.reference, "softmax_pool", unavailable)
+    monkeypatch.setattr(gc_cuda.reference.ContextBlock, "spatial_pool", unavailable)
     monkeypatch.setattr(
         "peers.truth", lambda problem: [r.detach() for r in latency.peers(problem, False)[0]["gc_cuda"]()]
     )
