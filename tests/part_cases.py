@@ -195,6 +195,7 @@ def _gradient_of_each_sample(block: nn.Module) -> None:
     def backward(module, grad_in, grad_out):
         module.seen.append(grad_out[0].flatten(1).norm(dim=1).sum().item())
 
+    block.apply(not_in_place)
     for _, _, part in parts(block, nn.Conv2d):
         part.seen = []
         part.register_forward_hook(lambda module, args, out: module.seen.append(args[0].sum().item()))

@@ -88,7 +88,8 @@ def test_what_is_done_to_all_modules_counts_while_it_lasts(kind, what, random):
         # The hooks of the block itself run with ours: call both by their forwards.
         expected = run(twin, lambda leaf: kind.eager(twin, leaf), x)
         actual = run(block, block.forward, x)
-        assert runs_fused(block, x) == (not applies(block, concerned))
+        # A subclass with a forward of its own, as timm's LayerNorm2d, is not concerned.
+        assert runs_fused(block, x) == all(type(part) is not concerned for part in block.modules())
     for name, tensor in expected.items():
         torch.testing.assert_close(
             actual[name], tensor, rtol=1e-9, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}"
