@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from gc_cuda import _checks, _extension, _parts
 from gc_cuda._block_function import Policy, as_transform, whole_block
 from gc_cuda._contexts import is_batch, is_foreign, plain_pytorch_wanted
-from gc_cuda._parts import Look, Pooling, Recipe
+from gc_cuda._parts import Look, Recipe, Weights
 from gc_cuda._swap import Forward
 from gc_cuda.functional import explain
 
-Read = Callable[[Look, Any], Any]  # a Recipe or a Pooling
+Read = Callable[[Look, Any], Any]  # a Recipe, or Weights
 Groups = Sequence[Sequence[Any]]  # the parameters of the mask, of add and of mul
 
 
@@ -24,7 +24,7 @@ class _Known(NamedTuple):
     """What is known of a block after its reader has seen it."""
 
     notes: Any  # a gc_cuda._C.Reading
-    policy: Policy | None  # None of a Pooling
+    policy: Policy | None  # None of Weights
 
 
 _known: MutableMapping[nn.Module, _Known] = WeakKeyDictionary()
@@ -142,8 +142,8 @@ def _see_compiled(block: Any, read: Read, x: Any) -> tuple[bool, Groups, Any] | 
     return False, groups, _policy(recipe)
 
 
-def _policy(recipe: Recipe | Pooling) -> Policy | None:
-    if isinstance(recipe, _parts.Pooling):
+def _policy(recipe: Recipe | Weights) -> Policy | None:
+    if isinstance(recipe, _parts.Weights):
         return None
     return Policy("avg" if recipe.mask is None else "att", recipe.activation, recipe.gate, recipe.eps)
 

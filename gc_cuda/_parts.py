@@ -60,15 +60,14 @@ def _names(branch: Branch | None) -> Names:
     return tuple((part, name) for part in parts if part is not None for name in ("weight", "bias"))
 
 
-class Pooling(NamedTuple):
-    """A block of attention pooling and one product."""
+class Weights(NamedTuple):
+    """Of a block that is no Recipe: the parameters that it computes with."""
 
-    mask: nn.Module
-    value: nn.Module
+    places: Names
 
     def parameters(self) -> tuple[Names, Names, Names]:
         """As those of a Recipe."""
-        return ((self.mask, "weight"), (self.mask, "bias")), ((self.value, "weight"),), ()
+        return self.places, (), ()
 
 
 class Kind(NamedTuple):

@@ -34,6 +34,15 @@ def _squeeze_excite(block: Any, x: Tensor) -> Tensor:
     return x * block.gate(block.fc2(block.act(block.fc1(x.mean((2, 3), keepdim=True)))))
 
 
+def concatenation(block: Any, x: Tensor) -> Tensor:
+    """The forward of a NonLocalBlock of that mode."""
+    g, phi, theta = (part(x).flatten(2) for part in (block.g, block.phi, block.theta))
+    n, p, s = theta.shape
+    pairs = torch.cat([theta[..., None].expand(n, p, s, s), phi[:, :, None].expand(n, p, s, s)], dim=1)
+    weights = torch.relu(block.concat_project(pairs)).squeeze(1) / s
+    return x + block.conv_out(torch.einsum("nps,nts->npt", g, weights).unflatten(2, x.shape[2:]))
+
+
 def _registered() -> nn.Module:
     pytest.importorskip("mmcv")
     from gc_cuda.integrations.mmcv import ContextBlock

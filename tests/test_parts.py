@@ -8,7 +8,7 @@ import timeit
 import pytest
 import torch
 from block_cases import Spy
-from part_cases import BLOCKS, CHANNELS, EVERYWHERE, MANIPULATIONS, not_in_place
+from part_cases import BLOCKS, CHANNELS, EVERYWHERE, MANIPULATIONS, concatenation, not_in_place
 from torch import nn
 from whole_models import awake
 
@@ -75,6 +75,39 @@ def test_what_is_done_to_a_part_counts(kind, manipulation, random):
             actual[name], tensor, rtol=1e-9, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}"
         )
     assert runs_fused(block, x) == fused
+
+
+@pytest.mark.parametrize(
+    "manipulation", [*(name for name, (_, _, kinds) in MANIPULATIONS.items() if nn.Conv2d in kinds), "bias"]
+)
+def test_what_is_done_to_the_projection_of_a_non_local_block_counts(manipulation, random):
+    """Its weight is read, too, so that a tensor of 2P x S x S is not made."""
+    block, x = awake(gc_cuda.blocks.NonLocalBlock(CHANNELS, mode="concatenation")), random(2, CHANNELS, 4, 3)
+    twin = copy.deepcopy(block)
+    with torch.no_grad():
+        torch.testing.assert_close(block(x), concatenation(block, x), rtol=1e-9, atol=1e-11)
+    for one in (block, twin):
+        torch.manual_seed(0)
+        if manipulation == "bias":
+            one.concat_project.conv.bias = nn.Parameter(torch.randn(1))
+        else:
+            MANIPULATIONS[manipulation].do(one)
+        one.double()
+    expected = run(twin, lambda leaf: concatenation(twin, leaf), x)
+    actual = run(block, block, x)
+    assert list(actual) == list(expected)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(
+            actual[name], tensor, rtol=1e-9, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def test_a_bias_that_a_simplified_block_gets_later_counts(random):
+    block, x = awake(gc_cuda.blocks.SimplifiedNonLocalBlock(CHANNELS)), random(2, CHANNELS, 4, 3)
+    block(x)
+    block.conv_value.bias = nn.Parameter(random(CHANNELS))
+    torch.testing.assert_close(block(x), BLOCKS["simplified"].eager(block, x), rtol=1e-9, atol=1e-11)
+    assert runs_fused(block, x)
 
 
 @pytest.mark.parametrize("what", EVERYWHERE)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gc_cuda import _checks, _fused, _values
-from gc_cuda._parts import Look, Pooling, convolution
+from gc_cuda._parts import Look, Unserved, Weights, convolution, plain
 from gc_cuda.functional import attention_pool, broadcast_add
 
 MODES = ("gaussian", "embedded_gaussian", "dot_product", "concatenation")
@@ -102,19 +102,42 @@ class NonLocalBlock(nn.Module):
         if self.mode == "dot_product":
             return torch.matmul(torch.matmul(g, phi.transpose(1, 2)), theta) / phi.shape[2]
         if self.mode == "concatenation":
-            # w . [theta, phi] is a sum of two products, so that the 2P x S x S tensor is never made
-            weight = self.concat_project.conv.weight.flatten()  # type: ignore[union-attr, operator]
-            of_theta, of_phi = (
-                torch.einsum("nps,p->ns", part, w.to(part.dtype))
-                for part, w in zip((theta, phi), weight.chunk(2))
-            )
-            weights = functional.relu(of_theta[:, :, None] + of_phi[:, None, :]) / phi.shape[2]  # [N, S, S']
+            weights = functional.relu(self._project(theta, phi)) / phi.shape[2]  # [N, S, S']
             return torch.matmul(g, weights.transpose(1, 2))
         scaled = self.mode == "embedded_gaussian" and self.use_scale
         query, key, value = (tensor.transpose(1, 2).unsqueeze(1) for tensor in (theta, phi, g))
         scale = None if scaled else 1.0  # None: 1 / sqrt(P)
         y = functional.scaled_dot_product_attention(query, key, value, scale=scale)
         return y.squeeze(1).transpose(1, 2)
+
+    def _project(self, theta: Tensor, phi: Tensor) -> Tensor:
+        """w . [theta, phi]: [N, S, S']."""
+        parameters = _fused.parameters(self, _read_projection, theta)
+        if parameters is None:
+            n, p, s = theta.shape
+            pairs = [
+                theta[:, :, :, None].expand(n, p, s, phi.shape[2]),
+                phi[:, :, None].expand(n, p, s, phi.shape[2]),
+            ]
+            return self.concat_project(torch.cat(pairs, dim=1)).squeeze(1)
+        # It is a sum of two products, so that the 2P x S x S' tensor is never made.
+        weight, bias = parameters
+        of_theta, of_phi = (
+            torch.einsum("nps,p->ns", part, w.to(part.dtype))
+            for part, w in zip((theta, phi), weight.flatten().chunk(2))
+        )
+        projected = of_theta[:, :, None] + of_phi[:, None, :]
+        return projected if bias is None else projected + bias.to(projected.dtype)
+
+
+def _read_projection(look: Look, block: Any) -> Weights:
+    project = look.child(block, "concat_project")
+    plain(look, project, "concat_project", nn.Sequential)
+    parts = look.children(project)
+    if len(parts) != 1:
+        raise Unserved("concat_project is more than a convolution")
+    conv = convolution(look, parts[0], "concat_project.conv", bias=False)
+    return Weights(((conv, "weight"), (conv, "bias")))
 
 
 class SimplifiedNonLocalBlock(nn.Module):
@@ -141,19 +164,18 @@ class SimplifiedNonLocalBlock(nn.Module):
         """[N, C, H, W] -> the same shape, dtype and memory format."""
         parameters = _fused.parameters(self, _read, x)
         if parameters is not None:
-            mask_weight, mask_bias, value = parameters
+            mask_weight, mask_bias, value, bias = parameters
             _checks.feature_map(x)
             _checks.channels(x, mask_weight.shape[1], "as the parameters")
             context = attention_pool(x, mask_weight, mask_bias)
             # As a convolution, whose weight gets a gradient of its own strides.
-            return broadcast_add(x, functional.conv2d(context[:, :, None, None], value))
+            return broadcast_add(x, functional.conv2d(context[:, :, None, None], value, bias))
         attention = self.conv_mask(x).flatten(2).softmax(2).transpose(1, 2)  # [N, S, 1]
         context = torch.matmul(x.flatten(2), attention)  # [N, C, 1]
         return x + self.conv_value(context.unsqueeze(-1))
 
 
-def _read(look: Look, block: Any) -> Pooling:
-    return Pooling(
-        convolution(look, look.child(block, "conv_mask"), "conv_mask", bias=False),
-        convolution(look, look.child(block, "conv_value"), "conv_value", bias=False),
-    )
+def _read(look: Look, block: Any) -> Weights:
+    mask = convolution(look, look.child(block, "conv_mask"), "conv_mask", bias=False)
+    value = convolution(look, look.child(block, "conv_value"), "conv_value", bias=False)
+    return Weights(((mask, "weight"), (mask, "bias"), (value, "weight"), (value, "bias")))
