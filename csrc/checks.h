@@ -11,11 +11,19 @@ namespace gc {
 
 inline at::ScalarType accumulation_type(at::ScalarType type) { return type == at::kDouble ? at::kDouble : at::kFloat; }
 
+inline bool is_served(at::ScalarType type) {
+  return type == at::kFloat || type == at::kDouble || type == at::kHalf || type == at::kBFloat16;
+}
+
+// Whether a tensor's type may travel with x: x's own, or that of its sums.
+inline bool type_fits(const at::Tensor& tensor, const at::Tensor& x) {
+  return tensor.scalar_type() == x.scalar_type() || tensor.scalar_type() == accumulation_type(x.scalar_type());
+}
+
 inline void check_feature_map(const at::Tensor& x, const char* name) {
   TORCH_CHECK(x.dim() == 4, name, " must have shape [N, C, H, W], got ", x.sizes());
   const auto type = x.scalar_type();
-  TORCH_CHECK_TYPE(type == at::kFloat || type == at::kDouble || type == at::kHalf || type == at::kBFloat16, name,
-                   " must be float32, float16, bfloat16 or float64, got ", type);
+  TORCH_CHECK_TYPE(is_served(type), name, " must be float32, float16, bfloat16 or float64, got ", type);
   TORCH_CHECK(x.size(1) > 0 && x.size(2) > 0 && x.size(3) > 0, name,
               " must have at least one channel and one pixel, got shape ", x.sizes());
 }
@@ -23,9 +31,8 @@ inline void check_feature_map(const at::Tensor& x, const char* name) {
 // A tensor that travels with x: same device, `count` elements, x's type or its accumulation type.
 inline void check_companion(const at::Tensor& tensor, const char* name, const at::Tensor& x, int64_t count) {
   TORCH_CHECK(tensor.device() == x.device(), name, " must be on ", x.device(), " like x, got ", tensor.device());
-  TORCH_CHECK_TYPE(
-      tensor.scalar_type() == x.scalar_type() || tensor.scalar_type() == accumulation_type(x.scalar_type()), name,
-      " must be ", x.scalar_type(), " like x, or ", accumulation_type(x.scalar_type()), ", got ", tensor.scalar_type());
+  TORCH_CHECK_TYPE(type_fits(tensor, x), name, " must be ", x.scalar_type(), " like x, or ",
+                   accumulation_type(x.scalar_type()), ", got ", tensor.scalar_type());
   TORCH_CHECK(tensor.numel() == count, name, " must have ", count, " elements, got shape ", tensor.sizes());
 }
 

@@ -128,16 +128,11 @@ const at::Tensor* plain(PyObject* object) {
   return tensor.is_cpu() || tensor.is_cuda() || tensor.is_meta() ? &tensor : nullptr;
 }
 
-bool is_served(at::ScalarType type) {
-  return type == at::kFloat || type == at::kHalf || type == at::kBFloat16 || type == at::kDouble;
-}
-
 // Whether the operators take it for a parameter beside x.
 bool fits(PyObject* object, const at::Tensor& x) {
   if (object == Py_None) return true;
   const at::Tensor* const tensor = plain(object);
-  return tensor != nullptr && tensor->device() == x.device() &&
-         (tensor->scalar_type() == x.scalar_type() || tensor->scalar_type() == accumulation_type(x.scalar_type()));
+  return tensor != nullptr && tensor->device() == x.device() && type_fits(*tensor, x);
 }
 
 class Reading {

@@ -37,6 +37,16 @@ class Policy(NamedTuple):
         return _ACTIVATION[self.activation], _GATE[self.gate]
 
 
+class _Kept(NamedTuple):
+    """What the backward pass has of the forward pass."""
+
+    x: Tensor | None
+    mask_weight: Tensor | None
+    add: Present
+    mul: Present
+    results: Sequence[Tensor]  # logits, state, normalized, inverse_deviation, scale
+
+
 def whole_block(
     x: Tensor,
     mask_weight: Tensor | None,
@@ -129,12 +139,10 @@ class _WholeBlock(Function):
         grad_bias = None if mask_bias is None else torch.zeros_like(mask_bias)
         gradients: list[Tensor | None] = [None] * 14
         if not ctx.only_bias:
-            x, mask_weight, *weights = tensors
-            rest = weights[-5:]
-            add, mul = _joined(weights[:-5], biases, ctx.counts)
             if grad is not None:
-                compute = _differentiable if differentiable else _fused
-                gradients = compute(ctx, grad, x, mask_weight, add, mul, rest)
+                x, mask_weight, *weights = tensors
+                kept = _Kept(x, mask_weight, *_joined(weights[:-5], biases, ctx.counts), weights[-5:])
+                gradients = (_differentiable if differentiable else _fused)(ctx, grad, kept)
             if grad_state is not None and not torch.compiler.is_compiling():
                 _add_share_of_context(ctx, gradients, grad_state)
         grad_x, grad_weight, *grad_branches = gradients
@@ -143,7 +151,7 @@ class _WholeBlock(Function):
         return grad_x, grad_weight, grad_bias, None, None, *given
 
 
-# Autograd's own apply. That of torch.autograd.Function first looks for wrappers of torch.func: 2 us here.
+# Autograd's own apply; that of torch.autograd.Function first looks for wrappers of torch.func among the inputs.
 _apply_unwrapped = super(Function, _WholeBlock).apply
 
 
@@ -186,34 +194,20 @@ def _needed(ctx: Any) -> list[bool]:
     return needed
 
 
-def _fused(
-    ctx: Any,
-    grad: Tensor,
-    x: Tensor | None,
-    mask_weight: Tensor | None,
-    add: Present,
-    mul: Present,
-    rest: Sequence[Tensor],
-) -> list[Tensor | None]:
+def _fused(ctx: Any, grad: Tensor, kept: _Kept) -> list[Tensor | None]:
     needed = _needed(ctx)
+    *inputs, results = kept
     gradients = torch.ops.gc_cuda.global_context_backward.default(
-        grad, x, mask_weight, add, mul, *rest, *ctx.policy.numbers(), needed
+        grad, *inputs, *results, *ctx.policy.numbers(), needed
     )
     return [gradient if wanted else None for gradient, wanted in zip(gradients, needed)]
 
 
-def _differentiable(
-    ctx: Any,
-    grad: Tensor,
-    x: Tensor | None,
-    mask_weight: Tensor | None,
-    add: Present,
-    mul: Present,
-    rest: Sequence[Tensor],
-) -> list[Tensor | None]:
+def _differentiable(ctx: Any, grad: Tensor, kept: _Kept) -> list[Tensor | None]:
     """The same by plain PyTorch, so that it can be differentiated again."""
+    x, mask_weight, add, mul, (_, state, *_) = kept
     if x is None:
-        return _differentiable_without_x(ctx, grad, rest[1], add)
+        return _differentiable_without_x(ctx, grad, state, add)
 
     def definition(x: Tensor, mask_weight: Tensor | None, *branches: Tensor) -> Tensor:
         return reference.global_context(

@@ -275,6 +275,19 @@ def context_transform(look: Look, transform: Any, where: str) -> Branch | None:
     )
 
 
+def context_block(look: Look, block: Any, *, attends: bool) -> Recipe:
+    """The recipe of a block that has GCNet's parts: with attention pooling, or the mean of the pixels."""
+    mask = None
+    if attends:
+        mask = convolution(look, look.child(block, "conv_mask"), "conv_mask", bias=False)
+        softmax(look, look.child(block, "softmax"), "softmax", dim=2)
+    else:
+        mean_over_pixels(look, look.child(block, "avg_pool"), "avg_pool")
+    add = context_transform(look, look.child(block, "channel_add_conv"), "channel_add_conv")
+    mul = context_transform(look, look.child(block, "channel_mul_conv"), "channel_mul_conv")
+    return Recipe(mask, add, mul, eps=one_eps(look, add, mul))
+
+
 def squeeze_excite(look: Look, block: Any, first: str, act: str, last: str, gating: str) -> Recipe:
     """The recipe of a block that has these parts under these names, and averages over the pixels."""
     branch = Branch(

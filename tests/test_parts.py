@@ -155,7 +155,7 @@ def test_channels_cut_out_of_the_parameters(kind, random):
 
 
 def test_asking_costs_little(random):
-    """A block without gradients on a small map, against an addition in the same run; measured: 4.2 to 4.6."""
+    """A block without gradients on a small map, against an addition in the same run: 4.2 on an AMD EPYC."""
     block = gc_cuda.ContextBlock(64, 1 / 4)
     x = random(1, 64, 7, 7, dtype=torch.float32)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gc_cuda import _fused, reference
 from gc_cuda._contexts import node_of
-from gc_cuda._parts import Look, Recipe, context_transform, convolution, mean_over_pixels, one_eps, softmax
+from gc_cuda._parts import Look, Recipe, context_block
 
 
 class ContextBlock(reference.ContextBlock):
@@ -49,12 +49,4 @@ class ContextBlock(reference.ContextBlock):
 
 
 def _read(look: Look, block: Any) -> Recipe:
-    mask = look.child(block, "conv_mask")
-    if mask is not None:
-        mask = convolution(look, mask, "conv_mask", bias=False)
-        softmax(look, look.child(block, "softmax"), "softmax", dim=2)
-    else:
-        mean_over_pixels(look, look.child(block, "avg_pool"), "avg_pool")
-    add = context_transform(look, look.child(block, "channel_add_conv"), "channel_add_conv")
-    mul = context_transform(look, look.child(block, "channel_mul_conv"), "channel_mul_conv")
-    return Recipe(mask, add, mul, eps=one_eps(look, add, mul))
+    return context_block(look, block, attends=look.child(block, "conv_mask") is not None)

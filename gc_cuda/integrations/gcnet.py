@@ -4,28 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from gc_cuda._parts import (
-    Kind,
-    Look,
-    Recipe,
-    context_transform,
-    convolution,
-    mean_over_pixels,
-    one_eps,
-    softmax,
-)
+from gc_cuda._parts import Kind, Look, Recipe, context_block
 
 
 def _read(look: Look, block: Any) -> Recipe:
-    mask = None
-    if look.attribute(block, "pooling_type") == "att":
-        mask = convolution(look, look.child(block, "conv_mask"), "conv_mask", bias=False)
-        softmax(look, look.child(block, "softmax"), "softmax", dim=2)
-    else:
-        mean_over_pixels(look, look.child(block, "avg_pool"), "avg_pool")
-    add = context_transform(look, look.child(block, "channel_add_conv"), "channel_add_conv")
-    mul = context_transform(look, look.child(block, "channel_mul_conv"), "channel_mul_conv")
-    return Recipe(mask, add, mul, eps=one_eps(look, add, mul))
+    return context_block(look, block, attends=look.attribute(block, "pooling_type") == "att")
 
 
 _CONTEXT_BLOCK = Kind(_read, ("forward", "spatial_pool"))
