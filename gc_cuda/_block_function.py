@@ -151,7 +151,7 @@ class _WholeBlock(Function):
         return grad_x, grad_weight, grad_bias, None, None, *given
 
 
-# Autograd's own apply; that of torch.autograd.Function first looks for wrappers of torch.func among the inputs.
+# Autograd's own apply; that of torch.autograd.Function first looks for torch.func's wrappers in the inputs.
 _apply_unwrapped = super(Function, _WholeBlock).apply
 
 
