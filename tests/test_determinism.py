@@ -30,10 +30,8 @@ def bits(evaluation):
     ]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("size", SIZES, ids=str)
-@pytest.mark.parametrize("name", CALLS)
-def test_identical_bits(random, threads, name, size, dtype, layout, device):
+def drawn(random, name, size, dtype, layout, device):
+    """The inputs of a call, and a gradient of its output."""
     n, c, h, w = size
 
     def draw(*shape):
@@ -42,6 +40,14 @@ def test_identical_bits(random, threads, name, size, dtype, layout, device):
     x = random(*size, dtype=dtype, device=device, layout=layout)
     inputs = (x, *(t.to(dtype) for t in CALLS[name](draw, n, c, h * w)))
     grad = random(*size, dtype=dtype, device=device, layout=layout) if "broadcast" in name else draw(n, c)
+    return inputs, grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("name", CALLS)
+def test_identical_bits(random, threads, name, size, dtype, layout, device):
+    inputs, grad = drawn(random, name, size, dtype, layout, device)
     threads(1)
     expected = bits(evaluate(getattr(gc_cuda, name), inputs, grad))
     for count in (1, 2, 3, 7) if device.type == "cpu" else (1, 1):
@@ -104,14 +110,7 @@ def where_it_lies(inputs, offset, device):
 )
 @pytest.mark.parametrize("name", CALLS)
 def test_bits_do_not_depend_on_where_tensors_lie(random, name, size, dtype, layout, device):
-    n, c, h, w = size
-
-    def draw(*shape):
-        return random(*shape, dtype=dtype, device=device)
-
-    x = random(*size, dtype=dtype, device=device, layout=layout)
-    inputs = (x, *(t.to(dtype) for t in CALLS[name](draw, n, c, h * w)))
-    grad = random(*size, dtype=dtype, device=device, layout=layout) if "broadcast" in name else draw(n, c)
+    inputs, grad = drawn(random, name, size, dtype, layout, device)
     expected = evaluate(getattr(gc_cuda, name), inputs, grad)
     for offset in (1, 2, 3, 5, 8):
         actual = evaluate_in_place(
