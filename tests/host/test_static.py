@@ -54,10 +54,8 @@ def moves_vectors(kernel: str) -> bool:
     return ELEMENT_BYTES.get(match[1], 0) * int(match[2]) == 16
 
 
-# The backward of attention_pool alone, for maps of 2,048 channels, which a whole block does not use; and some
-# words of the transform, which without them would have to fetch later.
+# Some words of the transform, which without them would have to fetch later.
 KNOWN_SPILLS = {
-    ("gc::pool_backward<float, (gc::Layout)0, 16, 4, (gc::PoolGradient)1>", "sm_120"): 48,
     ("gc::transform_forward<__half, 2>", "sm_120"): 32,
     ("gc::transform_forward<__nv_bfloat16, 2>", "sm_120"): 32,
     ("gc::transform_backward<__half, 2>", "sm_70"): 24,
