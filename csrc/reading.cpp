@@ -219,13 +219,25 @@ class Reading {
   static py::dict dictionary(const py::object& module) { return module.attr("__dict__"); }
   static py::dict children(const py::object& module) { return dictionary(module)["_modules"]; }
 
+  // What is noted of it. Anything but the first, the block itself, must be a child that was looked at: only so is it
+  // known to live when it is looked at again.
   Seen& seen(const py::object& module) {
     for (Seen& one : seen_) {
       if (one.module == module.ptr()) return one;
     }
+    TORCH_CHECK(seen_.empty() || is_child(module.ptr()), "a part is looked at through the module that holds it first");
     py::type::of(module).attr("forward");  // a look-up, after which the class has a version
     seen_.push_back({module.ptr(), version_of(Py_TYPE(module.ptr()))});
     return seen_.back();
+  }
+
+  bool is_child(PyObject* module) const {
+    for (const Seen& one : seen_) {
+      for (const auto& [key, child] : one.children) {
+        if (child == module) return true;
+      }
+    }
+    return false;
   }
 
   std::vector<py::object> empty_;

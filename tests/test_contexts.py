@@ -113,6 +113,16 @@ def test_forward_over_reverse(module, random):
     )
 
 
+def test_a_gradient_with_a_tangent(module, random):
+    """The forward pass was made before the level; the backward pass is linear in the gradient."""
+    x, grad, tangent = random(*SIZE, grad=True), random(*SIZE), random(*SIZE)
+    out = module(x)
+    with forward_ad.dual_level():
+        (of_x,) = torch.autograd.grad(out, x, forward_ad.make_dual(grad, tangent), retain_graph=True)
+        actual = forward_ad.unpack_dual(of_x).tangent
+    close(actual, torch.autograd.grad(out, x, tangent)[0])
+
+
 def test_parameters_with_tangents(random):
     block = awake(gc_cuda.ContextBlock(8, 1 / 2))
     x, twin = random(*SIZE), reference.ContextBlock(8, 1 / 2).double()
@@ -219,6 +229,16 @@ def test_a_subclass_gets_plain_pytorch(module, kind, random):
     assert type(out) is kind
     assert not any(name.startswith("gc_cuda::") for name in spy.names())
     close(out.as_subclass(Tensor), plain(module)(x))
+
+
+def test_a_subclass_for_a_gradient(module, random):
+    x, grad = random(*SIZE, grad=True), random(*SIZE)
+    out = module(x)
+    expected = torch.autograd.grad(out, x, grad, retain_graph=True)[0]
+    with Spy() as spy:
+        (actual,) = torch.autograd.grad(out, x, grad.as_subclass(Counting))
+    assert not any(name.startswith("gc_cuda::") for name in spy.names())
+    close(actual.as_subclass(Tensor), expected)
 
 
 def test_a_subclass_among_the_parameters(random):

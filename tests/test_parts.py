@@ -159,17 +159,19 @@ def test_asking_costs_little(random):
     block = gc_cuda.ContextBlock(64, 1 / 4)
     x = random(1, 64, 7, 7, dtype=torch.float32)
 
-    def microseconds(call):
-        return min(timeit.repeat(call, number=500, repeat=9)) / 500 * 1e6
-
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    ours, addition = [], []
     try:
-        with torch.no_grad():
-            ratios = [microseconds(lambda: block(x)) / microseconds(lambda: x + 1) for _ in range(3)]
+        with (
+            torch.no_grad()
+        ):  # short and in turn: the least of each is of a moment when nobody else had the core
+            for _ in range(60):
+                ours.append(timeit.timeit(lambda: block(x), number=100))
+                addition.append(timeit.timeit(lambda: x + 1, number=100))
     finally:
         torch.set_num_threads(threads)
-    assert min(ratios) <= 6, ratios
+    assert min(ours) <= 6 * min(addition)
 
 
 def test_a_block_is_read_once(kind, random, monkeypatch):
@@ -196,3 +198,32 @@ def test_a_block_is_read_once(kind, random, monkeypatch):
     handle.remove()
     block(random(2, CHANNELS, 4, 3))
     assert looks == [1] * 3
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "option", "value"),
+    [
+        ("avg", "avg_pool", "output_size", (2, 2)),
+        ("accelerated torchvision", "avgpool", "output_size", (2, 2)),
+        ("att", "channel_add_conv.1", "normalized_shape", (4, 1, 2)),
+        ("mmcv registry", "channel_mul_conv.1", "normalized_shape", (4, 1, 2)),
+        ("accelerated mmcv", "channel_add_conv.1", "normalized_shape", (4, 1, 2)),
+        ("att", "conv_mask", "stride", (2, 2)),
+        ("SEBlock", "fc1", "kernel_size", (3, 3)),
+    ],
+)
+def test_an_option_with_which_eager_refuses_or_differs(name, part, option, value, random):
+    """The same error, or the same result."""
+    block, x = awake(BLOCKS[name].make()), random(2, CHANNELS, 4, 3)
+    assert runs_fused(block, x)
+    setattr(block.get_submodule(part), option, value)
+    with Spy() as spy:
+        try:
+            expected = BLOCKS[name].eager(block, x)
+        except RuntimeError as error:
+            with pytest.raises(RuntimeError) as ours:
+                block(x)
+            assert str(ours.value) == str(error)
+        else:
+            torch.testing.assert_close(block(x), expected, rtol=1e-9, atol=1e-11)
+    assert not any(seen.startswith("gc_cuda::") for seen in spy.names())
