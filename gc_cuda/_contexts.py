@@ -50,11 +50,6 @@ _STAND_INS = (
 )
 
 
-def is_batch(tensor: Tensor) -> bool:
-    """Whether it stands for a batch, by the means of ``is_grads_batched``, which is not torch.func's vmap."""
-    return not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(tensor)
-
-
 def differentiable_wanted(grad: Tensor) -> bool:
     """Whether a backward pass has to be plain PyTorch: to be differentiated itself, or for a gradient that
     only PyTorch's own operators understand, such as a batch of gradients (``is_grads_batched``, ``vmap``).
@@ -66,7 +61,7 @@ def differentiable_wanted(grad: Tensor) -> bool:
         return False
     return (
         torch.is_grad_enabled()
-        or is_batch(grad)
+        or torch._C._functorch.is_legacy_batchedtensor(grad)
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
         or is_foreign(grad)

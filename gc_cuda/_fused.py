@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gc_cuda import _checks, _extension, _parts
 from gc_cuda._block_function import Policy, as_transform, whole_block
-from gc_cuda._contexts import is_batch, is_foreign, plain_pytorch_wanted
+from gc_cuda._contexts import is_foreign, plain_pytorch_wanted
 from gc_cuda._parts import Look, Recipe, Weights
 from gc_cuda._swap import Forward
 from gc_cuda.functional import explain
@@ -181,7 +181,7 @@ def _as_autocast_promotes(x: Tensor) -> Tensor:
 def _fitted(x: Tensor, groups: Groups, strict: bool) -> Groups | None:
     """The parameters as they may travel with x; None where x and they are not served together."""
     parameters = [tensor for group in groups for tensor in group if tensor is not None]
-    if any(map(is_foreign, parameters)) or is_batch(x):
+    if any(map(is_foreign, parameters)):
         return None
     if not _is_served(x):
         if strict:

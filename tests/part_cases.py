@@ -314,6 +314,7 @@ MANIPULATIONS: dict[str, Manipulation] = {
     "norm without weights": _instead(
         nn.LayerNorm, by=lambda part: nn.LayerNorm([part.normalized_shape[0], 1, 1], elementwise_affine=False)
     ),
+    "another dropout": _instead(nn.Dropout, by=lambda part: Halved()),  # which has no p
     "eps": _on(nn.LayerNorm, do=lambda part: setattr(part, "eps", 0.5), fused=True),
     "softmax over images": _on(nn.Softmax, do=lambda part: setattr(part, "dim", 0)),
     "convolution's _conv_forward": _instead(nn.Conv2d, by=_as(Standardised)),

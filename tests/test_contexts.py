@@ -187,16 +187,19 @@ def test_gradcheck_of_batched_gradients_and_forward_mode(random):
     )
 
 
-def test_a_tensor_from_a_finished_vmap(random):
-    """It is still wrapped when it comes."""
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_tensor_from_a_finished_transform(module, grad, random):
+    """It is still wrapped when it comes, and stands for the tensor that the transform was given."""
     kept = []
-    torch.func.vmap(lambda x: kept.append(x) or x)(random(*SIZE))
-    block = awake(gc_cuda.ContextBlock(8, 1 / 2))
-    x = random(*SIZE, grad=True)
-    outs = []
-    torch.func.vmap(lambda y: outs.append(x * 1) or y)(random(2))
-    close(block(outs[0]), block(x))
-    assert torch.autograd.grad(block(outs[0]).sum(), x)[0].shape == x.shape
+    x = random(*SIZE, grad=grad)
+    torch.func.grad(lambda x: kept.append(x) or x.sum())(x)
+    assert torch._C._functorch.is_gradtrackingtensor(kept[0])
+    out = module(kept[0])
+    close(out.detach(), module(x).detach())
+    if grad:
+        close(
+            torch.autograd.grad(out.square().sum(), x)[0], torch.autograd.grad(module(x).square().sum(), x)[0]
+        )
 
 
 # Subclasses of Tensor
