@@ -247,3 +247,33 @@ def test_compiled_transforms_of_torch_func(random, configuration):
     x = inputs["x"].expand(3, *inputs["x"].shape) * torch.arange(1.0, 4.0).double().view(3, 1, 1, 1, 1)
     compiled = torch.compile(mapped, backend="aot_eager", fullgraph=one_graph)
     torch.testing.assert_close(compiled(x), torch.stack([function(one, *others) for one in x]))
+
+
+def test_compiled_gradients_have_the_strides_of_their_parameters(random):
+    """What the fake kernels promise is what AOTAutograd gives out."""
+    block = gc_cuda.ContextBlock(8, 1 / 2).to(memory_format=torch.channels_last)
+    compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
+    compiled(random(2, 8, 5, 6, dtype=torch.float32)).square().sum().backward()
+    for name, parameter in block.named_parameters():
+        assert parameter.grad.stride() == parameter.stride(), name
+
+
+def test_fake_gradients_have_the_strides_of_the_real_ones(random):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    def strides():
+        x = torch.randn(2, 8, 3, 4)
+        weight, w1, w2 = (
+            torch.randn(size).contiguous(memory_format=torch.channels_last)
+            for size in ((1, 8, 1, 1), (4, 8, 1, 1), (8, 4, 1, 1))
+        )
+        add = [w1, torch.randn(4), torch.randn(4), torch.randn(4), w2, torch.randn(8)]
+        _, *rest = torch.ops.gc_cuda.global_context(x, weight, None, add, [], 1e-5, 0, 0)
+        needed = [True] * 8 + [False] * 6
+        gradients = torch.ops.gc_cuda.global_context_backward(x, x, weight, add, [], *rest, 0, 0, needed)
+        return [gradient.stride() for gradient in gradients]
+
+    real = strides()
+    with FakeTensorMode():
+        assert strides() == real
+    assert real[2] == (8, 1, 8, 8)

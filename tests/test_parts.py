@@ -200,6 +200,14 @@ def test_a_block_is_read_once(kind, random, monkeypatch):
     assert looks == [1] * 3
 
 
+def test_a_function_in_the_place_of_a_part_that_was_not_there(random):
+    block, x = awake(BLOCKS["avg"].make()), random(2, CHANNELS, 4, 3)
+    assert runs_fused(block, x)
+    block.channel_mul_conv = torch.tanh  # None before; it is no child of the module
+    torch.testing.assert_close(block(x), BLOCKS["avg"].eager(block, x), rtol=1e-9, atol=1e-11)
+    assert not runs_fused(block, x)
+
+
 @pytest.mark.parametrize(
     ("name", "part", "option", "value"),
     [
