@@ -264,7 +264,7 @@ def test_fake_gradients_have_the_strides_of_the_real_ones(random):
     def strides():
         x = torch.randn(2, 8, 3, 4)
         weight, w1, w2 = (
-            torch.randn(size).contiguous(memory_format=torch.channels_last)
+            torch.empty(size, memory_format=torch.channels_last).fill_(0.5)
             for size in ((1, 8, 1, 1), (4, 8, 1, 1), (8, 4, 1, 1))
         )
         add = [w1, torch.randn(4), torch.randn(4), torch.randn(4), w2, torch.randn(8)]
