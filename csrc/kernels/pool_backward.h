@@ -1,8 +1,8 @@
 // Backward of softmax pooling, in one launch and one read of x. With gc = grad_context[n] and a = softmax(logits[n]):
 //
 //   grad_logits[s] = a[s] * (gc . (x[:, s] - context))
-//   grad_x[:, s]   = a[s] * gc + grad_logits[s] * mask_weight                    (the second term with kMask and
-//   kBlock) grad_mask_weight = sum over n, s of grad_logits[s] * (x[:, s] - context)     (kMask, kBlock)
+//   grad_x[:, s]   = a[s] * gc + grad_logits[s] * mask_weight       (the second term with a mask)
+//   grad_mask_weight = sum of grad_logits[s] * (x[:, s] - context)  (with a mask; over n and s)
 //
 // With kBlock, the same for a whole context block, whose out = x * scale + ...: grad_x gains grad * scale.
 //

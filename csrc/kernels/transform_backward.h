@@ -268,7 +268,7 @@ GC_DEVICE void norm_backward(const TransformBackwardArgs& args, const TransformG
   const A mean = sum / static_cast<A>(branch.hidden);
   const A product_mean = product_sum / static_cast<A>(branch.hidden);
   const A inverse_deviation = static_cast<const A*>(branch.inverse_deviation)[n];
-  // An infinity in a sum gives NaN to the whole image, as in PyTorch, and not an infinity to some of it.
+  // An infinity in a sum gives NaN to the whole image. PyTorch on a CPU does so too, or leaves some of it infinite.
   const A not_finite = (mean - mean) + (product_mean - product_mean);
   if (thread >= units) return;
   for (int p = thread; p < branch.hidden; p += units) {  // those of which it wrote grad_y
