@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import gc_cuda
-from gc_cuda import _values
+from gc_cuda import _values, blocks
 
 X, WEIGHT = torch.zeros(2, 4, 3, 5), torch.zeros(4)
 
@@ -254,3 +254,58 @@ def test_models(case):
 def test_what_is_no_model(function, value, got):
     with pytest.raises(TypeError, match=f"model must be a torch.nn.Module, got {got}"):
         function(value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "error", "message"),
+    [
+        (blocks.SEBlock, {"channels": 8.0}, TypeError, "channels must be an integer, got float 8.0"),
+        (blocks.SEBlock, {"channels": 0}, ValueError, "channels must be 1 or more, got 0"),
+        (blocks.SEBlock, {"channels": 8, "hidden": 0}, ValueError, "hidden must be 1 or more, got 0"),
+        (blocks.SEBlock, {"channels": 8, "hidden": "2"}, TypeError, "hidden must be an integer, got str '2'"),
+        (
+            blocks.SEBlock,
+            {"channels": 8, "act_layer": torch.nn.ReLU()},
+            TypeError,
+            "act_layer must be a class, as torch.nn.ReLU, got an instance of ReLU",
+        ),
+        (
+            blocks.SEBlock,
+            {"channels": 8, "gate_layer": 5},
+            TypeError,
+            "gate_layer must be a class, as torch.nn.ReLU, got int 5",
+        ),
+        (blocks.NonLocalBlock, {"in_channels": True}, TypeError, "in_channels must be an integer, got bool"),
+        (
+            blocks.NonLocalBlock,
+            {"in_channels": 8, "reduction": 0},
+            ValueError,
+            "reduction must be 1 or more, got 0",
+        ),
+        (
+            blocks.NonLocalBlock,
+            {"in_channels": 8, "mode": ["gaussian"]},
+            ValueError,
+            "mode must be one of ('gaussian', 'embedded_gaussian', 'dot_product', 'concatenation'), got [",
+        ),
+        (blocks.SimplifiedNonLocalBlock, {"in_channels": -1}, ValueError, "in_channels must be 1 or more"),
+    ],
+    ids=lambda value: "" if not isinstance(value, dict) else str(value),
+)
+def test_constructors_of_the_relatives(kind, arguments, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        kind(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("x", "error", "message"),
+    [
+        (X[0], ValueError, "x must have shape [N, C, H, W], got [4, 3, 5]"),
+        (X.long(), TypeError, "x must be torch.float32, float16, bfloat16 or float64, got torch.int64"),
+        (X, ValueError, "x must have 8 channels (as the parameters), got shape [2, 4, 3, 5]"),
+    ],
+    ids=["rank", "integers", "channels"],
+)
+def test_maps_into_a_simplified_block(x, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        blocks.SimplifiedNonLocalBlock(8)(x)
