@@ -126,7 +126,7 @@ def alone(script: str, timeout: float = 240, **environment: str) -> str:
     path = os.pathsep.join([str(tests), str(tests.parent), os.environ.get("PYTHONPATH", "")])
     try:
         done = subprocess.run(
-            [sys.executable, "-c", textwrap.dedent(script)],
+            [sys.executable, "-X", "faulthandler", "-c", textwrap.dedent(script)],
             capture_output=True,
             text=True,
             timeout=timeout,

@@ -96,13 +96,13 @@ struct DeviceMemory {
   bool passed(const Mark& mark) const { return mark.passed(); }
 
  private:
+  // The memory first: with none left, making a stream is not known to fail well.
   static cudaError_t fill(void** memory, int64_t bytes) {
+    cudaError_t status = cudaMalloc(memory, bytes);
+    if (status != cudaSuccess) return status;
     FillStream own;
-    cudaError_t status = cudaStreamCreateWithFlags(&own.stream, cudaStreamNonBlocking);
-    if (status != cudaSuccess) return status;
-    status = cudaMalloc(memory, bytes);
-    if (status != cudaSuccess) return status;
-    status = cudaMemsetAsync(*memory, 0, bytes, own.stream);
+    status = cudaStreamCreateWithFlags(&own.stream, cudaStreamNonBlocking);
+    if (status == cudaSuccess) status = cudaMemsetAsync(*memory, 0, bytes, own.stream);
     if (status == cudaSuccess) status = cudaStreamSynchronize(own.stream);
     if (status != cudaSuccess) cudaFree(*memory);
     return status;
