@@ -97,7 +97,7 @@ def extension():
         # Without it at::parallel_for, a template in torch's headers, compiles to a plain loop.
         cxx.append("-fopenmp")
         link.append("-fopenmp")
-    sources = ["csrc/build_config.cpp", "csrc/ops.cpp", "csrc/reading.cpp"]
+    sources = ["csrc/build_config.cpp", "csrc/calls.cpp", "csrc/ops.cpp", "csrc/reading.cpp"]
     for folder, names in (("cuda", "*plan.cpp"), ("cpu", "*.cpp")):
         sources += map(str, sorted(Path("csrc", folder).glob(names)))
     kind, flags = CppExtension, {"cxx": cxx}

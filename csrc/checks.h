@@ -4,6 +4,7 @@
 #pragma once
 
 #include <ATen/ATen.h>
+#include <ATen/EmptyTensor.h>
 
 #include <optional>
 
@@ -52,11 +53,20 @@ inline void check_mask(const std::optional<at::Tensor>& weight, const std::optio
   if (bias.has_value()) check_companion(*bias, "mask_bias", x, 1);
 }
 
+// As at::empty, but on the CPU without the dispatcher, which takes longer than the allocation of a small tensor.
+inline at::Tensor empty_tensor(at::IntArrayRef sizes, const at::TensorOptions& options) {
+  if (options.device().is_cpu()) return at::Tensor(at::detail::empty_cpu(sizes, options));
+  return at::empty(sizes, options);
+}
+
 // For a parameter's gradient: its elements in a row, and the parameter's strides, which for a channels_last 1x1
 // convolution differ from those of a plain matrix in dimensions of one element. DDP warns of other strides and copies.
 inline at::Tensor empty_gradient(const at::Tensor& parameter) {
-  return parameter.is_contiguous() ? at::empty_strided(parameter.sizes(), parameter.strides(), parameter.options())
-                                   : at::empty(parameter.sizes(), parameter.options());
+  if (!parameter.is_contiguous()) return empty_tensor(parameter.sizes(), parameter.options());
+  if (parameter.is_cpu()) {
+    return at::Tensor(at::detail::empty_strided_cpu(parameter.sizes(), parameter.strides(), parameter.scalar_type()));
+  }
+  return at::empty_strided(parameter.sizes(), parameter.strides(), parameter.options());
 }
 
 inline void check_epsilon(double eps) {

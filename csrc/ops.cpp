@@ -8,6 +8,7 @@
 #include <string>
 
 #include "build_config.h"
+#include "calls.h"
 #include "cuda/transform_plan.h"
 #include "reading.h"
 
@@ -37,22 +38,20 @@ TORCH_LIBRARY(gc_cuda, m) {
       "(Tensor grad_x, Tensor grad_scale, Tensor grad_term)");
 
   // The whole block: pooling (the mean without mask_weight), the transforms t of the branches, out = x * gate(t_mul) +
-  // t_add. add and mul are empty, or (w1, b1, norm_weight, norm_bias, w2, b2), or the same without a norm. normalized:
-  // what leaves the layer norms before their weight and bias (without a norm, what would enter it), [N, P] of add, then
-  // of mul; inverse_deviation [branches, N]; scale = gate(t_mul). activation: 0 ReLU, 1 SiLU, 2 Hardswish; gate: 0
-  // sigmoid, 1 hardsigmoid.
+  // t_add. add and mul are empty, or (w1, b1, norm_weight, norm_bias, w2, b2), or the same without a norm. activation: 0
+  // ReLU, 1 SiLU, 2 Hardswish; gate: 0 sigmoid, 1 hardsigmoid.
   m.def(
       "global_context(Tensor x, Tensor? mask_weight, Tensor? mask_bias, Tensor[] add, Tensor[] mul, float eps, "
-      "int activation, int gate) -> "
-      "(Tensor out, Tensor logits, Tensor state, Tensor normalized, Tensor inverse_deviation, Tensor scale)");
-  // The gradients of x, mask_weight, add's six and mul's six: those that are needed, the others empty. x may be None
-  // where nothing that is needed depends on it.
+      "int activation, int gate) -> Tensor");
+  // The same, and what its backward pass takes (Kept in branches.h).
   m.def(
-      "global_context_backward(Tensor grad, Tensor? x, Tensor? mask_weight, Tensor[] add, Tensor[] mul, "
-      "Tensor logits, Tensor state, Tensor normalized, Tensor inverse_deviation, Tensor scale, int activation, int "
-      "gate, "
-      "bool[14] needed) -> "
-      "Tensor[]");
+      "global_context_kept(Tensor x, Tensor? mask_weight, Tensor? mask_bias, Tensor[] add, Tensor[] mul, float eps, "
+      "int activation, int gate) -> (Tensor out, Tensor kept)");
+  // The gradients that are needed of x, mask_weight, mask_bias, add's six and mul's six, in this order. x may be None
+  // where nothing that is needed depends on it, and mask_bias where it needs no gradient.
+  m.def(
+      "global_context_backward(Tensor grad, Tensor? x, Tensor? mask_weight, Tensor? mask_bias, Tensor[] add, "
+      "Tensor[] mul, Tensor kept, int activation, int gate, bool[15] needed) -> Tensor[]");
 }
 
 namespace {
@@ -102,6 +101,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "Build configuration and launch plans of gc_cuda; importing it registers the torch.ops.gc_cuda operators.";
   m.def("build_config", &gc::build_config, "What was built: a dict of str.");
   gc::bind_reading(m);
+  gc::bind_calls(m);
 
   py::class_<gc::Plan>(m, "Plan", "How a kernel would be launched; print it.")
       .def_readonly("rows", &gc::Plan::rows)

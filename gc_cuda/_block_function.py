@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +23,20 @@ _GATE = {name: number for number, name in enumerate(reference.GATES)}
 # The place of each present tensor among w1, b1, norm_weight, norm_bias, w2, b2, by how many there are.
 _PLACES = {0: (), 4: (0, 1, 4, 5), 6: (0, 1, 2, 3, 4, 5)}
 
+def _splits(counts: tuple[int, int]) -> tuple[list[int], list[int], list[int]]:
+    """By how many tensors add and mul have: where among them all is what the backward operator reads, where are
+    b1 and b2, of which it needs the shape only, and where each tensor is behind these two in a row.
+    """
+    weights, biases = [], []
+    for first, count in ((0, counts[0]), (counts[0], counts[1])):
+        for i in range(count):
+            (biases if i in (1, count - 1) else weights).append(first + i)
+    order = [*weights, *biases]
+    return weights, biases, [order.index(i) for i in range(len(order))]
+
+
+_SPLITS = {(add, mul): _splits((add, mul)) for add in _PLACES for mul in _PLACES if add or mul}
+
 
 class Policy(NamedTuple):
     """What the block computes besides its tensors."""
@@ -37,14 +51,15 @@ class Policy(NamedTuple):
         return _ACTIVATION[self.activation], _GATE[self.gate]
 
 
-class _Kept(NamedTuple):
-    """What the backward pass has of the forward pass."""
+class _Backward(NamedTuple):
+    """The tensors that the backward operator takes besides the gradient, in its order."""
 
     x: Tensor | None
     mask_weight: Tensor | None
+    mask_bias: Tensor | None  # where it needs a gradient
     add: Present
     mul: Present
-    results: Sequence[Tensor]  # logits, state, normalized, inverse_deviation, scale
+    kept: Tensor
 
 
 def whole_block(
@@ -63,12 +78,25 @@ def whole_block(
     """
     if torch.is_grad_enabled():
         apply = _apply_unwrapped if unwrapped else _WholeBlock.apply
-        out, _ = apply(x, mask_weight, mask_bias, policy, len(add), *add, *mul)
-    else:  # a Function of 16 arguments would take as long as the operator does on a small map
-        out, *_ = torch.ops.gc_cuda.global_context.default(
-            x, mask_weight, mask_bias, add, mul, policy.eps, *policy.numbers()
-        )
-    return out
+        out = apply(policy, len(add), x, mask_weight, mask_bias, *add, *mul)
+        return out[0] if isinstance(out, tuple) else out
+    # A Function of 11 arguments would take as long as the operator does on a small map.
+    run = _operator("global_context")
+    return run(x, mask_weight, mask_bias, add, mul, policy.eps, *policy.numbers())
+
+
+def _operator(name: str) -> Callable[..., Any]:
+    """An operator of the whole block, by position."""
+    if _watched():
+        return getattr(torch.ops.gc_cuda, name).default
+    from gc_cuda import _C
+
+    return getattr(_C, name)
+
+
+def _watched() -> bool:
+    """Whether somebody wants to see calls of torch.ops: the compiler, or a TorchFunctionMode."""
+    return torch.compiler.is_compiling() or torch._C._len_torch_function_stack() > 0
 
 
 def present(branch: Transform | None) -> Present:
@@ -94,164 +122,152 @@ def as_transform(branch: Present) -> Transform | None:
 
 
 class _WholeBlock(Function):
-    """Inputs: x, mask_weight, mask_bias, policy, how many tensors add has, then those of add and of mul.
+    """Inputs: policy, how many tensors add has, x, mask_weight, mask_bias, then the tensors of add and of mul.
 
-    Outputs: out, and the operator's state, which is there for the second derivatives of average pooling with
-    add alone: their first gradients depend on x by the context only, so x is not saved, and what flows back
-    into the context reaches x through the state.
+    Output: out; where x is not saved also what is kept of the forward pass, for the second derivatives of
+    average pooling with add alone: their first gradients depend on x by the context only, so what flows back
+    into the context reaches x through what is kept.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
+        policy: Policy,
+        add_count: int,
         x: Tensor,
         mask_weight: Tensor | None,
         mask_bias: Tensor | None,
-        policy: Policy,
-        add_count: int,
         *branches: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        add, mul = branches[:add_count], branches[add_count:]
-        out, *rest = torch.ops.gc_cuda.global_context.default(
-            x, mask_weight, mask_bias, add, mul, policy.eps, *policy.numbers()
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        out, kept = _operator("global_context_kept")(
+            x,
+            mask_weight,
+            mask_bias,
+            branches[:add_count],
+            branches[add_count:],
+            policy.eps,
+            *policy.numbers(),
         )
-        state = rest[1]
-        needs_x, needs_weight, needs_bias, _, _, *needs_branches = ctx.needs_input_grad
-        ctx.policy, ctx.size, ctx.dtype, ctx.counts = policy, x.shape, x.dtype, (len(add), len(mul))
+        needs = ctx.needs_input_grad
+        counts = add_count, len(branches) - add_count
+        bias = mask_bias if needs[4] else None
         # Without gradients for the rest of them, x and the parameters need not outlive the call.
-        ctx.only_bias = not (needs_x or needs_weight or any(needs_branches))
-        bias = mask_bias if needs_bias else None
-        if ctx.only_bias:
-            save(ctx, [], [bias])
-        else:
-            # Dynamo of torch 2.11 cannot tell whether a list is empty.
-            reads_x = len(mul) > 0 or (mask_weight is not None and (needs_x or needs_weight))
-            weights, biases = _weights_and_biases(add, mul)
-            save(ctx, [x if reads_x else None, mask_weight, *weights, *rest], [bias, *biases])
-        ctx.set_materialize_grads(False)  # a gradient of zeros for the state would be one more launch
-        return out, state
+        only_bias = not (needs[2] or needs[3] or any(needs[5:]))
+        reads_x = counts[1] > 0 or (mask_weight is not None and (needs[2] or needs[3]))
+        ctx.call = policy, counts, only_bias, reads_x
+        if only_bias:
+            save(ctx, (), (bias,))
+            return out
+        weights, biases, _ = _SPLITS[counts]
+        tensors = [branches[i] for i in weights]
+        if mask_weight is not None:
+            tensors.insert(0, mask_weight)
+        if reads_x:
+            tensors.insert(0, x)
+        save(ctx, (*tensors, kept), (bias, *[branches[i] for i in biases]))
+        if reads_x:
+            return out
+        ctx.size, ctx.dtype = x.shape, x.dtype
+        ctx.set_materialize_grads(False)  # a gradient of zeros for what is kept would be one more launch
+        return out, kept
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, grad_state: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, grad_kept: Tensor | None = None) -> tuple[Tensor | None, ...]:
+        policy, counts, only_bias, reads_x = ctx.call
+        needed = ctx.needs_input_grad[2:]
         differentiable = grad is not None and differentiable_wanted(grad)
         tensors, (mask_bias, *biases) = saved(ctx, values_of_biases=differentiable)
-        # The softmax does not feel a shift of its logits.
-        grad_bias = None if mask_bias is None else torch.zeros_like(mask_bias)
-        gradients: list[Tensor | None] = [None] * 14
-        if not ctx.only_bias:
-            if grad is not None:
-                x, mask_weight, *weights = tensors
-                kept = _Kept(x, mask_weight, *_joined(weights[:-5], biases, ctx.counts), weights[-5:])
-                gradients = (_differentiable if differentiable else _fused)(ctx, grad, kept)
-            if grad_state is not None and not torch.compiler.is_compiling():
-                _add_share_of_context(ctx, gradients, grad_state)
-        grad_x, grad_weight, *grad_branches = gradients
-        of_add, of_mul = _PLACES[ctx.counts[0]], _PLACES[ctx.counts[1]]
-        given = [grad_branches[place] for place in of_add] + [grad_branches[6 + place] for place in of_mul]
-        return grad_x, grad_weight, grad_bias, None, None, *given
+        if only_bias:
+            return None, None, None, None, torch.zeros_like(mask_bias), *[None] * sum(counts)
+        *weights, kept = tensors
+        x = weights.pop(0) if reads_x else None
+        mask_weight = None if policy.pooling_type == "avg" else weights.pop(0)
+        order = [*weights, *biases]
+        branches = [order[i] for i in _SPLITS[counts][2]]
+        call = _Backward(x, mask_weight, mask_bias, branches[: counts[0]], branches[counts[0] :], kept)
+        gradients: list[Tensor | None] = [None] * len(needed)
+        if grad is not None:
+            gradients = (_differentiable if differentiable else _fused)(ctx, grad, call)
+        if grad_kept is not None and needed[0] and not torch.compiler.is_compiling():
+            share = _spread(_state(ctx, grad_kept)[:, 2:], ctx.size)
+            direct = gradients[0]
+            gradients[0] = (share if direct is None else direct + share).to(ctx.dtype)
+        return None, None, *gradients
 
 
 # Autograd's own apply; that of torch.autograd.Function first looks for torch.func's wrappers in the inputs.
 _apply_unwrapped = super(Function, _WholeBlock).apply
 
 
-def _weights_and_biases(add: Present, mul: Present) -> tuple[list[Tensor], list[Tensor]]:
-    """Of both branches: what the backward operator reads, and b1 and b2, of which it needs the shape only."""
-    weights: list[Tensor] = []
-    biases: list[Tensor] = []
-    for branch in (add, mul):
-        if branch:
-            w1, b1, *norm, w2, b2 = branch
-            weights += (w1, *norm, w2)
-            biases += (b1, b2)
-    return weights, biases
+def _fused(ctx: Any, grad: Tensor, call: _Backward) -> list[Tensor | None]:
+    policy, counts, *_ = ctx.call
+    needed = ctx.needs_input_grad[2:]
+    answers = _placed(needed, counts) if _watched() else needed
+    given = _operator("global_context_backward")(grad, *call, *policy.numbers(), answers)
+    if len(given) == len(needed):
+        return given
+    gradients = iter(given)
+    return [next(gradients) if wanted else None for wanted in needed]
 
 
-def _joined(
-    weights: Sequence[Tensor], biases: Sequence[Tensor], counts: tuple[int, int]
-) -> tuple[list[Tensor], list[Tensor]]:
-    """The branches again."""
-    branches: list[list[Tensor]] = []
-    for count in counts:
-        if count == 0:
-            branches.append([])
-            continue
-        (w1, *norm, w2), weights = weights[: count - 2], weights[count - 2 :]
-        (b1, b2), biases = biases[:2], biases[2:]
-        branches.append([w1, b1, *norm, w2, b2])
-    add, mul = branches
-    return add, mul
-
-
-def _needed(ctx: Any) -> list[bool]:
-    """Which of x, mask_weight, add's six and mul's six tensors need a gradient."""
-    needs_x, needs_weight, _, _, _, *needs_branches = ctx.needs_input_grad
-    needed = [needs_x, needs_weight] + [False] * 12
-    left = iter(needs_branches)
-    for first, count in zip((2, 8), ctx.counts):
+def _placed(needed: Sequence[bool], counts: tuple[int, int]) -> list[bool]:
+    """The operator's answers: for each of a branch's six tensors, False for one that is not there."""
+    placed = [*needed[:3], *[False] * 12]
+    given = iter(needed[3:])
+    for first, count in zip((3, 9), counts):
         for place in _PLACES[count]:
-            needed[first + place] = next(left)
-    return needed
+            placed[first + place] = next(given)
+    return placed
 
 
-def _fused(ctx: Any, grad: Tensor, kept: _Kept) -> list[Tensor | None]:
-    needed = _needed(ctx)
-    *inputs, results = kept
-    gradients = torch.ops.gc_cuda.global_context_backward.default(
-        grad, *inputs, *results, *ctx.policy.numbers(), needed
-    )
-    return [gradient if wanted else None for gradient, wanted in zip(gradients, needed)]
-
-
-def _differentiable(ctx: Any, grad: Tensor, kept: _Kept) -> list[Tensor | None]:
+def _differentiable(ctx: Any, grad: Tensor, call: _Backward) -> list[Tensor | None]:
     """The same by plain PyTorch, so that it can be differentiated again."""
-    x, mask_weight, add, mul, (_, state, *_) = kept
-    if x is None:
-        return _differentiable_without_x(ctx, grad, state, add)
+    policy, (add_count, _), *_ = ctx.call
+    if call.x is None:
+        return _differentiable_without_x(ctx, grad, call)
 
     def definition(x: Tensor, mask_weight: Tensor | None, *branches: Tensor) -> Tensor:
         return reference.global_context(
             x,
             mask_weight,
-            add=as_transform(branches[: len(add)]),
-            mul=as_transform(branches[len(add) :]),
-            **ctx.policy._asdict(),
+            add=as_transform(branches[:add_count]),
+            mul=as_transform(branches[add_count:]),
+            **policy._asdict(),
         )
 
-    of_x, of_weight, *of_branches = differentiable_gradients(definition, grad, x, mask_weight, *add, *mul)
-    return [of_x, of_weight, *_in_places(of_branches[: len(add)]), *_in_places(of_branches[len(add) :])]
+    of_x, of_weight, *of_branches = differentiable_gradients(
+        definition, grad, call.x, call.mask_weight, *call.add, *call.mul
+    )
+    return [of_x, of_weight, _zero(call.mask_bias), *of_branches]
 
 
-def _in_places(gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Those of a branch's six tensors, None for what is not there."""
-    six: list[Tensor | None] = [None] * 6
-    for place, gradient in zip(_PLACES[len(gradients)], gradients):
-        six[place] = gradient
-    return six
-
-
-def _differentiable_without_x(ctx: Any, grad: Tensor, state: Tensor, add: Present) -> list[Tensor | None]:
+def _differentiable_without_x(ctx: Any, grad: Tensor, call: _Backward) -> list[Tensor | None]:
     """For out = x + t(context), where the context is the mean of x, or where x needs no gradient."""
-    needs_x = ctx.needs_input_grad[0]
-    context = state[:, 2:] if needs_x else state[:, 2:].detach()
+    policy = ctx.call[0]
+    context = _state(ctx, call.kept)[:, 2:]
+    if not ctx.needs_input_grad[2]:
+        context = context.detach()
 
     def definition(context: Tensor, *add: Tensor) -> Tensor:
         branch = as_transform(add)
         assert branch is not None
-        return reference.transform(context, branch, ctx.policy.eps, ctx.policy.activation)
+        return reference.transform(context, branch, policy.eps, policy.activation)
 
     grad_term = grad.sum((2, 3), dtype=context.dtype)
-    grad_context, *grad_add = differentiable_gradients(definition, grad_term, context, *add)
+    grad_context, *grad_add = differentiable_gradients(definition, grad_term, context, *call.add)
     grad_x = None if grad_context is None else (grad + _spread(grad_context, ctx.size)).to(ctx.dtype)
-    return [grad_x, None, *_in_places(grad_add), *_in_places(())]
+    return [grad_x, None, _zero(call.mask_bias), *grad_add]
 
 
-def _add_share_of_context(ctx: Any, gradients: list[Tensor | None], grad_state: Tensor) -> None:
-    """Add to the gradient of x what the second derivatives sent into the mean of its pixels."""
-    if ctx.needs_input_grad[0]:
-        share = _spread(grad_state[:, 2:], ctx.size)
-        direct = gradients[0]
-        gradients[0] = (share if direct is None else direct + share).to(ctx.dtype)
+def _zero(mask_bias: Tensor | None) -> Tensor | None:
+    """The gradient of the mask's bias: the softmax does not feel a shift of its logits."""
+    return None if mask_bias is None else torch.zeros_like(mask_bias)
+
+
+def _state(ctx: Any, kept: Tensor) -> Tensor:
+    """Of what is kept, or of a gradient for it, the first part, [N, C + 2]: two statistics and the context."""
+    n, c, _, _ = ctx.size
+    return kept[: n * (c + 2)].view(n, c + 2)
 
 
 def _spread(grad_context: Tensor, size: Sequence[int]) -> Tensor:

@@ -84,7 +84,7 @@ def global_context(
     eps: float,
     activation: int,
     gate: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> Tensor:
     _checks.feature_map(x)
     _checks.pooling("avg" if mask_weight is None else "att", mask_weight, mask_bias, x)
     _checks.branches(_transform(add), _transform(mul), x)
@@ -92,39 +92,49 @@ def global_context(
     for name, number, kinds in (("activation", activation, ACTIVATIONS), ("gate", gate, GATES)):
         if number not in range(len(kinds)):
             raise ValueError(f"{name} must be one of 0 to {len(kinds) - 1}, got {number}")
+    return _feature_map_like(x)
+
+
+def global_context_kept(
+    x: Tensor,
+    mask_weight: Tensor | None,
+    mask_bias: Tensor | None,
+    add: Sequence[Tensor],
+    mul: Sequence[Tensor],
+    eps: float,
+    activation: int,
+    gate: int,
+) -> tuple[Tensor, Tensor]:
+    out = global_context(x, mask_weight, mask_bias, add, mul, eps, activation, gate)
     n, c, h, w = x.shape
-    wide = _accumulation(x)
     branches = [branch for branch in (add, mul) if branch]
-    return (
-        _feature_map_like(x),
-        x.new_empty(0 if mask_weight is None else (n, h * w), dtype=wide),
-        _state(x),
-        x.new_empty(n * sum(branch[1].numel() for branch in branches), dtype=wide),
-        x.new_empty((len(branches), n), dtype=wide),
-        x.new_empty((n, c) if mul else 0, dtype=wide),
+    elements = (  # as Kept in csrc/branches.h
+        n * (c + 2)
+        + (0 if mask_weight is None else n * h * w)
+        + n * sum(branch[1].numel() for branch in branches)
+        + n * len(branches)
+        + (n * c if mul else 0)
     )
+    return out, x.new_empty(elements, dtype=_accumulation(x))
 
 
 def global_context_backward(
     grad: Tensor,
     x: Tensor | None,
     mask_weight: Tensor | None,
+    mask_bias: Tensor | None,
     add: Sequence[Tensor],
     mul: Sequence[Tensor],
-    logits: Tensor,
-    state: Tensor,
-    normalized: Tensor,
-    inverse_deviation: Tensor,
-    scale: Tensor,
+    kept: Tensor,
     activation: int,
     gate: int,
     needed: Sequence[bool],
 ) -> list[Tensor]:
-    like_x = grad if x is None else x
-    small = (mask_weight, *_numbered(add), *_numbered(mul))
-    gradients = [_feature_map_like(like_x) if needed[0] else like_x.new_empty(0)]
+    small = (mask_weight, mask_bias, *_numbered(add), *_numbered(mul))
+    gradients = [_feature_map_like(grad if x is None else x)] if needed[0] else []
     for tensor, wanted in zip(small, needed[1:]):
-        gradients.append(like_x.new_empty(0) if tensor is None or not wanted else _dense_like(tensor))
+        if wanted and tensor is not None:
+            gradients.append(_dense_like(tensor))
     return gradients
 
 
@@ -148,6 +158,7 @@ _KERNELS = (
     broadcast,
     broadcast_mul_backward,
     global_context,
+    global_context_kept,
     global_context_backward,
 )
 

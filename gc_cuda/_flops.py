@@ -54,6 +54,7 @@ def global_context_backward(
     grad: Shape,
     x: Shape | None,
     mask_weight: Shape | None,
+    mask_bias: Shape | None,
     add: Sequence[Shape],
     mul: Sequence[Shape],
     *args: Any,
@@ -64,22 +65,23 @@ def global_context_backward(
     return pooling + 2 * _branches(grad, add, mul)
 
 
-_FORMULAS = (
-    softmax_pool,
-    softmax_pool_backward,
-    attention_pool,
-    attention_pool_backward,
-    global_context,
-    global_context_backward,
-)
+_FORMULAS = {
+    "softmax_pool": softmax_pool,
+    "softmax_pool_backward": softmax_pool_backward,
+    "attention_pool": attention_pool,
+    "attention_pool_backward": attention_pool_backward,
+    "global_context": global_context,
+    "global_context_kept": global_context,
+    "global_context_backward": global_context_backward,
+}
 
 
 def register() -> None:
-    """Enter every formula of this file for the operator of its name, in place of those that an earlier import
+    """Enter every formula of this file for its operator, in place of those that an earlier import
     in this process has entered.
     """
-    for formula in _FORMULAS:
-        operator = getattr(torch.ops.gc_cuda, formula.__name__)
+    for name, formula in _FORMULAS.items():
+        operator = getattr(torch.ops.gc_cuda, name)
         for known in (operator, operator.default):
             flop_registry.pop(known, None)
         register_flop_formula(operator)(formula)

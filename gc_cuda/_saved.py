@@ -9,38 +9,43 @@ import torch
 from torch import Tensor
 
 
-def save(ctx: Any, tensors: Sequence[Tensor | None], biases: Sequence[Tensor | None] = ()) -> None:
-    """Keep the tensors that are there: tools that walk a graph's saved tensors do not expect None.
+def save(ctx: Any, tensors: Sequence[Tensor], biases: tuple[Tensor | None, ...] = ()) -> None:
+    """Keep the tensors, none of which is None: tools that walk a graph's saved tensors do not expect it.
 
     Of the biases the gradients need the shape only. Autograd would refuse the backward pass after one was
     changed in place, which it does not for PyTorch's own convolution: so they are kept beside.
     """
-    # A compiled graph checks no versions, and keeps tensors in one way only.
-    beside = [] if torch.compiler.is_compiling() else list(biases)
-    kept = [*tensors, *biases] if torch.compiler.is_compiling() else tensors
-    ctx.places = [tensor is not None for tensor in kept]
-    ctx.save_for_backward(*[tensor for tensor in kept if tensor is not None])
-    ctx.count = len(tensors)
-    ctx.beside = beside
-    ctx.versions = [_version(bias) for bias in beside]
+    if torch.compiler.is_compiling():
+        # A compiled graph checks no versions, and keeps tensors in one way only.
+        ctx.places = [bias is not None for bias in biases]
+        ctx.save_for_backward(*tensors, *[bias for bias in biases if bias is not None])
+    else:
+        ctx.beside = biases, _versions(biases)
+        ctx.save_for_backward(*tensors)
 
 
-def saved(ctx: Any, *, values_of_biases: bool) -> tuple[list[Any], list[Any]]:
-    """The tensors and the biases, None for what was not there.
+def saved(ctx: Any, *, values_of_biases: bool) -> tuple[Sequence[Any], Sequence[Any]]:
+    """The tensors and the biases.
 
     Raises:
         RuntimeError: where the values of the biases are wanted, and one was changed in place.
     """
-    there = iter(ctx.saved_tensors)
-    kept = [next(there) if place else None for place in ctx.places]
-    if values_of_biases and [_version(bias) for bias in ctx.beside] != ctx.versions:
+    if torch.compiler.is_compiling():
+        kept = list(ctx.saved_tensors)
+        biases = [kept.pop() if place else None for place in reversed(ctx.places)]
+        return kept, biases[::-1]
+    tensors = ctx.saved_tensors
+    beside, versions = ctx.beside
+    if values_of_biases and _versions(beside) != versions:
         raise RuntimeError(
             "one of the variables needed for gradient computation has been modified by an inplace "
             "operation: a bias of the global context block was changed between its forward pass and a "
             "backward pass that has to be differentiable (create_graph=True)"
         )
-    return kept[: ctx.count], [*kept[ctx.count :], *ctx.beside]
+    return tensors, beside
 
 
-def _version(tensor: Tensor | None) -> int:
-    return -1 if tensor is None or tensor.is_inference() else tensor._version
+def _versions(tensors: tuple[Tensor | None, ...]) -> tuple[int, ...]:
+    from gc_cuda import _C
+
+    return _C.versions(tensors)

@@ -267,7 +267,7 @@ class _AttentionPool(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, mask_weight: Tensor, mask_bias: Tensor | None) -> Tensor:
         context, logits, state = torch.ops.gc_cuda.attention_pool.default(x, mask_weight, mask_bias)
-        save(ctx, [x, mask_weight, logits, state], [mask_bias])
+        save(ctx, (x, mask_weight, logits, state), (mask_bias,))
         return context
 
     @staticmethod
@@ -308,14 +308,16 @@ class _Broadcast(Function):
     def forward(ctx: Any, x: Tensor, scale: Tensor | None, term: Tensor | None) -> Tensor:
         _, needs_scale, _ = ctx.needs_input_grad
         # x matters to nothing but the gradient of scale; the gradients of an addition need nothing at all.
-        save(ctx, [x if needs_scale else None, scale])
+        ctx.save_for_backward(*[tensor for tensor in (x if needs_scale else None, scale) if tensor is not None])
+        ctx.places = needs_scale, scale is not None
         ctx.term_shape = None if term is None else term.shape
         ctx.term_dtype = None if term is None else term.dtype
         return torch.ops.gc_cuda.broadcast.default(x, _flat(scale), _flat(term))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (x, scale), _ = saved(ctx, values_of_biases=False)
+        there = iter(ctx.saved_tensors)
+        x, scale = [next(there) if place else None for place in ctx.places]
         needed = ctx.needs_input_grad
         if differentiable_wanted(grad):
             grad_x, grad_scale, grad_term = _differentiable_broadcast_gradients(grad, x, scale, needed)

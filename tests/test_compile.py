@@ -223,7 +223,7 @@ def test_aot_autograd_traces_one_operator_each_way(random, device):
     expected = torch.autograd.grad(function(*leaves).sum(), leaves)
     for actual, one in zip(torch.autograd.grad(traced(*leaves).sum(), leaves), expected):
         torch.testing.assert_close(actual, one)
-    for name, operator in (("forward", "global_context"), ("backward", "global_context_backward")):
+    for name, operator in (("forward", "global_context_kept"), ("backward", "global_context_backward")):
         names = operators_of([graphs[name]])
         assert [target for target in names if "gc_cuda" in target] == [f"gc_cuda.{operator}.default"]
         assert not any("softmax" in target for target in names)
@@ -268,12 +268,15 @@ def test_fake_gradients_have_the_strides_of_the_real_ones(random):
             for size in ((1, 8, 1, 1), (4, 8, 1, 1), (8, 4, 1, 1))
         )
         add = [w1, torch.randn(4), torch.randn(4), torch.randn(4), w2, torch.randn(8)]
-        _, *rest = torch.ops.gc_cuda.global_context(x, weight, None, add, [], 1e-5, 0, 0)
-        needed = [True] * 8 + [False] * 6
-        gradients = torch.ops.gc_cuda.global_context_backward(x, x, weight, add, [], *rest, 0, 0, needed)
+        bias = torch.zeros(1)
+        _, kept = torch.ops.gc_cuda.global_context_kept(x, weight, bias, add, [], 1e-5, 0, 0)
+        needed = [True] * 9 + [False] * 6
+        gradients = torch.ops.gc_cuda.global_context_backward(
+            x, x, weight, bias, add, [], kept, 0, 0, needed
+        )
         return [gradient.stride() for gradient in gradients]
 
     real = strides()
     with FakeTensorMode():
         assert strides() == real
-    assert real[2] == (8, 1, 8, 8)
+    assert real[3] == (8, 1, 8, 8)

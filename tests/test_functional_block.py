@@ -190,6 +190,7 @@ def test_output_is_new_and_may_be_changed_in_place(random, configuration, layout
 OPERATOR_ORDER = [
     "x",
     "mask_weight",
+    "mask_bias",
     *(f"{branch}.{name}" for branch in ("add", "mul") for name in Transform._fields),
 ]
 
@@ -221,16 +222,15 @@ def test_only_the_gradients_asked_for(random, configuration, device):
             else:
                 assert leaf.grad is None
         asked = [name in chosen for name in OPERATOR_ORDER]
-        assert [list(backward.arguments[-1]) for backward in calls] == ([asked] if any(asked) else [])
+        ours = [] if chosen == {"mask_bias"} else [asked]  # whose gradient is 0 whatever the tensors
+        assert [list(backward.arguments[-1]) for backward in calls] == ours
         for backward in calls:
-            assert [gradient.numel() > 0 for gradient in backward.result] == asked
+            assert len(backward.result) == sum(asked)
 
 
 @pytest.mark.parametrize("configuration", CONFIGURATIONS, ids=str)
 def test_one_operator_each_way(random, configuration, layout, device):
-    """No casts, copies or sums around it, of half x beside float32 parameters either; the mask bias gets a
-    zero.
-    """
+    """No casts, copies, sums or fills around it, of half x beside float32 parameters either."""
     size = (2, 24, 9, 7)
     inputs = draw_inputs(
         random, configuration, size, dtype=torch.half, parameters=torch.float32, device=device, layout=layout
@@ -241,9 +241,8 @@ def test_one_operator_each_way(random, configuration, layout, device):
         out = function_of(gc_cuda, configuration, inputs)(*leaves)
     with Spy() as backward:
         torch.autograd.grad(out, leaves, grad)
-    assert forward.names() == ["gc_cuda::global_context"]
-    zero = ["aten::zeros_like"] if "mask_bias" in inputs else []
-    assert backward.names() == [*zero, "gc_cuda::global_context_backward"]
+    assert forward.names() == ["gc_cuda::global_context_kept"]
+    assert backward.names() == ["gc_cuda::global_context_backward"]
 
 
 def saved_by(call):

@@ -95,22 +95,25 @@ def check_operators_of_the_whole_block(random, configuration, view, dtype, norm=
     weight, bias = inputs.get("mask_weight"), inputs.get("mask_bias")
     arguments = (x, weight, bias, add, mul, 1e-5, *policy)
     opcheck(torch.ops.gc_cuda.global_context.default, arguments)
+    opcheck(torch.ops.gc_cuda.global_context_kept.default, arguments)
 
-    _, *saved = torch.ops.gc_cuda.global_context(*arguments)
+    _, kept = torch.ops.gc_cuda.global_context_kept(*arguments)
     in_branch = [True, True, norm, norm, True, True]
     present = [
         True,
         weight is not None,
+        bias is not None,
         *(b and bool(add) for b in in_branch),
         *(b and bool(mul) for b in in_branch),
     ]
     backward = torch.ops.gc_cuda.global_context_backward.default
-    opcheck(backward, (grad, x, weight, add, mul, *saved, *policy, present))
-    without_x = [False, False, *present[2:]]
+    opcheck(backward, (grad, x, weight, bias, add, mul, kept, *policy, present))
+    without_x = [False, False, False, *present[3:]]
     x_or_none = x if mul else None
-    opcheck(backward, (grad, x_or_none, weight, add, mul, *saved, *policy, without_x))
+    opcheck(backward, (grad, x_or_none, weight, None, add, mul, kept, *policy, without_x))
     if weight is None:
-        opcheck(backward, (grad, x_or_none, None, add, mul, *saved, *policy, [True] + [False] * 13))
+        only_x = [True] + [False] * 14
+        opcheck(backward, (grad, x_or_none, None, None, add, mul, kept, *policy, only_x))
 
 
 @pytest.mark.parametrize("configuration", CONFIGURATIONS, ids=str)

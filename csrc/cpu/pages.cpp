@@ -10,6 +10,8 @@
 #include <atomic>
 #include <cstdint>
 
+#include "checks.h"
+
 namespace gc::cpu {
 
 namespace {
@@ -82,7 +84,7 @@ void ask_for_huge_pages(const void*, int64_t) {}
 }  // namespace
 
 at::Tensor empty_output(at::IntArrayRef sizes, const at::TensorOptions& options) {
-  const at::Tensor out = at::empty(sizes, options);
+  at::Tensor out = empty_tensor(sizes, options);
   ask_for_huge_pages(out.data_ptr(), static_cast<int64_t>(out.nbytes()));
   return out;
 }

@@ -2,60 +2,70 @@
 #pragma once
 
 #include <ATen/ATen.h>
+#include <c10/util/SmallVector.h>
 
 #include <functional>
-#include <vector>
 
 #include "cpu/feature_map.h"
 #include "cpu/run.h"
 
 namespace gc::cpu {
 
-// Memory that lives as long as one call of an operator. Small pieces share blocks: each tensor is three allocations.
+// Hands out pieces of one block of memory. Without the block it counts what they take.
 template <typename A>
 class Scratch {
  public:
-  explicit Scratch(const at::TensorOptions& options) : options_(options) {}
+  explicit Scratch(A* memory = nullptr) : memory_(memory) {}
 
   A* take(int64_t count) {
-    if (count > kBlock / 4) return fresh(count);
-    if (count > left_ || !next_) {
-      next_ = fresh(kBlock);
-      left_ = kBlock;
-    }
-    A* const taken = next_;
-    const int64_t lines = divide_up(count * sizeof(A), kLineBytes) * kLineBytes / sizeof(A);
-    next_ += lines;
-    left_ -= lines;
+    A* const taken = memory_ ? memory_ + taken_ : nullptr;
+    taken_ += divide_up(count, kLine) * kLine;
     return taken;
   }
 
-  // A small tensor in the accumulation type: as it is, or else a wider copy; null if it is not defined.
-  template <typename T>
-  const A* widened(const at::Tensor& tensor) {
-    if (!tensor.defined()) return nullptr;
-    tensors_.push_back(tensor.contiguous());
-    const at::Tensor& dense = tensors_.back();
-    if (dense.scalar_type() == options_.dtype().toScalarType()) return dense.template data_ptr<A>();
-    const T* in = dense.template data_ptr<T>();
-    A* out = take(dense.numel());
-    kernels<T>().widen(in, out, tensor.numel());
-    return out;
+  int64_t taken() const { return taken_; }
+
+ private:
+  static constexpr int64_t kLine = 64 / sizeof(A);  // pieces share no cache line
+
+  A* memory_;
+  int64_t taken_ = 0;
+};
+
+// Memory for `before` elements and for all that parts.take_from(scratch) takes, in one allocation.
+template <typename A, typename Parts>
+at::Tensor allocate(Parts& parts, int64_t before, const at::TensorOptions& options) {
+  Scratch<A> counted;
+  parts.take_from(counted);
+  at::Tensor memory = empty_tensor({before + counted.taken()}, options);
+  Scratch<A> scratch(memory.data_ptr<A>() + before);
+  parts.take_from(scratch);
+  return memory;
+}
+
+// A small tensor in the accumulation type: as it is, or else a wider copy; null if it is not defined.
+template <typename T>
+class Widened {
+  using A = acc_t<T>;
+
+ public:
+  explicit Widened(const at::Tensor& tensor = {}) : tensor_(tensor) {}
+
+  void take_from(Scratch<A>& scratch) { copy_ = is_narrow() ? scratch.take(tensor_.numel()) : nullptr; }
+
+  // Copies where that is to be done.
+  const A* get() const {
+    if (!tensor_.defined()) return nullptr;
+    if (!is_narrow()) return tensor_.template data_ptr<A>();
+    kernels<T>().widen(tensor_.template data_ptr<T>(), copy_, tensor_.numel());
+    return copy_;
   }
 
  private:
-  static constexpr int64_t kLineBytes = 64;
-  static constexpr int64_t kBlock = 64 * 1024 / sizeof(A);
+  bool is_narrow() const { return tensor_.defined() && tensor_.scalar_type() != c10::CppTypeToScalarType<A>::value; }
 
-  A* fresh(int64_t count) {
-    tensors_.push_back(at::empty({count}, options_));
-    return tensors_.back().template data_ptr<A>();
-  }
-
-  at::TensorOptions options_;
-  std::vector<at::Tensor> tensors_;
-  A* next_ = nullptr;  // of the block in use
-  int64_t left_ = 0;
+  at::Tensor tensor_;  // contiguous
+  A* copy_ = nullptr;
 };
 
 // Part of a parallel step: calls(begin, end) on ranges of 0..count, `elements` of work to each item.
@@ -65,8 +75,10 @@ struct Share {
   std::function<void(int64_t, int64_t)> calls;
 };
 
+using Shares = c10::SmallVector<Share, 2>;
+
 // All shares in one parallel region, one after the other in its range.
-inline void run_together(const std::vector<Share>& shares) {
+inline void run_together(const Shares& shares) {
   int64_t total = 0, elements = 0;
   for (const Share& share : shares) {
     total += share.count;

@@ -8,25 +8,12 @@
 
 #include <torch/library.h>
 
-#include <map>
-#include <mutex>
 #include <optional>
 #include <tuple>
 
-namespace gc::cuda {
+#include "cuda/planned.h"
 
-DeviceLimits device_limits(int device) {
-  static std::mutex mutex;
-  static std::map<int, DeviceLimits> known;
-  const std::lock_guard<std::mutex> lock(mutex);
-  const auto at = known.find(device);
-  if (at != known.end()) return at->second;
-  DeviceLimits limits;
-  C10_CUDA_CHECK(cudaDeviceGetAttribute(&limits.multiprocessors, cudaDevAttrMultiProcessorCount, device));
-  C10_CUDA_CHECK(cudaDeviceGetAttribute(&limits.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-  known.emplace(device, limits);  // only now: a device that could not answer is asked again
-  return limits;
-}
+namespace gc::cuda {
 
 ElementType element_type(at::ScalarType type) {
   switch (type) {
@@ -41,138 +28,147 @@ ElementType element_type(at::ScalarType type) {
   }
 }
 
+Plan FeatureMap::plan(KernelKind kind, std::initializer_list<const void*> maps, bool dots_given) const {
+  Problem problem{images(), channels(), pixels(),
+                  format_ == at::MemoryFormat::Contiguous ? Layout::kNCHW : Layout::kNHWC, type()};
+  for (const void* map : maps) {
+    while (reinterpret_cast<uintptr_t>(map) % problem.alignment != 0) problem.alignment /= 2;
+  }
+  try {
+    return planned(kind, problem, device(), dots_given);
+  } catch (const std::invalid_argument& error) {
+    TORCH_CHECK_VALUE(false, "x of shape ", tensor_.sizes(), " is too large: ", error.what());
+  }
+}
+
 namespace {
 
-// The workspace beyond `elements` accumulation-type values.
-void* behind(const Tensor& workspace, int64_t elements) {
-  return workspace.defined() ? static_cast<char*>(workspace.data_ptr()) + elements * workspace.element_size() : nullptr;
-}
-
-Tensor workspace_of(const FeatureMap& x, const Plan& plan) {
-  return plan.workspace > 0 ? x.empty_accumulation({plan.workspace}) : Tensor();
-}
+int64_t accumulation_bytes_of(const FeatureMap& x) { return accumulation_bytes(x.type()); }
 
 // dots[n, s] = vector . x[:, s] + bias, for maps with more channels than a block can hold; with a state, of x without
-// its context. vector: [N, C] or [C].
-void run_pixel_dot(const FeatureMap& x, const Tensor& vector, const Tensor& bias, const Tensor& state,
-                   const Tensor& dots) {
-  const Plan plan = x.plan(KernelKind::kPixelDot, {x.tensor()});
+// its context. image_stride: of the vector, 0 where all images share it.
+void launch_dots(const FeatureMap& x, const Plan& plan, Companion vector, int64_t image_stride, Companion bias,
+                 const void* state, void* dots) {
   PixelDotArgs args{};
   args.x = x.tensor().data_ptr();
-  args.vector = companion(vector, x.tensor());
-  args.image_stride = vector.numel() == x.channels() ? 0 : x.channels();
-  args.bias = companion(bias, x.tensor());
-  if (state.defined()) args.offset = behind(state, 2);  // the statistics
+  args.vector = vector;
+  args.image_stride = image_stride;
+  args.bias = bias;
+  args.offset = behind(state, 2, accumulation_bytes_of(x));  // the statistics
   args.offset_stride = x.channels() + 2;
-  args.dots = dots.data_ptr();
+  args.dots = dots;
   C10_CUDA_CHECK(launch_pixel_dot(plan, args, x.stream()));
+}
+
+KernelKind kind_of(Weighting weighting) {
+  switch (weighting) {
+    case Weighting::kMask:
+      return KernelKind::kPoolMask;
+    case Weighting::kLogits:
+      return KernelKind::kPoolLogits;
+    default:
+      return KernelKind::kPoolUniform;
+  }
+}
+
+KernelKind kind_of(PoolGradient gradient) {
+  switch (gradient) {
+    case PoolGradient::kBlock:
+      return KernelKind::kPoolBackwardBlock;
+    case PoolGradient::kMask:
+      return KernelKind::kPoolBackwardMask;
+    default:
+      return KernelKind::kPoolBackwardLogits;
+  }
 }
 
 }  // namespace
 
-void run_pool(const FeatureMap& x, Weighting weighting, const Tensor& vector, const Tensor& bias, double factor,
-              const Pooled& out) {
-  if (x.images() == 0) return;
-  const KernelKind kind = weighting == Weighting::kMask     ? KernelKind::kPoolMask
-                          : weighting == Weighting::kLogits ? KernelKind::kPoolLogits
-                                                            : KernelKind::kPoolUniform;
-  const Plan plan = x.plan(kind, {x.tensor()});
-  if (!plan.holds_channels) {
-    run_pixel_dot(x, vector, bias, {}, out.logits);
-    return run_pool(x, Weighting::kLogits, out.logits, {}, factor, {out.context, {}, out.state});
-  }
-  const Tensor workspace = workspace_of(x, plan);
-  const Counters tickets = x.tickets(plan.tickets);
-  PoolForwardArgs args{};
-  args.x = x.tensor().data_ptr();
-  if (weighting == Weighting::kMask) {
-    args.mask_weight = companion(vector, x.tensor());
-    args.mask_bias = companion(bias, x.tensor());
-  } else if (weighting == Weighting::kLogits) {
-    args.given_logits = companion(vector, x.tensor());
-  }
-  args.factor = factor;
-  args.logits = pointer(out.logits);
-  args.context = companion_out(out.context, x.tensor());
-  args.state = pointer(out.state);
-  args.partial_context = pointer(workspace);
-  args.partial_stats = behind(workspace, x.images() * merged_rows(plan.walk.splits, plan.walk.group) * x.channels());
-  args.tickets = ticket_pointer(tickets);
-  C10_CUDA_CHECK(launch_pool_forward(plan, args, x.stream()));
+PoolForward::PoolForward(const FeatureMap& x, Weighting weighting)
+    : x_(x), plan_(x.plan(kind_of(weighting), {x.tensor().data_ptr()})) {
+  if (plan_.holds_channels) return;
+  dots_ = x.plan(KernelKind::kPixelDot, {x.tensor().data_ptr()});
+  plan_ = x.plan(KernelKind::kPoolLogits, {x.tensor().data_ptr()});
 }
 
-void run_pool_backward(PoolGradient gradient, const FeatureMap& x, const PoolBackwardInputs& in,
-                       const PoolGradients& out) {
-  if (x.images() == 0) return;
-  const KernelKind kind = gradient == PoolGradient::kBlock  ? KernelKind::kPoolBackwardBlock
-                          : gradient == PoolGradient::kMask ? KernelKind::kPoolBackwardMask
-                                                            : KernelKind::kPoolBackwardLogits;
-  // Of the maps that are there: their addresses decide on the width of loads and stores.
-  const Tensor& written = out.x.defined() ? out.x : x.tensor();
-  const Tensor& grad = in.grad.defined() ? in.grad : x.tensor();
-  Plan plan = x.plan(kind, {x.tensor(), written, grad});
-  Tensor dots;
-  if (!plan.holds_channels) {
-    dots = x.empty_accumulation({x.images(), x.pixels()});
-    run_pixel_dot(x, in.grad_context, {}, in.state, dots);
-    plan = x.plan(kind, {x.tensor(), written, grad}, /*dots_given=*/true);
+void PoolForward::launch(PoolForwardArgs args, void* workspace, unsigned* tickets) const {
+  if (x_.images() == 0) return;
+  if (dots_) {
+    launch_dots(x_, *dots_, args.mask_weight, 0, args.mask_bias, nullptr, args.logits);
+    args.given_logits = wide(args.logits);
+    args.mask_weight = args.mask_bias = {};
+    args.logits = nullptr;
   }
-  const Tensor workspace = workspace_of(x, plan);
-  const Counters tickets = x.tickets(plan.tickets);
-  PoolBackwardArgs args{};
-  args.x = x.tensor().data_ptr();
-  args.grad = pointer(in.grad);
-  args.scale = companion(in.scale, x.tensor());
-  args.grad_context = companion(in.grad_context, x.tensor());
-  args.mask_weight = companion(in.mask_weight, x.tensor());
-  args.logits = companion(in.logits, x.tensor());
-  args.state = in.state.data_ptr();
-  args.dots = pointer(dots);
-  args.grad_x = pointer(out.x);
-  args.grad_logits = companion_out(out.logits, x.tensor());
-  args.grad_weight = companion_out(out.mask_weight, x.tensor());
-  args.partial_weight = pointer(workspace);
-  args.tickets = ticket_pointer(tickets);
-  C10_CUDA_CHECK(launch_pool_backward(plan, args, x.stream()));
+  args.x = x_.tensor().data_ptr();
+  args.partial_context = workspace;
+  args.partial_stats = behind(workspace, x_.images() * merged_rows(plan_.walk.splits, plan_.walk.group) * x_.channels(),
+                              accumulation_bytes_of(x_));
+  args.tickets = tickets;
+  C10_CUDA_CHECK(launch_pool_forward(plan_, args, x_.stream()));
 }
 
-void run_broadcast(const FeatureMap& x, const Tensor& scale, const Tensor& term, const Tensor& out) {
+PoolBackward::PoolBackward(PoolGradient gradient, const FeatureMap& x, const void* grad_x, const void* grad)
+    : x_(x), plan_(x.plan(kind_of(gradient), {x.tensor().data_ptr(), grad_x, grad})) {
+  if (plan_.holds_channels) return;
+  dots_ = x.plan(KernelKind::kPixelDot, {x.tensor().data_ptr()});
+  plan_ = x.plan(kind_of(gradient), {x.tensor().data_ptr(), grad_x, grad}, /*dots_given=*/true);
+}
+
+void PoolBackward::launch(PoolBackwardArgs args, void* workspace, unsigned* tickets) const {
+  if (x_.images() == 0) return;
+  if (dots_) {
+    workspace = behind(workspace, dots_elements(), accumulation_bytes_of(x_));
+    void* const dots = workspace;
+    launch_dots(x_, *dots_, args.grad_context, x_.channels(), {}, args.state, dots);
+    args.dots = dots;
+  }
+  args.x = x_.tensor().data_ptr();
+  args.partial_weight = workspace;
+  args.tickets = tickets;
+  C10_CUDA_CHECK(launch_pool_backward(plan_, args, x_.stream()));
+}
+
+void BroadcastMulBackward::launch(BroadcastMulBackwardArgs args, void* workspace, unsigned* tickets) const {
+  if (x_.images() == 0) return;
+  args.x = x_.tensor().data_ptr();
+  args.partial_sums = workspace;
+  args.tickets = tickets;
+  C10_CUDA_CHECK(launch_broadcast_mul_backward(plan_, args, x_.stream()));
+}
+
+void launch_broadcast(const FeatureMap& x, Companion scale, Companion term, void* out) {
   if (x.images() == 0) return;
   BroadcastArgs args{};
   args.x = x.tensor().data_ptr();
-  args.scale = companion(scale, x.tensor());
-  args.term = companion(term, x.tensor());
-  args.out = out.data_ptr();
-  C10_CUDA_CHECK(launch_broadcast(x.plan(KernelKind::kBroadcast, {x.tensor(), out}), args, x.stream()));
-}
-
-void run_broadcast_mul_backward(const FeatureMap& x, const Tensor& grad, const Tensor& scale,
-                                const BroadcastGradients& out) {
-  if (x.images() == 0) return;
-  const Tensor& written = out.x.defined() ? out.x : x.tensor();
-  const Plan plan = x.plan(KernelKind::kBroadcastMulBackward, {x.tensor(), grad, written});
-  const Tensor workspace = workspace_of(x, plan);
-  const Counters tickets = x.tickets(plan.tickets);
-  BroadcastMulBackwardArgs args{};
-  args.grad = grad.data_ptr();
-  args.x = x.tensor().data_ptr();
-  args.scale = companion(scale, x.tensor());
-  args.grad_x = pointer(out.x);
-  args.grad_scale = companion_out(out.scale, x.tensor());
-  args.grad_term = companion_out(out.term, x.tensor());
-  args.partial_sums = pointer(workspace);
-  args.tickets = ticket_pointer(tickets);
-  C10_CUDA_CHECK(launch_broadcast_mul_backward(plan, args, x.stream()));
+  args.scale = scale;
+  args.term = term;
+  args.out = out;
+  C10_CUDA_CHECK(launch_broadcast(x.plan(KernelKind::kBroadcast, {args.x, out}), args, x.stream()));
 }
 
 namespace {
+
+// A launch that shares its memory with no other.
+template <typename Launch, typename Args>
+void launch_alone(const FeatureMap& x, const Launch& launch, const Args& args) {
+  const Wanted wanted = launch.wanted();
+  const Tensor workspace = wanted.workspace > 0 ? x.empty_accumulation({wanted.workspace}) : Tensor();
+  const Counters tickets = x.tickets(wanted.tickets);
+  launch.launch(args, pointer(workspace), tickets.get());
+}
 
 std::tuple<Tensor, Tensor> softmax_pool(const Tensor& x, const Tensor& logits) {
   const FeatureMap map(x, "x");
   check_companion(logits, "logits", x, map.images() * map.pixels());
   const Tensor context = map.empty({map.images(), map.channels()});
   const Tensor state = map.empty_accumulation({map.images(), map.channels() + 2});
-  run_pool(map, Weighting::kLogits, logits.contiguous(), {}, 1, {context, {}, state});
+  const Tensor given = logits.contiguous();
+  PoolForwardArgs args{};
+  args.given_logits = companion(given, map.tensor());
+  args.factor = 1;
+  args.context = companion_out(context, map.tensor());
+  args.state = state.data_ptr();
+  launch_alone(map, PoolForward(map, Weighting::kLogits), args);
   return {context, state};
 }
 
@@ -181,19 +177,34 @@ std::tuple<Tensor, Tensor, Tensor> attention_pool(const Tensor& x, const Tensor&
   const FeatureMap map(x, "x");
   check_companion(mask_weight, "mask_weight", x, map.channels());
   if (mask_bias.has_value()) check_companion(*mask_bias, "mask_bias", x, 1);
-  const Pooled out{map.empty({map.images(), map.channels()}), map.empty_accumulation({map.images(), map.pixels()}),
-                   map.empty_accumulation({map.images(), map.channels() + 2})};
-  run_pool(map, Weighting::kMask, mask_weight.contiguous(), mask_bias.value_or(Tensor()), 1, out);
-  return {out.context, out.logits, out.state};
+  const Tensor context = map.empty({map.images(), map.channels()});
+  const Tensor logits = map.empty_accumulation({map.images(), map.pixels()});
+  const Tensor state = map.empty_accumulation({map.images(), map.channels() + 2});
+  const Tensor weight = mask_weight.contiguous();
+  PoolForwardArgs args{};
+  args.mask_weight = companion(weight, map.tensor());
+  args.mask_bias = companion(mask_bias.value_or(Tensor()), map.tensor());
+  args.factor = 1;
+  args.logits = logits.data_ptr();
+  args.context = companion_out(context, map.tensor());
+  args.state = state.data_ptr();
+  launch_alone(map, PoolForward(map, Weighting::kMask), args);
+  return {context, logits, state};
 }
 
 Tensor pixel_sum(const Tensor& x, bool mean) {
   const FeatureMap map(x, "x");
   const Tensor context = map.empty({map.images(), map.channels()});
-  const double factor = mean ? 1.0 / static_cast<double>(map.pixels()) : 1.0;
-  run_pool(map, Weighting::kUniform, {}, {}, factor, {context, {}, {}});
+  PoolForwardArgs args{};
+  args.factor = mean ? 1.0 / static_cast<double>(map.pixels()) : 1.0;
+  args.context = companion_out(context, map.tensor());
+  launch_alone(map, PoolForward(map, Weighting::kUniform), args);
   return context;
 }
+
+struct PoolGradients {
+  Tensor x, logits, mask_weight;
+};
 
 // With a mask_weight: its gradient, and the logits' share in grad_x; without: the gradient of the logits.
 PoolGradients pool_backward(const Tensor& grad_context, const FeatureMap& x, const Tensor& mask_weight,
@@ -213,8 +224,16 @@ PoolGradients pool_backward(const Tensor& grad_context, const FeatureMap& x, con
     grads.logits = at::empty(logits.sizes(), logits.options());
   }
   const Tensor weight = mask ? mask_weight.contiguous() : Tensor();
-  run_pool_backward(mask ? PoolGradient::kMask : PoolGradient::kLogits, x,
-                    {grad_context.contiguous(), weight, logits.contiguous(), state.contiguous(), {}, {}}, grads);
+  const Tensor of_context = grad_context.contiguous(), given_logits = logits.contiguous(), own = state.contiguous();
+  PoolBackwardArgs args{};
+  args.grad_context = companion(of_context, x.tensor());
+  args.mask_weight = companion(weight, x.tensor());
+  args.logits = companion(given_logits, x.tensor());
+  args.state = own.data_ptr();
+  args.grad_x = grads.x.data_ptr();
+  args.grad_logits = companion_out(grads.logits, x.tensor());
+  args.grad_weight = companion_out(grads.mask_weight, x.tensor());
+  launch_alone(x, PoolBackward(mask ? PoolGradient::kMask : PoolGradient::kLogits, x, args.grad_x, nullptr), args);
   return grads;
 }
 
@@ -239,8 +258,9 @@ Tensor broadcast(const Tensor& x, const std::optional<Tensor>& scale, const std:
   if (scale.has_value()) check_companion(*scale, "scale", x, count);
   if (term.has_value()) check_companion(*term, "term", x, count);
   const Tensor out = map.empty_like();
-  run_broadcast(map, scale.has_value() ? scale->contiguous() : Tensor(),
-                term.has_value() ? term->contiguous() : Tensor(), out);
+  const Tensor own_scale = scale.has_value() ? scale->contiguous() : Tensor();
+  const Tensor own_term = term.has_value() ? term->contiguous() : Tensor();
+  launch_broadcast(map, companion(own_scale, map.tensor()), companion(own_term, map.tensor()), out.data_ptr());
   return out;
 }
 
@@ -248,10 +268,18 @@ std::tuple<Tensor, Tensor, Tensor> broadcast_mul_backward(const Tensor& grad, co
   const FeatureMap map(x, "x");
   check_like(grad, "grad", x);
   check_companion(scale, "scale", x, map.images() * map.channels());
-  const BroadcastGradients grads{map.empty_like(), at::empty({map.images(), map.channels()}, scale.options()),
-                                 at::empty({map.images(), map.channels()}, scale.options())};
-  run_broadcast_mul_backward(map, map.in_my_layout(grad), scale.contiguous(), grads);
-  return {grads.x, grads.scale, grads.term};
+  const Tensor same_grad = map.in_my_layout(grad), own_scale = scale.contiguous();
+  const Tensor grad_x = map.empty_like();
+  const Tensor grad_scale = at::empty({map.images(), map.channels()}, scale.options());
+  const Tensor grad_term = at::empty({map.images(), map.channels()}, scale.options());
+  BroadcastMulBackwardArgs args{};
+  args.grad = same_grad.data_ptr();
+  args.scale = companion(own_scale, map.tensor());
+  args.grad_x = grad_x.data_ptr();
+  args.grad_scale = companion_out(grad_scale, map.tensor());
+  args.grad_term = companion_out(grad_term, map.tensor());
+  launch_alone(map, BroadcastMulBackward(map, args.grad, args.grad_x), args);
+  return {grad_x, grad_scale, grad_term};
 }
 
 }  // namespace

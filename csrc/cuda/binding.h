@@ -8,6 +8,7 @@
 #include <c10/cuda/CUDAStream.h>
 
 #include <initializer_list>
+#include <optional>
 #include <utility>
 
 #include "checks.h"
@@ -18,7 +19,6 @@ namespace gc::cuda {
 
 using at::Tensor;
 
-DeviceLimits device_limits(int device);
 ElementType element_type(at::ScalarType type);
 
 // A feature map in one of the two layouts, on its device's current stream.
@@ -44,24 +44,13 @@ class FeatureMap {
   Tensor empty_accumulation(at::IntArrayRef sizes) const {
     return at::empty(sizes, tensor_.options().dtype(accumulation_type(tensor_.scalar_type())));
   }
-  // For one launch on this map; must live until after it.
+  // For the launches of one call; must live until after them.
   Counters tickets(int64_t count) const { return Counters(count, tensor_.device().index(), stream_); }
-  DeviceLimits limits() const { return device_limits(tensor_.device().index()); }
+  ElementType type() const { return element_type(tensor_.scalar_type()); }
+  int device() const { return tensor_.device().index(); }
 
   // `maps`: every feature map of the launch; their addresses decide on the width of loads and stores.
-  Plan plan(KernelKind kind, std::initializer_list<Tensor> maps, bool dots_given = false) const {
-    Problem problem{images(), channels(), pixels(),
-                    format_ == at::MemoryFormat::Contiguous ? Layout::kNCHW : Layout::kNHWC,
-                    element_type(tensor_.scalar_type())};
-    for (const Tensor& map : maps) {
-      while (reinterpret_cast<uintptr_t>(map.data_ptr()) % problem.alignment != 0) problem.alignment /= 2;
-    }
-    try {
-      return make_plan(kind, problem, limits(), dots_given);
-    } catch (const std::invalid_argument& error) {
-      TORCH_CHECK_VALUE(false, "x of shape ", tensor_.sizes(), " is too large: ", error.what());
-    }
-  }
+  Plan plan(KernelKind kind, std::initializer_list<const void*> maps, bool dots_given = false) const;
 
  private:
   c10::cuda::CUDAGuard guard_;
@@ -79,38 +68,70 @@ inline CompanionOut companion_out(const Tensor& tensor, const Tensor& x) {
   if (!tensor.defined()) return {nullptr, false};
   return {tensor.data_ptr(), tensor.scalar_type() != x.scalar_type()};
 }
+// One that is in the accumulation type.
+inline Companion wide(const void* data) { return {data, data != nullptr}; }
+inline CompanionOut wide_out(void* data) { return {data, data != nullptr}; }
 
 inline void* pointer(const Tensor& tensor) { return tensor.defined() ? tensor.data_ptr() : nullptr; }
-inline unsigned* ticket_pointer(const Counters& tickets) { return tickets.get(); }
+// `elements` of that type further on.
+inline void* behind(void* start, int64_t elements, int64_t element_bytes) {
+  return start == nullptr ? nullptr : static_cast<char*>(start) + elements * element_bytes;
+}
+inline const void* behind(const void* start, int64_t elements, int64_t element_bytes) {
+  return behind(const_cast<void*>(start), elements, element_bytes);
+}
 
-// Launches. Tensors that are not defined are not wanted, or absent; vectors must be contiguous.
-
-struct Pooled {
-  Tensor context;  // in x's type or the accumulation type
-  Tensor logits;   // kMask
-  Tensor state;
+// What a planned launch wants besides its arguments.
+struct Wanted {
+  int64_t workspace = 0;  // elements of the accumulation type
+  int64_t tickets = 0;
 };
 
-// kMask: `vector` is the mask weight, and out.logits are written; kLogits: `vector` is the logits.
-void run_pool(const FeatureMap& x, Weighting weighting, const Tensor& vector, const Tensor& bias, double factor,
-              const Pooled& out);
+// Launches that are planned before anything is allocated, so that those of one call can share their memory. A map with
+// more channels than a block holds takes a launch of pixel_dot before. The arguments that the launch itself knows (x,
+// partial results, tickets) are left out by the caller.
 
-struct PoolGradients {
-  Tensor x, logits, mask_weight;
-};
-struct PoolBackwardInputs {
-  Tensor grad_context, mask_weight, logits, state;
-  Tensor grad, scale;  // of a whole block; grad in x's layout
-};
-void run_pool_backward(PoolGradient gradient, const FeatureMap& x, const PoolBackwardInputs& in,
-                       const PoolGradients& out);
+class PoolForward {
+ public:
+  PoolForward(const FeatureMap& x, Weighting weighting);
+  Wanted wanted() const { return {plan_.workspace, plan_.tickets}; }
+  void launch(PoolForwardArgs args, void* workspace, unsigned* tickets) const;
 
-void run_broadcast(const FeatureMap& x, const Tensor& scale, const Tensor& term, const Tensor& out);
-
-struct BroadcastGradients {
-  Tensor x, scale, term;
+ private:
+  const FeatureMap& x_;
+  std::optional<Plan> dots_;
+  Plan plan_;
 };
-void run_broadcast_mul_backward(const FeatureMap& x, const Tensor& grad, const Tensor& scale,
-                                const BroadcastGradients& out);
+
+class PoolBackward {
+ public:
+  // grad_x, grad: their addresses; null where there is none.
+  PoolBackward(PoolGradient gradient, const FeatureMap& x, const void* grad_x, const void* grad);
+  Wanted wanted() const { return {plan_.workspace + dots_elements(), plan_.tickets}; }
+  void launch(PoolBackwardArgs args, void* workspace, unsigned* tickets) const;
+
+ private:
+  int64_t dots_elements() const { return dots_ ? x_.images() * x_.pixels() : 0; }
+
+  const FeatureMap& x_;
+  std::optional<Plan> dots_;
+  Plan plan_;
+};
+
+class BroadcastMulBackward {
+ public:
+  // grad, grad_x: their addresses; grad_x null where there is none.
+  BroadcastMulBackward(const FeatureMap& x, const void* grad, const void* grad_x)
+      : x_(x), plan_(x.plan(KernelKind::kBroadcastMulBackward, {x.tensor().data_ptr(), grad, grad_x})) {}
+  Wanted wanted() const { return {plan_.workspace, plan_.tickets}; }
+  void launch(BroadcastMulBackwardArgs args, void* workspace, unsigned* tickets) const;
+
+ private:
+  const FeatureMap& x_;
+  Plan plan_;
+};
+
+// x * scale + term
+void launch_broadcast(const FeatureMap& x, Companion scale, Companion term, void* out);
 
 }  // namespace gc::cuda

@@ -1,14 +1,16 @@
 // The whole block as one operator, on CUDA: three launches forward (pool, transform, broadcast), three backward (sums
 // of grad, transform, one pass that reads x and grad and writes grad_x). One launch more each way where a map has more
-// channels than a block of threads holds.
+// channels than a block of threads holds. Launches are planned before memory is allocated, which they then share.
 #include <torch/library.h>
 
+#include <algorithm>
 #include <optional>
 #include <tuple>
 #include <vector>
 
 #include "branches.h"
 #include "cuda/binding.h"
+#include "cuda/planned.h"
 
 namespace gc::cuda {
 
@@ -18,257 +20,388 @@ using OptionalTensor = std::optional<Tensor>;
 
 Tensor contiguous(const OptionalTensor& tensor) { return tensor.has_value() ? tensor->contiguous() : Tensor(); }
 
+// Pieces of one allocation, in elements of the accumulation type. They are taken twice: counted, then had.
+class Pieces {
+ public:
+  explicit Pieces(const FeatureMap& x) : element_bytes_(accumulation_bytes(x.type())) {}
+
+  void* take(int64_t elements) {
+    void* const taken = behind(start_, taken_, element_bytes_);
+    taken_ += (elements + kAligned - 1) / kAligned * kAligned;
+    return taken;
+  }
+
+  int64_t taken() const { return taken_; }
+  void begin(void* start) {
+    start_ = start;
+    taken_ = 0;
+  }
+
+ private:
+  static constexpr int64_t kAligned = 64;  // no two launches write one line of the cache
+
+  int element_bytes_;
+  void* start_ = nullptr;
+  int64_t taken_ = 0;
+};
+
+// What a forward pass has kept, in memory.
+struct KeptParts {
+  void *state, *context, *logits, *normalized, *inverse_deviation, *scale;  // scale: null without mul
+
+  KeptParts(void* memory, const Kept& kept, const FeatureMap& x, const Branches& branches) {
+    const auto at = [&](int64_t start) { return behind(memory, start, accumulation_bytes(x.type())); };
+    state = at(kept.state);
+    context = at(kept.state + 2);  // an image's lies behind the two statistics of its state
+    logits = at(kept.logits);
+    normalized = at(kept.normalized);
+    inverse_deviation = at(kept.inverse_deviation);
+    scale = branches.has(kMul) ? at(kept.scale) : nullptr;
+  }
+};
+
 // The branches that take part in a launch, as the launch plan sees them.
 TransformProblem transform_problem(const FeatureMap& x, const Branches& branches, const std::vector<int>& live,
-                                   const void* context) {
-  TransformProblem problem{
-      x.images(), x.channels(), static_cast<int>(live.size()), {0, 0}, element_type(x.tensor().scalar_type()), true};
-  const auto in_pairs = [](const void* address, size_t element_bytes) {
-    return reinterpret_cast<uintptr_t>(address) % (2 * element_bytes) == 0;
-  };
-  problem.pairs = in_pairs(context, accumulation_bytes(problem.type));
+                                   bool pairs) {
+  TransformProblem problem{x.images(), x.channels(), static_cast<int>(live.size()), {0, 0}, x.type(), pairs};
   for (size_t i = 0; i < live.size(); ++i) {
     const Branch& branch = branches.each[live[i]];
     problem.hidden[i] = branch.hidden;
     for (const Parameter which : {kW1, kW2}) {
       const Tensor& matrix = branch.parameters[which];
-      problem.pairs = problem.pairs && in_pairs(matrix.data_ptr(), matrix.element_size());
+      const uintptr_t address = reinterpret_cast<uintptr_t>(matrix.data_ptr());
+      problem.pairs = problem.pairs && address % (2 * matrix.element_size()) == 0;
     }
   }
   return problem;
 }
 
-// Calls make(problem), with what is wrong as an error about x.
-template <typename Make>
-TransformPlan planned(const FeatureMap& x, const Make& make) {
+TransformPlan transform_plan(TransformPass pass, const FeatureMap& x, const TransformProblem& problem,
+                             TransformDepth depth) {
   try {
-    return make();
+    return planned(pass, problem, x.device(), depth);
   } catch (const std::invalid_argument& error) {
     TORCH_CHECK_VALUE(false, "the transform beside x of shape ", x.tensor().sizes(), " is too large: ", error.what());
   }
 }
 
-// From row `first` of a [.., width] accumulation-type tensor on.
-template <typename Int>
-void* rows_from(const Tensor& tensor, Int first, int64_t width) {
-  return static_cast<char*>(tensor.data_ptr()) + first * width * tensor.element_size();
-}
-
-// An image's context lies behind the two statistics of its state.
-void* context_in(const Tensor& state) { return rows_from(state, 2, 1); }
-
-// outs: [N, C] of each branch.
-void run_transform_forward(const FeatureMap& x, const Branches& branches, Kinds kinds, const Tensor& state, double eps,
-                           const Tensor& normalized, const Tensor& inverse_deviation,
-                           const std::array<Tensor, 2>& outs) {
-  std::vector<int> live;
+std::vector<int> present_branches(const Branches& branches) {
+  std::vector<int> present;
   for (const int b : {kAdd, kMul}) {
-    if (branches.has(b)) live.push_back(b);
+    if (branches.has(b)) present.push_back(b);
   }
-  const TransformProblem problem = transform_problem(x, branches, live, context_in(state));
-  const TransformPlan plan = planned(x, [&] { return make_transform_forward_plan(problem, x.limits()); });
-  const Tensor products = x.empty_accumulation({plan.workspace});
-  const Counters counters = x.tickets(plan.counters);
-  TransformForwardArgs args{};
-  args.counters = ticket_pointer(counters);
-  args.images = static_cast<int>(x.images());
-  args.channels = static_cast<int>(x.channels());
-  args.branches = problem.branches;
-  args.eps = eps;
-  args.activation = kinds.activation;
-  args.context = context_in(state);
-  args.context_stride = x.channels() + 2;
-  for (size_t i = 0; i < live.size(); ++i) {
-    const int b = live[i];
-    const Branch& branch = branches.each[b];
-    const auto given = [&](Parameter which) { return companion(branch.parameters[which], x.tensor()); };
-    args.branch[i] = {static_cast<int>(branch.hidden),
-                      given(kW1),
-                      given(kB1),
-                      given(kNormWeight),
-                      given(kNormBias),
-                      given(kW2),
-                      given(kB2),
-                      kinds.of(b),
-                      rows_from(products, branches.hidden_before(b), x.images()),
-                      rows_from(normalized, branches.hidden_before(b), x.images()),
-                      rows_from(inverse_deviation, branches.row(b), x.images()),
-                      outs[b].data_ptr()};
-  }
-  C10_CUDA_CHECK(launch_transform_forward(plan, args, x.stream()));
+  return present;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> global_context(
-    const Tensor& x, const OptionalTensor& mask_weight, const OptionalTensor& mask_bias, at::TensorList add,
-    at::TensorList mul, double eps, int64_t activation, int64_t gate) {
+class TransformForward {
+ public:
+  // The context begins where memory does, but for two elements: in pairs.
+  TransformForward(const FeatureMap& x, const Branches& branches)
+      : x_(x),
+        branches_(branches),
+        live_(present_branches(branches)),
+        problem_(transform_problem(x, branches, live_, true)),
+        plan_(transform_plan(TransformPass::kForward, x, problem_, TransformDepth::kContext)) {}
+
+  Wanted wanted() const { return {plan_.workspace, plan_.counters}; }
+
+  // outs: [N, C] of each branch.
+  void launch(Kinds kinds, double eps, const KeptParts& kept, const std::array<void*, 2>& outs, void* workspace,
+              unsigned* counters) const {
+    const int64_t bytes = accumulation_bytes(x_.type());
+    TransformForwardArgs args{};
+    args.counters = counters;
+    args.images = static_cast<int>(x_.images());
+    args.channels = static_cast<int>(x_.channels());
+    args.branches = problem_.branches;
+    args.eps = eps;
+    args.activation = kinds.activation;
+    args.context = kept.context;
+    args.context_stride = x_.channels() + 2;
+    for (size_t i = 0; i < live_.size(); ++i) {
+      const int b = live_[i];
+      const Branch& branch = branches_.each[b];
+      const auto given = [&](Parameter which) { return companion(branch.parameters[which], x_.tensor()); };
+      const int64_t before = branches_.hidden_before(b) * x_.images();
+      args.branch[i] = {static_cast<int>(branch.hidden),
+                        given(kW1),
+                        given(kB1),
+                        given(kNormWeight),
+                        given(kNormBias),
+                        given(kW2),
+                        given(kB2),
+                        kinds.of(b),
+                        behind(workspace, before, bytes),
+                        behind(kept.normalized, before, bytes),
+                        behind(kept.inverse_deviation, branches_.row(b) * x_.images(), bytes),
+                        outs[b]};
+    }
+    C10_CUDA_CHECK(launch_transform_forward(plan_, args, x_.stream()));
+  }
+
+ private:
+  const FeatureMap& x_;
+  const Branches& branches_;
+  std::vector<int> live_;
+  TransformProblem problem_;
+  TransformPlan plan_;
+};
+
+// out, and what is kept for the backward pass; without `keep` that lies in the scratch memory.
+std::tuple<Tensor, Tensor> forward(const Tensor& x, const OptionalTensor& mask_weight, const OptionalTensor& mask_bias,
+                                   at::TensorList add, at::TensorList mul, double eps, int64_t activation, int64_t gate,
+                                   bool keep) {
   const FeatureMap map(x, "x");
   check_mask(mask_weight, mask_bias, x);
   check_epsilon(eps);
   const Branches branches(add, mul, x);
-  const int64_t images = map.images(), channels = map.channels();
+  const Kinds kinds(activation, gate);
   const bool attention = mask_weight.has_value();
-
+  const Kept layout(map.images(), map.channels(), map.pixels(), attention, branches);
   const Tensor out = map.empty_like();
-  const Tensor logits = attention ? map.empty_accumulation({images, map.pixels()}) : map.empty_accumulation({0});
-  const Tensor state = map.empty_accumulation({images, channels + 2});
-  const Tensor normalized = map.empty_accumulation({images * branches.hidden()});
-  const Tensor inverse_deviation = map.empty_accumulation({branches.count(), images});
-  const Tensor scale = branches.has(kMul) ? map.empty_accumulation({images, channels}) : map.empty_accumulation({0});
-  if (images > 0) {
-    const Tensor term = branches.has(kAdd) ? map.empty_accumulation({images, channels}) : Tensor();
-    if (attention) {
-      run_pool(map, Weighting::kMask, mask_weight->contiguous(), contiguous(mask_bias), 1, {{}, logits, state});
-    } else {
-      run_pool(map, Weighting::kUniform, {}, {}, 1.0 / static_cast<double>(map.pixels()), {{}, {}, state});
-    }
-    run_transform_forward(map, branches, Kinds(activation, gate), state, eps, normalized, inverse_deviation,
-                          {term, scale});
-    run_broadcast(map, branches.has(kMul) ? scale : Tensor(), term, out);
+  const Tensor memory = keep ? map.empty_accumulation({layout.elements}) : Tensor();
+  if (map.images() == 0) return {out, memory};
+
+  const PoolForward pool(map, attention ? Weighting::kMask : Weighting::kUniform);
+  const TransformForward transform(map, branches);
+  Pieces pieces(map);
+  void *own, *term, *pool_workspace, *transform_workspace;
+  const auto lay_out = [&] {
+    own = keep ? nullptr : pieces.take(layout.elements);
+    term = branches.has(kAdd) ? pieces.take(map.images() * map.channels()) : nullptr;
+    pool_workspace = pieces.take(pool.wanted().workspace);
+    transform_workspace = pieces.take(transform.wanted().workspace);
+  };
+  lay_out();
+  const Tensor scratch = map.empty_accumulation({pieces.taken()});
+  pieces.begin(scratch.data_ptr());
+  lay_out();
+  const KeptParts kept(keep ? memory.data_ptr() : own, layout, map, branches);
+  const Counters counters = map.tickets(std::max(pool.wanted().tickets, transform.wanted().tickets));
+
+  const Tensor weight = contiguous(mask_weight);
+  PoolForwardArgs args{};
+  if (attention) {
+    args.mask_weight = companion(weight, map.tensor());
+    args.mask_bias = companion(mask_bias.value_or(Tensor()), map.tensor());
+    args.logits = kept.logits;
   }
-  return {out, logits, state, normalized, inverse_deviation, scale};
+  args.factor = attention ? 1.0 : 1.0 / static_cast<double>(map.pixels());
+  args.state = kept.state;
+  pool.launch(args, pool_workspace, counters.get());
+  transform.launch(kinds, eps, kept, {term, kept.scale}, transform_workspace, counters.get());
+  launch_broadcast(map, wide(kept.scale), wide(term), out.data_ptr());
+  return {out, memory};
 }
 
-// What the forward pass left behind.
-struct Saved {
-  const Tensor &logits, &state, &normalized, &inverse_deviation, &scale;
+Tensor global_context(const Tensor& x, const OptionalTensor& mask_weight, const OptionalTensor& mask_bias,
+                      at::TensorList add, at::TensorList mul, double eps, int64_t activation, int64_t gate) {
+  return std::get<0>(forward(x, mask_weight, mask_bias, add, mul, eps, activation, gate, false));
+}
+
+std::tuple<Tensor, Tensor> global_context_kept(const Tensor& x, const OptionalTensor& mask_weight,
+                                               const OptionalTensor& mask_bias, at::TensorList add, at::TensorList mul,
+                                               double eps, int64_t activation, int64_t gate) {
+  return forward(x, mask_weight, mask_bias, add, mul, eps, activation, gate, true);
+}
+
+TransformDepth depth_of(const Needs& needs, const std::vector<int>& live) {
+  if (needs.context()) return TransformDepth::kContext;
+  const bool deep = std::any_of(live.begin(), live.end(), [&](int b) { return needs.activated(b); });
+  return deep ? TransformDepth::kParameters : TransformDepth::kLastLayer;
+}
+
+std::vector<int> needed_branches(const Branches& branches, const Needs& needs) {
+  std::vector<int> live;
+  for (const int b : {kAdd, kMul}) {
+    if (needs.branch(branches, b)) live.push_back(b);
+  }
+  return live;
+}
+
+class TransformBackward {
+ public:
+  using Gradients = BackwardProblem::Gradients;
+
+  TransformBackward(const FeatureMap& x, const BackwardProblem& of, bool pairs)
+      : x_(x),
+        of_(of),
+        live_(needed_branches(of.branches, of.needs)),
+        problem_(transform_problem(x, of.branches, live_, pairs)),
+        plan_(transform_plan(TransformPass::kBackward, x, problem_, depth_of(of.needs, live_))) {}
+
+  Wanted wanted() const { return {plan_.workspace, plan_.counters}; }
+
+  // The gradients of the branches' parameters and, as 0, that of the mask's bias into `grads`, and that of the context
+  // times `factor` into grad_context (if there is one). grad_outs: [N, C] of each branch.
+  void launch(Kinds kinds, double factor, const KeptParts& kept, const std::array<void*, 2>& grad_outs,
+              void* grad_context, const Gradients& grads, void* workspace, unsigned* counters) const {
+    const int64_t bytes = accumulation_bytes(x_.type());
+    TransformBackwardArgs args{};
+    args.counters = counters;
+    args.images = static_cast<int>(x_.images());
+    args.channels = static_cast<int>(x_.channels());
+    args.branches = problem_.branches;
+    args.context = kept.context;
+    args.context_stride = x_.channels() + 2;
+    args.factor = factor;
+    args.activation = kinds.activation;
+    args.grad_context = grad_context;
+    args.zero = companion_out(grads[Needs::kMaskBias], x_.tensor());
+    int64_t taken = 0;
+    const auto take = [&](int64_t elements) {
+      void* const start = behind(workspace, taken, bytes);
+      taken += elements;
+      return start;
+    };
+    for (size_t i = 0; i < live_.size(); ++i) {
+      const int b = live_[i];
+      const Branch& branch = of_.branches.each[b];
+      const auto given = [&](Parameter which) { return companion(branch.parameters[which], x_.tensor()); };
+      const auto out = [&](Parameter which) { return companion_out(grads[Needs::index(b, which)], x_.tensor()); };
+      const int64_t before = of_.branches.hidden_before(b) * x_.images();
+      const TransformWorkspace own = backward_workspace(problem_, plan_, static_cast<int>(i));
+      args.branch[i] = {static_cast<int>(branch.hidden),
+                        given(kW1),
+                        given(kNormWeight),
+                        given(kNormBias),
+                        given(kW2),
+                        behind(kept.normalized, before, bytes),
+                        behind(kept.inverse_deviation, of_.branches.row(b) * x_.images(), bytes),
+                        grad_outs[b],
+                        kinds.of(b),
+                        b == kMul ? kept.scale : nullptr,
+                        out(kW1),
+                        out(kB1),
+                        out(kNormWeight),
+                        out(kNormBias),
+                        out(kW2),
+                        out(kB2),
+                        take(own.partial_y),
+                        take(own.grad_y),
+                        take(own.grad_hidden),
+                        take(own.partial_context)};
+    }
+    C10_CUDA_CHECK(launch_transform_backward(plan_, args, x_.stream()));
+  }
+
+ private:
+  const FeatureMap& x_;
+  const BackwardProblem& of_;
+  std::vector<int> live_;
+  TransformProblem problem_;
+  TransformPlan plan_;
 };
 
-// Gradients of the branches' parameters into `grads`, and that of the context times `factor` into grad_context (if
-// defined). grad_outs: [N, C] of each branch.
-void run_transform_backward(const FeatureMap& x, const Branches& branches, Kinds kinds, const Needs& needs,
-                            const Saved& saved, const std::array<Tensor, 2>& grad_outs, double factor,
-                            const Tensor& grad_context, const std::vector<Tensor>& grads) {
-  std::vector<int> live;
-  TransformDepth depth = TransformDepth::kLastLayer;
-  for (const int b : {kAdd, kMul}) {
-    if (!needs.branch(branches, b)) continue;
-    live.push_back(b);
-    if (needs.activated(b)) depth = TransformDepth::kParameters;
-  }
-  if (needs.context()) depth = TransformDepth::kContext;
-  const TransformProblem problem = transform_problem(x, branches, live, context_in(saved.state));
-  const TransformPlan plan = planned(x, [&] { return make_transform_backward_plan(problem, x.limits(), depth); });
-  const Tensor workspace = x.empty_accumulation({plan.workspace});
-  const Counters counters = x.tickets(plan.counters);
-  TransformBackwardArgs args{};
-  args.counters = ticket_pointer(counters);
-  args.images = static_cast<int>(x.images());
-  args.channels = static_cast<int>(x.channels());
-  args.branches = problem.branches;
-  args.context = context_in(saved.state);
-  args.context_stride = x.channels() + 2;
-  args.factor = factor;
-  args.activation = kinds.activation;
-  args.grad_context = pointer(grad_context);
-  int64_t taken = 0;
-  const auto take = [&](int64_t elements) {
-    void* const start = rows_from(workspace, taken, 1);
-    taken += elements;
-    return start;
-  };
-  for (size_t i = 0; i < live.size(); ++i) {
-    const int b = live[i];
-    const Branch& branch = branches.each[b];
-    const auto given = [&](Parameter which) { return companion(branch.parameters[which], x.tensor()); };
-    const auto out = [&](Parameter which) {
-      return needs.parameter(b, which) && branch.parameters[which].defined()
-                 ? companion_out(grads[Needs::index(b, which)], x.tensor())
-                 : CompanionOut{};
-    };
-    const TransformWorkspace own = backward_workspace(problem, plan, static_cast<int>(i));
-    args.branch[i] = {static_cast<int>(branch.hidden),
-                      given(kW1),
-                      given(kNormWeight),
-                      given(kNormBias),
-                      given(kW2),
-                      rows_from(saved.normalized, branches.hidden_before(b), x.images()),
-                      rows_from(saved.inverse_deviation, branches.row(b), x.images()),
-                      grad_outs[b].data_ptr(),
-                      kinds.of(b),
-                      b == kMul ? saved.scale.data_ptr() : nullptr,
-                      out(kW1),
-                      out(kB1),
-                      out(kNormWeight),
-                      out(kNormBias),
-                      out(kW2),
-                      out(kB2),
-                      take(own.partial_y),
-                      take(own.grad_y),
-                      take(own.grad_hidden),
-                      take(own.partial_context)};
-  }
-  C10_CUDA_CHECK(launch_transform_backward(plan, args, x.stream()));
-}
-
 // The gradients of the branches' outputs, [N, C]: sums over the pixels of grad, and of grad * x.
-std::array<Tensor, 2> sum_gradients(const FeatureMap& x, const Tensor& grad, bool add, bool mul) {
-  std::array<Tensor, 2> sums;
-  if (add) sums[kAdd] = x.empty_accumulation({x.images(), x.channels()});
-  if (mul) {
-    sums[kMul] = x.empty_accumulation({x.images(), x.channels()});
-    run_broadcast_mul_backward(x, grad, {}, {{}, sums[kMul], sums[kAdd]});
-  } else {
-    run_pool(FeatureMap(grad, "grad"), Weighting::kUniform, {}, {}, 1, {sums[kAdd], {}, {}});
-  }
-  return sums;
-}
-
-std::vector<Tensor> global_context_backward(const Tensor& grad, const OptionalTensor& x,
-                                            const OptionalTensor& mask_weight, at::TensorList add, at::TensorList mul,
-                                            const Tensor& logits, const Tensor& state, const Tensor& normalized,
-                                            const Tensor& inverse_deviation, const Tensor& scale, int64_t activation,
-                                            int64_t gate, std::array<bool, Needs::kCount> needed) {
-  const bool attention = mask_weight.has_value();
-  const FeatureMap map(x.has_value() ? *x : grad, x.has_value() ? "x" : "grad");
-  const Tensor& like = map.tensor();
-  check_like(grad, "grad", like);
-  if (attention) check_companion(*mask_weight, "mask_weight", like, map.channels());
-  const Branches branches(add, mul, like);
-  check_saved(like, attention, branches, logits, state, normalized, inverse_deviation, scale);
-  const Needs needs{needed, attention};
-  TORCH_CHECK(x.has_value() || !needs.reads_x(branches),
-              "x must be given for the gradients of x or mask_weight and for a mul branch, got None");
-
-  std::vector<Tensor> grads(Needs::kCount);
-  for (Tensor& one : grads) one = at::empty({0}, like.options());
-  const auto want = [&](int index, const Tensor& parameter) {
-    grads[index] = empty_gradient(parameter);
-    if (map.images() == 0) grads[index].zero_();
-  };
-  if (needs.x()) grads[Needs::kX] = map.empty_like();
-  if (needs.mask_weight()) want(Needs::kMaskWeight, *mask_weight);
-  for (const int b : {kAdd, kMul}) {
-    for (const Parameter which : {kW1, kB1, kNormWeight, kNormBias, kW2, kB2}) {
-      const Tensor& parameter = branches.each[b].parameters[which];
-      if (parameter.defined() && needs.parameter(b, which)) want(Needs::index(b, which), parameter);
+class SumGradients {
+ public:
+  SumGradients(const FeatureMap& x, const FeatureMap& grad, bool mul) : x_(x), grad_(grad) {
+    if (mul) {
+      products_.emplace(x, grad.tensor().data_ptr(), nullptr);
+    } else {
+      sums_.emplace(grad, Weighting::kUniform);
     }
   }
-  const bool with_add = needs.branch(branches, kAdd), with_mul = needs.branch(branches, kMul);
-  if (map.images() == 0 || !(with_add || with_mul)) return grads;
 
-  const Tensor same_grad = map.in_my_layout(grad);
-  const std::array<Tensor, 2> grad_outs = sum_gradients(map, same_grad, with_add, with_mul);
-  const Tensor grad_context = needs.context() ? map.empty_accumulation({map.images(), map.channels()}) : Tensor();
-  run_transform_backward(map, branches, Kinds(activation, gate), needs,
-                         {logits, state, normalized, inverse_deviation, scale}, grad_outs,
-                         attention ? 1.0 : 1.0 / static_cast<double>(map.pixels()), grad_context, grads);
-  if (!needs.context()) return grads;
+  Wanted wanted() const { return products_ ? products_->wanted() : sums_->wanted(); }
 
-  const Tensor given_scale = branches.has(kMul) ? scale : Tensor();
-  if (attention) {
-    run_pool_backward(
-        PoolGradient::kBlock, map, {grad_context, mask_weight->contiguous(), logits, state, same_grad, given_scale},
-        {needs.x() ? grads[Needs::kX] : Tensor(), {}, needs.mask_weight() ? grads[Needs::kMaskWeight] : Tensor()});
-  } else {
-    run_broadcast(FeatureMap(same_grad, "grad"), given_scale, grad_context, grads[Needs::kX]);
+  // Null for what is not needed.
+  void launch(void* of_add, void* of_mul, void* workspace, unsigned* tickets) const {
+    if (products_) {
+      BroadcastMulBackwardArgs args{};
+      args.grad = grad_.tensor().data_ptr();
+      args.grad_scale = wide_out(of_mul);
+      args.grad_term = wide_out(of_add);
+      return products_->launch(args, workspace, tickets);
+    }
+    PoolForwardArgs args{};
+    args.factor = 1;
+    args.context = wide_out(of_add);
+    sums_->launch(args, workspace, tickets);
   }
-  return grads;
+
+ private:
+  const FeatureMap &x_, &grad_;
+  std::optional<BroadcastMulBackward> products_;
+  std::optional<PoolForward> sums_;
+};
+
+std::vector<Tensor> global_context_backward(const Tensor& grad, const OptionalTensor& x,
+                                            const OptionalTensor& mask_weight, const OptionalTensor& mask_bias,
+                                            at::TensorList add, at::TensorList mul, const Tensor& kept_before,
+                                            int64_t activation, int64_t gate, std::array<bool, Needs::kCount> needed) {
+  const bool attention = mask_weight.has_value();
+  const FeatureMap map(x.has_value() ? *x : grad, x.has_value() ? "x" : "grad");
+  const BackwardProblem problem(grad, x, mask_weight, mask_bias, add, mul, kept_before, map.tensor(), needed);
+  const Needs& needs = problem.needs;
+  const Branches& branches = problem.branches;
+  const Kinds kinds(activation, gate);
+
+  BackwardProblem::Gradients grads = problem.empty_gradients();
+  if (needs.x()) grads[Needs::kX] = map.empty_like();
+  const bool with_add = needs.branch(branches, kAdd), with_mul = needs.branch(branches, kMul);
+  if (map.images() == 0 || !(with_add || with_mul)) {
+    for (const Tensor& one : grads) {
+      if (one.defined()) one.zero_();
+    }
+    return problem.only_needed(grads);
+  }
+
+  const FeatureMap own_grad(map.in_my_layout(grad), "grad");
+  const KeptParts kept(kept_before.data_ptr(), problem.kept, map, branches);
+  const SumGradients sum(map, own_grad, with_mul);
+  const bool pairs = reinterpret_cast<uintptr_t>(kept.context) % (2 * accumulation_bytes(map.type())) == 0;
+  const TransformBackward transform(map, problem, pairs);
+  std::optional<PoolBackward> pool;
+  if (attention && needs.context()) {
+    pool.emplace(PoolGradient::kBlock, map, pointer(grads[Needs::kX]), own_grad.tensor().data_ptr());
+  }
+  const Wanted of_pool = pool ? pool->wanted() : Wanted{};
+
+  const int64_t per_channel = map.images() * map.channels();
+  Pieces pieces(map);
+  void *of_add, *of_mul, *grad_context, *sum_workspace, *transform_workspace, *pool_workspace;
+  const auto lay_out = [&] {
+    of_add = with_add ? pieces.take(per_channel) : nullptr;
+    of_mul = with_mul ? pieces.take(per_channel) : nullptr;
+    grad_context = needs.context() ? pieces.take(per_channel) : nullptr;
+    sum_workspace = pieces.take(sum.wanted().workspace);
+    transform_workspace = pieces.take(transform.wanted().workspace);
+    pool_workspace = pieces.take(of_pool.workspace);
+  };
+  lay_out();
+  const Tensor scratch = map.empty_accumulation({pieces.taken()});
+  pieces.begin(scratch.data_ptr());
+  lay_out();
+  const Counters counters = map.tickets(std::max({sum.wanted().tickets, transform.wanted().tickets, of_pool.tickets}));
+
+  sum.launch(of_add, of_mul, sum_workspace, counters.get());
+  transform.launch(kinds, attention ? 1.0 : 1.0 / static_cast<double>(map.pixels()), kept, {of_add, of_mul},
+                   grad_context, grads, transform_workspace, counters.get());
+  if (pool) {
+    const Tensor weight = contiguous(mask_weight);
+    PoolBackwardArgs args{};
+    args.grad = own_grad.tensor().data_ptr();
+    args.scale = wide(kept.scale);
+    args.grad_context = wide(grad_context);
+    args.mask_weight = companion(weight, map.tensor());
+    args.logits = wide(kept.logits);
+    args.state = kept.state;
+    args.grad_x = pointer(grads[Needs::kX]);
+    args.grad_weight = companion_out(grads[Needs::kMaskWeight], map.tensor());
+    pool->launch(args, pool_workspace, counters.get());
+  } else if (needs.context()) {
+    launch_broadcast(own_grad, wide(kept.scale), wide(grad_context), grads[Needs::kX].data_ptr());
+  }
+  return problem.only_needed(grads);
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(gc_cuda, CUDA, m) {
   m.impl("global_context", global_context);
+  m.impl("global_context_kept", global_context_kept);
   m.impl("global_context_backward", global_context_backward);
 }
 

@@ -7,6 +7,7 @@
 #include <c10/cuda/CUDAGuard.h>
 
 #include <optional>
+#include <string>
 #include <utility>
 
 #include "cuda/region_pool.h"
@@ -86,8 +87,9 @@ struct DeviceMemory {
     }
     if (status == cudaErrorMemoryAllocation) {
       static_cast<void>(cudaGetLastError());
-      TORCH_CHECK_WITH(OutOfMemoryError, false, "CUDA out of memory: gc_cuda needs ", bytes, " bytes on GPU ", device,
-                       " for the counters of its kernels");
+      TORCH_CHECK_WITH(OutOfMemoryError, false,
+                       "CUDA out of memory: gc_cuda needs " + std::to_string(bytes) + " bytes on GPU " +
+                           std::to_string(device) + " for the counters of its kernels");
     }
     C10_CUDA_CHECK(status);
     return memory;

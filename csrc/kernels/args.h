@@ -148,6 +148,7 @@ struct TransformBackwardArgs {
   double factor;  // of grad_context
   Activation activation;
   void* grad_context;  // A [N, C] out, or null
+  CompanionOut zero;   // one element out, or null: the gradient of the mask's bias, whose shift the softmax ignores
   TransformGradients branch[2];
 };
 

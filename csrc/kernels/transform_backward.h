@@ -401,6 +401,7 @@ transform_backward(const TransformBackwardArgs args) {
   A* const sums = arena.take<A>(kSlabScratch);
   A* const totals = arena.take<A>(slab_totals(kSteps));
   ImageSums<T, kSteps> image_sums(args.images, sums + kSlabSums);
+  if (args.zero.data != nullptr && port::block_x() == 0 && port::thread_index() == 0) write<T>(args.zero, 0, A(0));
   const Phase phase(args.grid, args.counters, ticket);
   // As late as may be: a weight matrix, and the gradient that is given, need not wait for the phase before.
   bool waited = false;
