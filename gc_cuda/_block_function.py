@@ -12,6 +12,7 @@ from torch.autograd import Function
 from gc_cuda import reference
 from gc_cuda._contexts import differentiable_wanted
 from gc_cuda._double_backward import differentiable_gradients
+from gc_cuda._extension import compiled_module
 from gc_cuda._saved import save, saved
 from gc_cuda.reference import Transform
 
@@ -89,9 +90,7 @@ def _operator(name: str) -> Callable[..., Any]:
     """An operator of the whole block, by position."""
     if _watched():
         return getattr(torch.ops.gc_cuda, name).default
-    from gc_cuda import _C
-
-    return getattr(_C, name)
+    return getattr(compiled_module(), name)
 
 
 def _watched() -> bool:

@@ -33,6 +33,17 @@ class ExtensionError(ImportError):
     """gc_cuda._C is missing or does not fit; the message says what to run."""
 
 
+_module: Any = None
+
+
+def compiled_module() -> Any:
+    """The module gc_cuda._C, after :func:`require` has found that it fits."""
+    global _module
+    if _module is None:
+        _module = importlib.import_module("gc_cuda._C")
+    return _module
+
+
 class _Loaded(NamedTuple):
     """A binary that this process has loaded: it stays, whatever becomes of the file and of sys.modules."""
 

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gc_cuda._extension import compiled_module
+
 
 def save(ctx: Any, tensors: Sequence[Tensor], biases: tuple[Tensor | None, ...] = ()) -> None:
     """Keep the tensors, none of which is None: tools that walk a graph's saved tensors do not expect it.
@@ -20,7 +22,7 @@ def save(ctx: Any, tensors: Sequence[Tensor], biases: tuple[Tensor | None, ...] 
         ctx.places = [bias is not None for bias in biases]
         ctx.save_for_backward(*tensors, *[bias for bias in biases if bias is not None])
     else:
-        ctx.beside = biases, _versions(biases)
+        ctx.beside = biases, compiled_module().versions(biases)
         ctx.save_for_backward(*tensors)
 
 
@@ -36,16 +38,10 @@ def saved(ctx: Any, *, values_of_biases: bool) -> tuple[Sequence[Any], Sequence[
         return kept, biases[::-1]
     tensors = ctx.saved_tensors
     beside, versions = ctx.beside
-    if values_of_biases and _versions(beside) != versions:
+    if values_of_biases and compiled_module().versions(beside) != versions:
         raise RuntimeError(
             "one of the variables needed for gradient computation has been modified by an inplace "
             "operation: a bias of the global context block was changed between its forward pass and a "
             "backward pass that has to be differentiable (create_graph=True)"
         )
     return tensors, beside
-
-
-def _versions(tensors: tuple[Tensor | None, ...]) -> tuple[int, ...]:
-    from gc_cuda import _C
-
-    return _C.versions(tensors)

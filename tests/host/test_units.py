@@ -13,7 +13,7 @@ import pytest
 from hostbuild import CACHE, HOST, ROOT
 
 # What each program is linked with, of csrc/cuda.
-SOURCES = {"region_pool": (), "shared_memory": ("shared_memory.cpp",), "counters": ("counters.cpp",)}
+SOURCES = {"region_pool": (), "shared_memory": ("shared_memory.cpp",), "counters": ("counters.cpp",), "recent": ()}
 # Headers that units/torch_stub.h stands for.
 TORCH = (
     "ATen/core/Tensor.h",

@@ -242,6 +242,8 @@ void run(const Wanted& wanted, const TransformCase& on, bool wide, SameBits& bit
   args.activation = on.activation;
   const bool with_context = wanted.depth == TransformDepth::kContext;
   if (with_context) args.grad_context = grad_context.data();
+  Buffer<A> zero("zero", 1, Use::kOutput);
+  args.zero = {zero.data(), true};
   std::int64_t workspace = 0;
   for (int b = 0; b < on.branches(); ++b) {
     const TransformWorkspace own = backward_workspace(problem_of(on, Element<T>::type), plan, b);
@@ -253,6 +255,7 @@ void run(const Wanted& wanted, const TransformCase& on, bool wide, SameBits& bit
   run_launch(plan, schedule, [&] { return launch_transform_backward(plan, args, nullptr); });
 
   counters.check();
+  host::require_close("zero", zero[0], 0, 0);
   std::vector<Bounded> want(grad_context.size());
   for (const auto& branch : branches) {
     const bool deep = wanted.depth != TransformDepth::kLastLayer;
