@@ -38,8 +38,8 @@ TORCH_LIBRARY(gc_cuda, m) {
       "(Tensor grad_x, Tensor grad_scale, Tensor grad_term)");
 
   // The whole block: pooling (the mean without mask_weight), the transforms t of the branches, out = x * gate(t_mul) +
-  // t_add. add and mul are empty, or (w1, b1, norm_weight, norm_bias, w2, b2), or the same without a norm. activation: 0
-  // ReLU, 1 SiLU, 2 Hardswish; gate: 0 sigmoid, 1 hardsigmoid.
+  // t_add. add and mul are empty, or (w1, b1, norm_weight, norm_bias, w2, b2), or the same without a norm. activation:
+  // 0 ReLU, 1 SiLU, 2 Hardswish; gate: 0 sigmoid, 1 hardsigmoid.
   m.def(
       "global_context(Tensor x, Tensor? mask_weight, Tensor? mask_bias, Tensor[] add, Tensor[] mul, float eps, "
       "int activation, int gate) -> Tensor");

@@ -24,11 +24,13 @@ _GATE = {name: number for number, name in enumerate(reference.GATES)}
 # The place of each present tensor among w1, b1, norm_weight, norm_bias, w2, b2, by how many there are.
 _PLACES = {0: (), 4: (0, 1, 4, 5), 6: (0, 1, 2, 3, 4, 5)}
 
+
 def _splits(counts: tuple[int, int]) -> tuple[list[int], list[int], list[int]]:
-    """By how many tensors add and mul have: where among them all is what the backward operator reads, where are
-    b1 and b2, of which it needs the shape only, and where each tensor is behind these two in a row.
+    """Of the tensors of add and of mul in a row, so many each: where those are that the backward operator
+    reads, where b1 and b2 are, of which it needs the shape only, and where each is when these follow those.
     """
-    weights, biases = [], []
+    weights: list[int] = []
+    biases: list[int] = []
     for first, count in ((0, counts[0]), (counts[0], counts[1])):
         for i in range(count):
             (biases if i in (1, count - 1) else weights).append(first + i)
@@ -121,7 +123,7 @@ def as_transform(branch: Present) -> Transform | None:
 
 
 class _WholeBlock(Function):
-    """Inputs: policy, how many tensors add has, x, mask_weight, mask_bias, then the tensors of add and of mul.
+    """Inputs: policy, how many tensors add has, x, mask_weight, mask_bias, then those of add and of mul.
 
     Output: out; where x is not saved also what is kept of the forward pass, for the second derivatives of
     average pooling with add alone: their first gradients depend on x by the context only, so what flows back
@@ -264,7 +266,7 @@ def _zero(mask_bias: Tensor | None) -> Tensor | None:
 
 
 def _state(ctx: Any, kept: Tensor) -> Tensor:
-    """Of what is kept, or of a gradient for it, the first part, [N, C + 2]: two statistics and the context."""
+    """The first part of what is kept, or of a gradient for it, [N, C + 2]: two statistics and the context."""
     n, c, _, _ = ctx.size
     return kept[: n * (c + 2)].view(n, c + 2)
 

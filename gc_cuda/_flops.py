@@ -6,7 +6,7 @@ norms and broadcasts do not count there either.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any
 
@@ -65,7 +65,7 @@ def global_context_backward(
     return pooling + 2 * _branches(grad, add, mul)
 
 
-_FORMULAS = {
+_FORMULAS: dict[str, Callable[..., int]] = {
     "softmax_pool": softmax_pool,
     "softmax_pool_backward": softmax_pool_backward,
     "attention_pool": attention_pool,

@@ -308,8 +308,8 @@ class _Broadcast(Function):
     def forward(ctx: Any, x: Tensor, scale: Tensor | None, term: Tensor | None) -> Tensor:
         _, needs_scale, _ = ctx.needs_input_grad
         # x matters to nothing but the gradient of scale; the gradients of an addition need nothing at all.
-        ctx.save_for_backward(*[tensor for tensor in (x if needs_scale else None, scale) if tensor is not None])
         ctx.places = needs_scale, scale is not None
+        ctx.save_for_backward(*[tensor for tensor, kept in zip((x, scale), ctx.places) if kept])
         ctx.term_shape = None if term is None else term.shape
         ctx.term_dtype = None if term is None else term.dtype
         return torch.ops.gc_cuda.broadcast.default(x, _flat(scale), _flat(term))
@@ -317,13 +317,14 @@ class _Broadcast(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         there = iter(ctx.saved_tensors)
-        x, scale = [next(there) if place else None for place in ctx.places]
+        x, scale = (next(there) if kept else None for kept in ctx.places)
         needed = ctx.needs_input_grad
         if differentiable_wanted(grad):
             grad_x, grad_scale, grad_term = _differentiable_broadcast_gradients(grad, x, scale, needed)
         else:
             grad_x, grad_scale, grad_term = _broadcast_gradients(grad, x, scale, needed, ctx.term_dtype)
         if grad_scale is not None:
+            assert scale is not None
             grad_scale = grad_scale.to(scale.dtype).view(scale.shape)
         if grad_term is not None:
             grad_term = grad_term.to(ctx.term_dtype).view(ctx.term_shape)

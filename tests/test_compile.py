@@ -271,9 +271,7 @@ def test_fake_gradients_have_the_strides_of_the_real_ones(random):
         bias = torch.zeros(1)
         _, kept = torch.ops.gc_cuda.global_context_kept(x, weight, bias, add, [], 1e-5, 0, 0)
         needed = [True] * 9 + [False] * 6
-        gradients = torch.ops.gc_cuda.global_context_backward(
-            x, x, weight, bias, add, [], kept, 0, 0, needed
-        )
+        gradients = torch.ops.gc_cuda.global_context_backward(x, x, weight, bias, add, [], kept, 0, 0, needed)
         return [gradient.stride() for gradient in gradients]
 
     real = strides()

@@ -142,6 +142,9 @@ inline Judgement judge_launch(const Results& results, const Row& row) {
     }
     return {"D5, patience: adoption ends long before the holder does", row.note};
   }
+  if (starts(row.name, "two ordinary")) {
+    return {"D5, patience: two launches that want all multiprocessors both end", row.note};
+  }
   const std::string rule = format("what a call adds to <<<>>> and is > %.1f us goes", kHostGainUs);
   const double plain = results.median("launch/host: <<<>>>");
   if (row.name == "host: <<<>>>" || plain == 0) return {rule, ""};

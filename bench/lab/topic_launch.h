@@ -98,6 +98,10 @@ struct Meeting {
   }
 
   void launch(bool cooperative, U64 patience_ns, U64 limit_ns) {
+    launch(cooperative, patience_ns, limit_ns, lab.stream);
+  }
+
+  void launch(bool cooperative, U64 patience_ns, U64 limit_ns, cudaStream_t stream) {
     RoleArgs args{cells.data(), claims.data(), out.data(), lab.failed->data(), own.data(), patience_ns, limit_ns};
     cudaLaunchAttribute attribute[1] = {};
     attribute[0].id = cudaLaunchAttributeCooperative;
@@ -106,7 +110,7 @@ struct Meeting {
     config.gridDim = dim3(lab.blocks);
     config.blockDim = dim3(kMeetThreads);
     config.dynamicSmemBytes = kFullSharedBytes;
-    config.stream = lab.stream;
+    config.stream = stream;
     config.attrs = attribute;
     config.numAttrs = cooperative ? 1 : 0;
     LAB_CUDA(cudaLaunchKernelEx(&config, meet_by_roles, args));
@@ -232,6 +236,54 @@ inline void meeting_variants(Lab& lab) {
   }
 }
 
+// Two grids that each want all multiprocessors, on two streams, both queued behind a kernel that holds them all: when
+// it leaves, each may get a part.
+inline void two_streams_variants(Lab& lab) {
+  for (const bool adopting : {false, true}) {
+    lab.variant(adopting ? "two ordinary launches at once, roles adopted after 20 us" : "two ordinary launches at once",
+                [&](Row& row) {
+                  lab.allow_shared(meet_by_roles, kFullSharedBytes);
+                  Meeting first(lab), second(lab);
+                  Holder holder(lab, lab.blocks);
+                  cudaStream_t other = nullptr;
+                  LAB_CUDA(cudaStreamCreateWithFlags(&other, cudaStreamNonBlocking));
+                  const U64 patience = adopting ? 20 * 1000 : kNever, limit = 10ull * 1000 * 1000;
+                  int over = 0, mixed = 0;
+                  const int repeats = std::min(lab.repeats, 20);
+                  for (int i = -1; i < repeats; ++i) {
+                    first.prepare(), second.prepare();
+                    holder.start();
+                    first.launch(false, patience, limit, lab.stream);
+                    second.launch(false, patience, limit, other);
+                    holder.first_end();
+                    LAB_CUDA(cudaDeviceSynchronize());
+                    const bool gave_up = lab.failed->read()[0] != 0;
+                    lab.failed->fill(0, lab.stream);
+                    LAB_CUDA(cudaStreamSynchronize(lab.stream));
+                    if (i < 0) continue;
+                    over += gave_up;
+                    if (gave_up) continue;
+                    first.check(), second.check();
+                    U64 begins[2] = {~0ull, ~0ull}, ends[2] = {0, 0};
+                    for (int k = 0; k < 2; ++k) {
+                      for (const Span& span : (k == 0 ? first : second).own.read()) {
+                        if (span.begin != 0) begins[k] = std::min(begins[k], span.begin);
+                        ends[k] = std::max(ends[k], span.end);
+                      }
+                    }
+                    mixed += begins[0] < ends[1] && begins[1] < ends[0];
+                    row.samples.push_back((std::max(ends[0], ends[1]) - std::min(begins[0], begins[1])) * 1e-3);
+                  }
+                  LAB_CUDA(cudaStreamDestroy(other));
+                  if (row.samples.empty()) row.samples.push_back(limit * 1e-3);
+                  row.note = format(
+                      "from the first block's start to the last role's end of both; ran at once in %.0f "
+                      "of %.0f, blocked each other for 10 ms in %.0f",
+                      static_cast<double>(mixed), static_cast<double>(repeats), static_cast<double>(over));
+                });
+  }
+}
+
 // --- what the host pays ---
 
 inline void host_variant(Lab& lab, const std::string& name, const std::function<void()>& call) {
@@ -295,6 +347,7 @@ inline void host_variants(Lab& lab) {
 inline void topic_launch(Lab& lab) {
   pdl_variants(lab);
   meeting_variants(lab);
+  two_streams_variants(lab);
   host_variants(lab);
 }
 

@@ -13,7 +13,12 @@ import pytest
 from hostbuild import CACHE, HOST, ROOT
 
 # What each program is linked with, of csrc/cuda.
-SOURCES = {"region_pool": (), "shared_memory": ("shared_memory.cpp",), "counters": ("counters.cpp",), "recent": ()}
+SOURCES = {
+    "counters": ("counters.cpp",),
+    "recent": (),
+    "region_pool": (),
+    "shared_memory": ("shared_memory.cpp",),
+}
 # Headers that units/torch_stub.h stands for.
 TORCH = (
     "ATen/core/Tensor.h",
