@@ -51,24 +51,33 @@ GC_DEVICE void merge_parts(int part, int parts, int group, unsigned* tickets, in
   }
 }
 
-// Adds `count` rows of [count, channels], each times its weight and in order, for the block's chunk of channels.
+// Adds `count` rows of [count, channels], each times its weight, for the block's chunk of channels: in order, but
+// kRowsAtOnce of them to each other first, for the rounding errors grow with the length of a chain of additions.
 template <typename A, typename Map, typename Weight, typename Write>
 GC_DEVICE void add_rows(const Map& map, const A* rows, int count, const Weight& weight, const Write& write) {
-  constexpr int kChannelsAtOnce = 4;  // each some loads in flight
+  constexpr int kChannelsAtOnce = 4, kRowsAtOnce = 4;  // the product is a thread's loads in flight
   const int step = port::block_threads();
   const int end = map.end_channel();
   for (int c0 = map.channel0 + port::thread_index(); c0 < end; c0 += kChannelsAtOnce * step) {
-    A sum[kChannelsAtOnce];
-    GC_UNROLL
-    for (int i = 0; i < kChannelsAtOnce; ++i) sum[i] = 0;
-    GC_UNROLL_BY(4)
-    for (int k = 0; k < count; ++k) {
+    const auto add_row = [&](A(&sum)[kChannelsAtOnce], int k) {
       const A* const row = rows + static_cast<long long>(k) * map.channels;
       GC_UNROLL
       for (int i = 0; i < kChannelsAtOnce; ++i) {
         if (c0 + i * step < end) sum[i] += weight(k) * row[c0 + i * step];
       }
+    };
+    A sum[kChannelsAtOnce] = {};
+    int k = 0;
+    GC_UNROLL_BY(1)
+    for (; k + kRowsAtOnce <= count; k += kRowsAtOnce) {
+      A part[kChannelsAtOnce] = {};
+      GC_UNROLL
+      for (int j = 0; j < kRowsAtOnce; ++j) add_row(part, k + j);
+      GC_UNROLL
+      for (int i = 0; i < kChannelsAtOnce; ++i) sum[i] += part[i];
     }
+    GC_UNROLL_BY(1)
+    for (; k < count; ++k) add_row(sum, k);
     GC_UNROLL
     for (int i = 0; i < kChannelsAtOnce; ++i) {
       if (c0 + i * step < end) write(c0 + i * step, sum[i]);

@@ -41,11 +41,14 @@ def attention(x: Tensor, logits: Tensor) -> Tensor:
     return torch.matmul(x, logits.softmax(dim=1).unsqueeze(2)).squeeze(2)
 
 
-def pool_backward(name: str, shape: tuple[int, int, int], mean: float, weights: float) -> None:
-    n, c, _ = shape
-    x = 4 * pattern(1, 10, *shape) + mean
+def pool_backward(
+    name: str, shape: tuple[int, int, int], mean: float, weights: float, alike: bool = False
+) -> None:
+    n, c, s = shape
+    distinct = 1 if alike else n
+    x = (4 * pattern(1, 10, distinct, c, s) + mean).expand(shape)
     w = weights * pattern(2, 6, c)
-    grad_context, grad = pattern(3, 20, n, c), pattern(4, 20, *shape)
+    grad_context, grad = pattern(3, 20, distinct, c).expand(n, c), pattern(4, 20, *shape)
 
     def of_mask(x: Tensor, w: Tensor) -> Tensor:
         logits = conv1d(x, w.view(1, c, 1)).squeeze(1)
@@ -90,6 +93,7 @@ def main() -> None:
     pool_backward("spread", (2, 64, 400), 10, 0.5)
     pool_backward("far_from_zero", (1, 32, 2100), 100, 0.125)
     pool_backward("spread_chunks", (1, 8200, 16), 8, 0.03125)
+    pool_backward("alike", (4096, 16, 4), 10, 0.5, alike=True)
     transform_backward("many_images", 8192, 64, 64, one_sign=False)
     transform_backward("very_many_images", 65536, 32, 32, one_sign=False)
     transform_backward("very_many_images_one_sign", 65536, 32, 32, one_sign=True)
