@@ -86,13 +86,27 @@ def write_build_facts():
         header.write_text(text)
 
 
+def cpp_library():
+    """The C++ library that torch has loaded into this process, as what to link with.
+
+    Some compilers link their own into every library. The two then share what they export: an error message with
+    a number in it ended early, or in a segmentation fault.
+    """
+    try:
+        maps = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:
+        return []
+    paths = (line.split(maxsplit=5)[5] for line in maps if "/libstdc++.so" in line)
+    return sorted({path for path in paths if Path(path).exists()})[:1]
+
+
 def extension():
     """gc_cuda._C, with the CUDA sources or without."""
     # Without those warnings that g++ 12 gives by the hundred for its own AVX-512 intrinsics.
     cxx = ["-O3", "-g0", "-Wall", "-Wno-uninitialized", "-Wno-maybe-uninitialized", "-Wno-psabi"]
     for folder in include_paths():
         cxx += ["-isystem", folder]  # no warnings from torch's headers
-    link = []
+    link = cpp_library()
     if "parallel backend: OpenMP" in torch.__config__.parallel_info() and sys.platform != "darwin":
         # Without it at::parallel_for, a template in torch's headers, compiles to a plain loop.
         cxx.append("-fopenmp")

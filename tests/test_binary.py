@@ -335,3 +335,9 @@ print(gc_cuda._extension.problem())
     )
     assert "were registered by something else than" in done.stdout
     assert "restart Python" in done.stdout
+
+
+def test_messages_of_the_binary_are_whole() -> None:
+    """With a C++ library of its own inside, a binary stopped at the first number, or crashed there."""
+    with pytest.raises(RuntimeError, match=r"logits must have 40 elements, got shape \[2, 7\]"):
+        torch.ops.gc_cuda.softmax_pool(torch.zeros(2, 3, 4, 5), torch.zeros(2, 7))

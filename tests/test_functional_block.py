@@ -347,7 +347,7 @@ def launches(call):
 )
 @pytest.mark.parametrize("configuration", CONFIGURATIONS, ids=str)
 def test_launches(random, configuration, dtype, parameters, layout):
-    """At most three forward, and at most four backward, where all the parameters get a gradient."""
+    """At most three forward, and at most three backward, where all the parameters get a gradient."""
     size = (2, 256, 50, 84)
     inputs = draw_inputs(
         random, configuration, size, dtype=dtype, parameters=parameters, device="cuda", layout=layout
@@ -362,4 +362,4 @@ def test_launches(random, configuration, dtype, parameters, layout):
 
     out = call(*leaves)
     seen = launches(lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True))
-    assert 1 <= len(seen) <= 4, seen
+    assert 1 <= len(seen) <= 3, seen

@@ -84,8 +84,9 @@ KernelKind kind_of(PoolGradient gradient) {
 
 }  // namespace
 
-PoolForward::PoolForward(const FeatureMap& x, Weighting weighting)
-    : x_(x), plan_(x.plan(kind_of(weighting), {x.tensor().data_ptr()})) {
+PoolForward::PoolForward(const FeatureMap& x, Weighting weighting) : x_(x) {
+  if (x.images() == 0) return;
+  plan_ = x.plan(kind_of(weighting), {x.tensor().data_ptr()});
   if (plan_.holds_channels) return;
   dots_ = x.plan(KernelKind::kPixelDot, {x.tensor().data_ptr()});
   plan_ = x.plan(KernelKind::kPoolLogits, {x.tensor().data_ptr()});
@@ -107,8 +108,9 @@ void PoolForward::launch(PoolForwardArgs args, void* workspace, unsigned* ticket
   C10_CUDA_CHECK(launch_pool_forward(plan_, args, x_.stream()));
 }
 
-PoolBackward::PoolBackward(PoolGradient gradient, const FeatureMap& x, const void* grad_x, const void* grad)
-    : x_(x), plan_(x.plan(kind_of(gradient), {x.tensor().data_ptr(), grad_x, grad})) {
+PoolBackward::PoolBackward(PoolGradient gradient, const FeatureMap& x, const void* grad_x, const void* grad) : x_(x) {
+  if (x.images() == 0) return;
+  plan_ = x.plan(kind_of(gradient), {x.tensor().data_ptr(), grad_x, grad});
   if (plan_.holds_channels) return;
   dots_ = x.plan(KernelKind::kPixelDot, {x.tensor().data_ptr()});
   plan_ = x.plan(kind_of(gradient), {x.tensor().data_ptr(), grad_x, grad}, /*dots_given=*/true);
@@ -126,6 +128,10 @@ void PoolBackward::launch(PoolBackwardArgs args, void* workspace, unsigned* tick
   args.partial_weight = workspace;
   args.tickets = tickets;
   C10_CUDA_CHECK(launch_pool_backward(plan_, args, x_.stream()));
+}
+
+BroadcastMulBackward::BroadcastMulBackward(const FeatureMap& x, const void* grad, const void* grad_x) : x_(x) {
+  if (x.images() > 0) plan_ = x.plan(KernelKind::kBroadcastMulBackward, {x.tensor().data_ptr(), grad, grad_x});
 }
 
 void BroadcastMulBackward::launch(BroadcastMulBackwardArgs args, void* workspace, unsigned* tickets) const {

@@ -89,7 +89,7 @@ struct Wanted {
 
 // Launches that are planned before anything is allocated, so that those of one call can share their memory. A map with
 // more channels than a block holds takes a launch of pixel_dot before. The arguments that the launch itself knows (x,
-// partial results, tickets) are left out by the caller.
+// partial results, tickets) are left out by the caller. Of no images there is no plan, and nothing is launched.
 
 class PoolForward {
  public:
@@ -100,7 +100,7 @@ class PoolForward {
  private:
   const FeatureMap& x_;
   std::optional<Plan> dots_;
-  Plan plan_;
+  Plan plan_{};
 };
 
 class PoolBackward {
@@ -115,20 +115,19 @@ class PoolBackward {
 
   const FeatureMap& x_;
   std::optional<Plan> dots_;
-  Plan plan_;
+  Plan plan_{};
 };
 
 class BroadcastMulBackward {
  public:
   // grad, grad_x: their addresses; grad_x null where there is none.
-  BroadcastMulBackward(const FeatureMap& x, const void* grad, const void* grad_x)
-      : x_(x), plan_(x.plan(KernelKind::kBroadcastMulBackward, {x.tensor().data_ptr(), grad, grad_x})) {}
+  BroadcastMulBackward(const FeatureMap& x, const void* grad, const void* grad_x);
   Wanted wanted() const { return {plan_.workspace, plan_.tickets}; }
   void launch(BroadcastMulBackwardArgs args, void* workspace, unsigned* tickets) const;
 
  private:
   const FeatureMap& x_;
-  Plan plan_;
+  Plan plan_{};
 };
 
 // x * scale + term
