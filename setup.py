@@ -89,8 +89,8 @@ def write_build_facts():
 def cpp_library():
     """The C++ library that torch has loaded into this process, as what to link with.
 
-    Some compilers link their own into every library. The two then share what they export: an error message with
-    a number in it ended early, or in a segmentation fault.
+    Some compilers link their own into every library. The two then share what they export: an error message
+    with a number in it ended early, or in a segmentation fault.
     """
     try:
         maps = Path("/proc/self/maps").read_text().splitlines()
