@@ -107,7 +107,7 @@ def calls_on(device: str, ratio: float, size: tuple[int, ...]) -> dict[str, Call
 
 
 def measure(device: str, samples: int) -> dict[str, dict[str, float]]:
-    results = {}
+    results: dict[str, dict[str, float]] = {}
     for name, (ratio, size) in MAPS.items():
         if device == "cpu" and name != "1x64x7x7":
             continue
