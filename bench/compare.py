@@ -67,6 +67,15 @@ def summary(
                 f"{what}: {statistics.median(ratios):.2f} times the time before, in the median of "
                 f"{len(ratios)}"
             )
+    hosts = [
+        change.after.host_us / change.before.host_us
+        for change in found
+        if change.after.peer == OURS and change.before.host_us and change.after.host_us
+    ]
+    if hosts:
+        lines.append(
+            f"the host of {OURS}: {statistics.median(hosts):.2f} times, in the median of {len(hosts)}"
+        )
     regressions = sum(change.is_regression(threshold) for change in found)
     lines.append(
         f"{len(found)} cases in both; {regressions} regressions beyond {threshold:.0%} and the spread"

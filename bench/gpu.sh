@@ -6,10 +6,10 @@
 # bench/results). Fetches nothing: it uses what $PYTHON (default: python3) holds, which must be torch >= 2.4 with CUDA,
 # pytest and ninja, and an nvcc; with pytest-xdist the tests run side by side, with matplotlib there are pictures, with
 # timm and torchvision whole models. BEFORE names the folder of another checkout, built for this GPU too: the step
-# `compare`, which only runs when it is named, times the kernels of both in turn. OUTPUT_FOLDER gets GPU-NAME.md, the
-# result, brought up to date after every step, GPU-NAME.log with all that was printed, and the benchmarks' own files. A
-# step that fails does not keep the others from running; the exit status is 1 if any failed. The steps are those in the
-# list below, in that order, or the ones named.
+# `compare`, which only runs when it is named, times the kernels of both in turn, and the step `host`, what their calls
+# take the host. OUTPUT_FOLDER gets GPU-NAME.md, the result, brought up to date after every step, GPU-NAME.log with all
+# that was printed, and the benchmarks' own files. A step that fails does not keep the others from running; the exit
+# status is 1 if any failed. The steps are those in the list below, in that order, or the ones named.
 set -uo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PYTHON:-python3}
@@ -23,8 +23,8 @@ die() {
 output=$1
 shift
 steps=("$@")
-(($#)) || steps=(build environment gpu-tests counters memcheck racecheck initcheck synccheck lab bench bench-half
-  bench-bfloat16 tests report)
+(($#)) || steps=(build environment gpu-tests counters memcheck racecheck initcheck synccheck lab host bench
+  bench-half bench-bfloat16 tests report)
 
 gpu=$("$python" - << 'END'
 import importlib.util
@@ -76,7 +76,8 @@ gpu_tests() {
 }
 
 # Seconds to expect of a step on an H100 with 16 cores. Build, environment and sanitizers were seen to take about that;
-# gpu-tests and counters nearly came to their end in less; lab and compare have never run, and the others end at a limit.
+# gpu-tests and counters nearly came to their end in less; lab, host and compare have never run, and the others end at a
+# limit.
 about() { # STEP
   case $1 in
     build) echo 80 ;;
@@ -85,6 +86,7 @@ about() { # STEP
     counters) echo 70 ;;
     memcheck | racecheck | initcheck | synccheck) echo 30 ;;
     lab) echo 60 ;;
+    host) echo $((${BEFORE:+4 *} 20)) ;;
     compare) echo 80 ;;
     report) echo 480 ;;
     *) echo 540 ;;
@@ -99,6 +101,20 @@ compare() { # BEFORE
     PYTHONPATH=$root "$python" "$root/bench/kernel_times.py" --output "$output/kernels-after.json" || return
   done
   "$python" bench/kernel_times.py --compare "$output/kernels-before.json" "$output/kernels-after.json"
+}
+
+# What a call takes the host; where there is another checkout, of both in turn, and the second of each counts.
+host() {
+  local pass
+  if [[ -z ${BEFORE:-} ]]; then
+    "$python" bench/host_times.py --samples 100 --output "$output/host.json"
+    return
+  fi
+  for pass in 1 2; do
+    PYTHONPATH=$BEFORE "$python" "$root/bench/host_times.py" --samples 100 --output "$output/host-before.json" || return
+    PYTHONPATH=$root "$python" "$root/bench/host_times.py" --samples 100 --output "$output/host.json" || return
+  done
+  "$python" bench/host_times.py --compare "$output/host-before.json" "$output/host.json"
 }
 
 # The full grid, as far as it fits into a call of ten minutes; the benchmark names what it leaves out.
@@ -124,6 +140,7 @@ run() { # STEP
       bench/lab.sh "$work/lab" "$capability" && "$work/lab" --json "$output/lab.json"
       ;;
     compare) compare "${BEFORE:?names the folder of the other checkout}" ;;
+    host) host ;;
     bench) latency float32 "$output/latency" ;;
     bench-half) latency float16 "$output/latency-float16" ;;
     bench-bfloat16) latency bfloat16 "$output/latency-bfloat16" ;;
@@ -151,7 +168,7 @@ write_result() {
     printf '# %s\n\ncommit %s, %s\n\n' "$gpu" "$commit" "$(date -u '+%Y-%m-%d %H:%M UTC')"
     printf '| step | result | seconds | last line |\n|---|---|---|---|\n'
     cat "$work/rows"
-    for step in environment lab compare bench bench-half bench-bfloat16 report; do
+    for step in environment lab host compare bench bench-half bench-bfloat16 report; do
       [[ ! -s $work/$step.out ]] || section "$step" "$work/$step.out"
     done
     for step in "${failed[@]}"; do

@@ -4,21 +4,24 @@
     python bench/host_times.py --compare before.json after.json       a table: microseconds, and their ratio
 
 Run it for two checkouts in turn, each with its folder first in PYTHONPATH. On a GPU the time is that until a
-call returns, with an empty stream: a few calls in a row, far fewer than the launch queue holds, and the wait for
-them outside of the time. On the CPU it is that of the call, on one thread and a map so small that arithmetic
-hardly counts. Each figure is the least of many samples: whatever else the machine does only adds to it.
+call returns, with an empty stream: a few calls in a row, far fewer than the launch queue holds, and the wait
+for them outside of the time. On the CPU it is that of the call, on one thread and a map so small that
+arithmetic hardly counts. Each figure is the least of many samples: whatever else the machine does only adds
+to it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from tables import cpu_name
 from torch import Tensor, nn
 
 import gc_cuda
@@ -26,9 +29,14 @@ import gc_cuda
 # The ratio to the squeeze, and the size of x.
 MAPS = {"1x64x7x7": (1 / 4, (1, 64, 7, 7)), "c5": (1 / 16, (2, 2048, 25, 42))}
 CALLS = 20  # in a row
+Result = dict[str, Any]  # what a file holds: the device, torch, and microseconds by map and call
 WITHOUT_GRADIENTS = ("x + 1", "forward", "eager forward")
 # What each call may take at most, as a multiple of another.
-GOALS = {"forward": ("x + 1", 4.0), "forward with gradients": ("identity", 2.6), "step": ("identity step", 2.0)}
+GOALS = {
+    "forward": ("x + 1", 4.0),
+    "forward with gradients": ("identity", 2.6),
+    "step": ("identity step", 2.0),
+}
 
 
 class Identity(torch.autograd.Function):
@@ -63,7 +71,9 @@ def host_us(call: Callable[[], object], device: str, samples: int) -> float:
     return 1e6 * best
 
 
-def step_of(function: Callable[[Tensor], Tensor], x: Tensor, parameters: list[nn.Parameter]) -> Callable[[], None]:
+def step_of(
+    function: Callable[[Tensor], Tensor], x: Tensor, parameters: list[nn.Parameter]
+) -> Callable[[], None]:
     """Forward and backward; the gradients are dropped, as an optimizer does."""
     grad = torch.ones_like(x)
 
@@ -97,7 +107,7 @@ def calls_on(device: str, ratio: float, size: tuple[int, ...]) -> dict[str, Call
 
 
 def measure(device: str, samples: int) -> dict[str, dict[str, float]]:
-    results = {}
+    results: dict[str, dict[str, float]] = {}
     for name, (ratio, size) in MAPS.items():
         if device == "cpu" and name != "1x64x7x7":
             continue
@@ -119,17 +129,24 @@ def table(results: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
-def comparison(before: dict[str, dict[str, float]], after: dict[str, dict[str, float]]) -> str:
+def comparison(before: Result, after: Result) -> str:
+    """Of two files; two machines share no table.
+
+    Raises:
+        ValueError: where the files are of different devices.
+    """
+    if before["device"] != after["device"]:
+        raise ValueError(f"not the same device: {before['device']} and {after['device']}")
     lines = ["| x | call | before, us | after, us | ratio |", "| --- | --- | --: | --: | --: |"]
-    for name, times in after.items():
+    for name, times in after["us"].items():
         for call, us in times.items():
-            old = before.get(name, {}).get(call)
+            old = before["us"].get(name, {}).get(call)
             if old:
                 lines.append(f"| {name} | {call} | {old:.2f} | {us:.2f} | {us / old:.2f} |")
     return "\n".join(lines)
 
 
-def main(words: list[str] | None = None) -> None:
+def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -139,16 +156,23 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--compare", type=Path, nargs=2, metavar=("BEFORE", "AFTER"))
     arguments = parser.parse_args(words)
     if arguments.compare:
-        print(comparison(*(json.loads(path.read_text()) for path in arguments.compare)))
-        return
+        try:
+            print(comparison(*(json.loads(path.read_text()) for path in arguments.compare)))
+        except (OSError, ValueError, KeyError) as error:
+            print(f"bench/host_times.py: {error}", file=sys.stderr)
+            return 2
+        return 0
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cpu":
         torch.set_num_threads(1)
-    results = measure(device, arguments.samples)
-    print(table(results))
+    name = torch.cuda.get_device_name() if device == "cuda" else cpu_name()
+    print(f"{name}, torch {torch.__version__}, gc_cuda of {Path(gc_cuda.__file__).parent}")
+    result: Result = {"device": name, "torch": torch.__version__, "us": measure(device, arguments.samples)}
+    print(table(result["us"]))
     if arguments.output:
-        arguments.output.write_text(json.dumps(results, indent=1))
+        arguments.output.write_text(json.dumps(result, indent=1))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -8,8 +8,10 @@ run. The peers are timed in turn, one call each per round, so that a busy machin
 beside them y.copy_(x) and x.clone() say what moving x once costs on this machine at this moment.
 
 GB/s counts the bytes that a block must move (Case.passes times the size of x). The input is the same in every
-call: what fits a cache stays there. On a GPU, launches are counted by torch.profiler after all of the timing.
-Writes a table to the terminal and .json, .md and .png files to --output.
+call: what fits a cache stays there. On a GPU the calls at batch 1 and 2 are replayed as CUDA graphs, too, and
+beside each time is that of the host: how long until a call returns. (On a CPU the call is the work; what of
+it is not arithmetic is shown by bench/host_times.py.) Launches are counted by torch.profiler after all of the
+timing. Writes a table to the terminal and .json, .md and .png files to --output.
 """
 
 from __future__ import annotations
@@ -37,13 +39,21 @@ from cases import (
     LAYOUTS,
     STAGES,
     Case,
-    Problem,
     grid,
     make,
     ratio_text,
 )
 from peers import EAGER, Call, Error, errors, first_line, peers
-from timing import Deadline, cannot_count_launches, count_launches, measure
+from samples import GRAPH, STREAM
+from timing import (
+    GRAPH_BATCH,
+    Deadline,
+    cannot_count_launches,
+    count_launches,
+    graphs_of,
+    host_us,
+    measure,
+)
 
 import gc_cuda
 
@@ -91,9 +101,14 @@ class Found(NamedTuple):
     wrong: list[str]
 
 
-def rows_of(problem: Problem, times: dict[str, list[float]], checked: dict[str, Error]) -> list[tables.Row]:
+def rows_of(
+    case: Case,
+    launch: str,
+    times: dict[str, list[float]],
+    host: dict[str, float],
+    checked: dict[str, Error],
+) -> list[tables.Row]:
     """One row for each peer that was timed."""
-    case = problem.case
     median = {name: statistics.median(values) for name, values in times.items()}
     rows = []
     for name, error in checked.items():
@@ -111,10 +126,12 @@ def rows_of(problem: Problem, times: dict[str, list[float]], checked: dict[str, 
                 shape=list(case.shape),
                 layout=case.layout,
                 peer=name,
+                launch=launch,
                 p20_ms=p20,
                 p50_ms=p50,
                 p80_ms=p80,
                 rounds=len(times[name]),
+                host_us=host.get(name),
                 of_eager=p50 / median[EAGER] if EAGER in median else None,
                 passes=case.passes,
                 gigabytes_per_second=case.bytes_moved / p50 / 1e6,
@@ -145,8 +162,18 @@ def run_case(case: Case, device: str, arguments: argparse.Namespace) -> Found:
     y = torch.empty_like(x)
     timed[COPY] = lambda: y.copy_(x)
     timed[CLONE] = lambda: x.clone()
-    times = measure(timed, device, arguments.seconds, arguments.rounds)
-    return Found(rows_of(problem, times, checked), missing, wrong)
+    launching = {STREAM: timed}
+    if device == "cuda" and case.batch <= GRAPH_BATCH:
+        replays, refused = graphs_of(timed)
+        missing |= {f"{name} as a graph": why for name, why in refused.items()}
+        if {COPY, CLONE} <= set(replays):
+            launching[GRAPH] = replays
+    rows = []
+    for launch, those in launching.items():
+        times = measure(those, device, arguments.seconds / len(launching), arguments.rounds)
+        host = host_us(those) if device == "cuda" else {}
+        rows += rows_of(case, launch, times, host, checked)
+    return Found(rows, missing, wrong)
 
 
 def launches_of(case: Case, device: str, arguments: argparse.Namespace) -> dict[str, int]:
@@ -185,7 +212,10 @@ def run_all(
             except Exception as error:
                 remark = f"not counted for {case.name} and later: {first_line(error)}"
                 break
-            rows = [row._replace(launches=launches.get(row.peer)) for row in found[case].rows]
+            rows = [
+                row if row.launch == GRAPH else row._replace(launches=launches.get(row.peer))
+                for row in found[case].rows
+            ]
             found[case] = found[case]._replace(rows=rows)
     return found, [case for case in cases if case not in found], remark
 

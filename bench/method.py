@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from timing import HOST_CALLS, HOST_ROWS, HOST_SECONDS
+
 
 def prose(text: str) -> str:
     """One line of Markdown."""
@@ -28,6 +30,13 @@ GRAPHS = prose(
     """
     Milliseconds, plain stream → replay of a CUDA graph, for every peer. What Python and the launches cost is
     in the first and not in the second. Faster and share: among the replays.
+    """
+)
+HOST = prose(
+    """
+    Host µs, beside the milliseconds on the GPU: how long a call keeps the host busy, from the call until it
+    returns, which is what a program that runs ahead of the GPU waits for. On the plain stream that is Python
+    and every launch, for a CUDA graph the replay.
     """
 )
 KERNELS = prose(
@@ -105,5 +114,12 @@ def section(result: dict[str, Any]) -> list[str]:
             """Times are those of CUDA events around a call on an idle stream, so that they hold what Python
             and the launches cost where the GPU waits for them. At batch 1 and 2 the same calls, the peers'
             too, are captured in CUDA graphs and replayed. Clocks are read, never set."""
+        )
+    if any("host_us" in entry for entry in result["samples"]):
+        points.append(
+            f"""Host µs are those of the clock: {HOST_CALLS} calls in a row on an idle GPU, over their number,
+            the peers in turn; nothing in between waits for the GPU, and so few calls do not fill the queue of
+            launches, which would make the host wait. Medians of 3 to {HOST_ROWS} rows, {HOST_SECONDS} s for
+            all peers; measured once for each way of launching, whatever the cache."""
         )
     return ["## Method", "", *(f"- {prose(point)}" for point in points)]

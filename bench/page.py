@@ -25,6 +25,7 @@ from samples import (
     headline,
     samples_of,
     setting_text,
+    with_host,
 )
 
 Result = dict[str, Any]
@@ -46,6 +47,14 @@ def summary_rows(found: list[Sample], direction: str, cache: str) -> list[list[s
         faster = [times(row.faster(than)) for than in (EAGER, COMPILED)]
         rows.append([row.any.map, row.any.layout, *ms, *faster, percent(row.share(OURS))])
     return rows
+
+
+def host_titles(peers: Iterable[str]) -> list[str]:
+    return [f"{peer}, host µs" for peer in peers]
+
+
+def host_cells(row: Comparison, peers: Iterable[str]) -> list[str]:
+    return [number(row.host_us(peer)) for peer in peers]
 
 
 SUMMARY = (
@@ -74,10 +83,16 @@ def summary(result: Result, pictures: dict[str, str]) -> list[str]:
     cache = main_cache(found)
     lines = ["## The block", ""]
     lines += [f"{setting_text(found[0].setting)}; medians of calls on the plain stream, {cache} cache."]
+    hosts = (OURS, EAGER, COMPILED) if with_host(found) else ()
+    if hosts:
+        lines += ["", method.HOST]
     for direction in (FORWARD, TRAINING):
-        rows = summary_rows(found, direction, cache)
+        of = comparisons(found, direction=direction, cache=cache, launch=STREAM)
+        rows = [
+            [*cells, *host_cells(row, hosts)] for row, cells in zip(of, summary_rows(found, direction, cache))
+        ]
         if rows:
-            lines += ["", f"### {direction}", "", *table(SUMMARY, rows, 2)]
+            lines += ["", f"### {direction}", "", *table([*SUMMARY, *host_titles(hosts)], rows, 2)]
     return [*lines, *picture(pictures, f"times-{cache}", "Time of the block over the size of x")]
 
 
@@ -95,16 +110,17 @@ def others(pictures: dict[str, str]) -> list[str]:
 GRAPH_GAINS = ("graphs: faster than eager", "than torch.compile", "of the limit")
 
 
+def plain_and_graph(samples: list[Sample]) -> list[tuple[Comparison, Comparison]]:
+    """Of each case that was launched in both ways."""
+    plain = {(row.any.case, row.any.cache): row for row in comparisons(samples, launch=STREAM)}
+    graphs = comparisons(samples, launch=GRAPH)
+    return [(plain.get((row.any.case, row.any.cache), Comparison({})), row) for row in graphs]
+
+
 def graph_rows(samples: list[Sample]) -> list[tuple[Sample, list[str]]]:
     """For each case: milliseconds of plain stream and CUDA graph for all peers, and what the graphs gain."""
     rows = []
-    for graph in comparisons(samples, launch=GRAPH):
-        stream = {
-            s.peer: s
-            for s in samples
-            if (s.case, s.cache, s.launch) == (graph.any.case, graph.any.cache, STREAM)
-        }
-        plain = Comparison(stream)
+    for plain, graph in plain_and_graph(samples):
         cells = [f"{number(plain.ms(p))} → {number(graph.ms(p))}" for p in (OURS, EAGER, COMPILED)]
         gains = [times(graph.faster(EAGER)), times(graph.faster(COMPILED)), percent(graph.share(OURS))]
         rows.append((graph.any, [*cells, *gains]))
@@ -115,15 +131,17 @@ def graphs(result: Result) -> list[str]:
     """Plain stream and CUDA graph side by side, for all peers."""
     samples = samples_of(result)
     samples = [s for s in samples if s.setting == samples[0].setting]  # the others are among "every case"
+    hosts = (OURS, EAGER, COMPILED) if with_host(samples) else ()
     rows = [
         [of.map, of.layout, of.direction, setting_text(of.setting), of.cache, *cells]
-        for of, cells in graph_rows(samples)
+        + [f"{number(plain.host_us(p))} → {number(graph.host_us(p))}" for p in hosts]
+        for (of, cells), (plain, graph) in zip(graph_rows(samples), plain_and_graph(samples))
     ]
     lines = ["## Plain stream and CUDA graph", ""]
     if not rows:
         return [*lines, "Not measured: this run was on a CPU." if is_cpu(result) else "Not measured."]
     titles = ["map", "layout", "direction", "block", "cache", *(f"{p}, ms" for p in (OURS, EAGER, COMPILED))]
-    titles += GRAPH_GAINS
+    titles += [*GRAPH_GAINS, *host_titles(hosts)]
     lines += [method.GRAPHS, ""]
     refused = [m for m in result["missing"] if "CUDA graph" in m["reason"]]
     lines += table(titles, rows, 5)
@@ -309,6 +327,7 @@ def everything(result: Result) -> list[str]:
     """All medians, with the 20th and 80th percentile."""
     samples = samples_of(result)
     peers = list(dict.fromkeys(s.peer for s in samples))
+    hosts = peers if with_host(samples) else []
     rows = []
     for row in comparisons(samples):
         first = row.any
@@ -325,8 +344,9 @@ def everything(result: Result) -> list[str]:
             cells.append(
                 f"{number(one.p50_ms)} ({number(one.p20_ms)}–{number(one.p80_ms)})" if one else NOTHING
             )
-        rows.append(cells)
+        rows.append(cells + host_cells(row, hosts))
     titles = ["map", "layout", "direction", "block", "cache", "launched by", *(f"{p}, ms" for p in peers)]
+    titles += host_titles(hosts)
     lines = [
         "## Every case",
         "",

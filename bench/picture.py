@@ -13,7 +13,10 @@ MARKERS = ("o", "s", "^", "D")
 
 
 def draw(path: Path, results: Results) -> bool:
-    """A panel for each direction and layout; the first dtype, ratio and fusion. False without matplotlib."""
+    """A panel for each direction and layout; the first dtype, ratio, fusion and way of launching.
+
+    False without matplotlib.
+    """
     try:
         import matplotlib
     except ImportError:
@@ -23,7 +26,9 @@ def draw(path: Path, results: Results) -> bool:
 
     first = results.rows[0]
     rows = [
-        r for r in results.rows if (r.dtype, r.ratio, r.fusion) == (first.dtype, first.ratio, first.fusion)
+        r
+        for r in results.rows
+        if (r.dtype, r.ratio, r.fusion, r.launch) == (first.dtype, first.ratio, first.fusion, first.launch)
     ]
     directions, layouts, peers = (
         list(dict.fromkeys(getattr(row, name) for row in rows)) for name in ("direction", "layout", "peer")

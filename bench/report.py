@@ -163,7 +163,9 @@ def own_case(options: argparse.Namespace) -> int:
 def own_table(result: dict[str, Any]) -> str:
     """Every cache state and way of launching; the limit is a copy of as many bytes."""
     rows = []
-    for row in samples.comparisons(samples.samples_of(result)):
+    found = samples.samples_of(result)
+    hosts = (OURS, EAGER, COMPILED) if samples.with_host(found) else ()
+    for row in samples.comparisons(found):
         first = row.any
         ms = [markdown_text.number(row.ms(peer)) for peer in (OURS, EAGER, COMPILED, samples.LIMIT)]
         faster = [markdown_text.times(row.faster(than)) for than in (EAGER, COMPILED)]
@@ -176,9 +178,10 @@ def own_table(result: dict[str, Any]) -> str:
                 *ms,
                 *faster,
                 markdown_text.percent(row.share(OURS)),
+                *page.host_cells(row, hosts),
             ]
         )
-    titles = ["direction", "layout", "cache", "launched by", *page.SUMMARY[2:]]
+    titles = ["direction", "layout", "cache", "launched by", *page.SUMMARY[2:], *page.host_titles(hosts)]
     widths = [max(map(len, column)) for column in zip(titles, *rows)]
     lines = [
         "  ".join(text.ljust(width) for text, width in zip(row, widths)).rstrip() for row in [titles, *rows]

@@ -37,6 +37,7 @@ class Sample(NamedTuple):
     rounds: int
     passes: int
     bytes: int  # of the formula, whatever a peer moves
+    host_us: float | None = None  # until a call returns; on a GPU, in results since it is measured
 
     @property
     def case(self) -> tuple[Any, ...]:
@@ -46,6 +47,13 @@ class Sample(NamedTuple):
     @property
     def key(self) -> tuple[Any, ...]:
         return (*self.case, self.peer, self.cache, self.launch)
+
+    @property
+    def entry(self) -> dict[str, Any]:
+        """As it stands in a file: without the host's time where there is none."""
+        return {
+            name: value for name, value in self._asdict().items() if name != "host_us" or value is not None
+        }
 
     @property
     def setting(self) -> tuple[str, float, str]:
@@ -89,7 +97,9 @@ def quantiles(values: list[float]) -> dict[str, float]:
     return {"p20_ms": at(0.2), "p50_ms": at(0.5), "p80_ms": at(0.8)}
 
 
-def sample(case: Case, peer: str, cache: str, launch: str, times: list[float]) -> Sample:
+def sample(
+    case: Case, peer: str, cache: str, launch: str, times: list[float], host_us: float | None = None
+) -> Sample:
     """Of one series of times."""
     return Sample(
         case.direction,
@@ -106,6 +116,7 @@ def sample(case: Case, peer: str, cache: str, launch: str, times: list[float]) -
         rounds=len(times),
         passes=case.passes,
         bytes=case.bytes_moved,
+        host_us=host_us,
     )
 
 
@@ -125,6 +136,9 @@ class Comparison(NamedTuple):
 
     def ms(self, peer: str) -> float | None:
         return self.peers[peer].p50_ms if peer in self.peers else None
+
+    def host_us(self, peer: str) -> float | None:
+        return self.peers[peer].host_us if peer in self.peers else None
 
     def ratio(self, above: str, below: str) -> float | None:
         """Of medians."""
@@ -147,6 +161,11 @@ def comparisons(samples: Iterable[Sample], **wanted: Any) -> list[Comparison]:
         if all(getattr(one, name) == value for name, value in wanted.items()):
             found.setdefault((*one.case, one.cache, one.launch), {})[one.peer] = one
     return [Comparison(peers) for peers in found.values()]
+
+
+def with_host(samples: Iterable[Sample]) -> bool:
+    """Whether the host was timed: not on a CPU, and not in results from before it was."""
+    return any(one.host_us is not None for one in samples)
 
 
 def headline(samples: list[Sample]) -> list[Sample]:

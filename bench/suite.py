@@ -29,10 +29,18 @@ from environment import cache_bytes
 from peers import COMPILED, EAGER, OURS, Problem, errors, first_line, peers
 from samples import CLONE, COLD, GRAPH, LIMIT, STREAM, WARM, quantiles, sample
 from tables import Progress
-from timing import Call, Deadline, cannot_count_launches, captured, count_launches, measure
+from timing import (
+    GRAPH_BATCH,
+    Call,
+    Deadline,
+    cannot_count_launches,
+    count_launches,
+    graphs_of,
+    host_us,
+    measure,
+)
 
 Result = dict[str, Any]
-GRAPH_BATCH = 2  # the largest that is replayed as a CUDA graph, too: there the launches count
 PROFILED = ("launches", "kernels", "traffic")  # last: the profilers may slow down what is timed after them
 PROFILING_SHARE = 0.2  # of the time
 # What one step of a section is thought to take, in seconds, until the first has been seen
@@ -106,20 +114,19 @@ def right_ones(problem: Problem, compiled: bool, result: Result) -> dict[str, Ca
     return right
 
 
-def graphs_of(calls: dict[str, Call], case: Case, result: Result) -> dict[str, Call]:
-    found = {}
-    for peer, call in calls.items():
-        try:
-            found[peer] = captured(call)
-        except Exception as error:  # a peer that cannot be captured is a finding
-            torch.cuda.synchronize()
-            reason = f"not captured in a CUDA graph: {first_line(error)}"
-            result["missing"].append({"case": case.name, "peer": peer, "reason": reason})
+def replays(calls: dict[str, Call], case: Case, result: Result) -> dict[str, Call]:
+    """The calls as CUDA graphs; those that cannot be captured are put down."""
+    found, refused = graphs_of(calls)
+    result["missing"] += [{"case": case.name, "peer": peer, "reason": why} for peer, why in refused.items()]
     return found
 
 
 def time_case(case: Case, settings: Settings, result: Result) -> None:
-    """Every peer side by side, in every cache state and way of launching."""
+    """Every peer side by side, in every cache state and way of launching.
+
+    On a GPU the host is timed once for each way of launching: it does not see the GPU's cache. On a CPU the
+    call is the work, and there is no host's time beside it.
+    """
     device = settings.device
     problem = make(case, device)
     calls = right_ones(problem, settings.compiled, result)
@@ -129,15 +136,19 @@ def time_case(case: Case, settings: Settings, result: Result) -> None:
         calls[CLONE] = lambda: x.clone()
     launching = {STREAM: calls}
     if device == "cuda" and case.batch <= GRAPH_BATCH:
-        launching[GRAPH] = graphs_of(calls, case, result)
+        launching[GRAPH] = replays(calls, case, result)
     flush = flush_of(device)
     for launch, those in launching.items():
-        for cache in settings.caches:
-            before = flush if cache == COLD else None
-            times = measure(those, device, settings.seconds, settings.rounds, before)
-            result["samples"] += [
-                sample(case, peer, cache, launch, series)._asdict() for peer, series in times.items()
-            ]
+        times = {
+            cache: measure(those, device, settings.seconds, settings.rounds, flush if cache == COLD else None)
+            for cache in settings.caches
+        }
+        host = host_us(those) if device == "cuda" else {}
+        result["samples"] += [
+            sample(case, peer, cache, launch, series, host.get(peer)).entry
+            for cache, of_peers in times.items()
+            for peer, series in of_peers.items()
+        ]
 
 
 # --- what else there is ---

@@ -27,10 +27,12 @@ class Row(NamedTuple):
     shape: list[int]
     layout: str
     peer: str
+    launch: str  # "stream" or "graph"; the ratios are among the peers that are launched alike
     p20_ms: float
     p50_ms: float
     p80_ms: float
     rounds: int
+    host_us: float | None  # until a call returns, on a GPU
     of_eager: float | None
     passes: int
     gigabytes_per_second: float
@@ -60,23 +62,30 @@ class Results(NamedTuple):
     cases: int  # asked for
 
 
-# Title, text of a row
+# Title, text of a row; those of HOST_COLUMNS are there where the host was timed
 COLUMNS = (
     ("map", lambda row: f"{row.stage} {'x'.join(map(str, row.shape))}"),
     ("layout", lambda row: row.layout),
     ("peer", lambda row: row.peer),
+    ("by", lambda row: row.launch),
     ("ms p50", lambda row: f"{row.p50_ms:.3f}"),
+    ("host µs", lambda row: "-" if row.host_us is None else f"{row.host_us:.1f}"),
     ("speed-up", lambda row: "n/a" if row.of_eager is None else f"{1 / row.of_eager:.2f}"),
     ("GB/s", lambda row: f"{row.gigabytes_per_second:.1f}"),
     ("/ copy_", lambda row: f"{row.of_copy:.2f}"),
     ("/ clone", lambda row: f"{row.of_clone:.2f}"),
     ("launches", lambda row: "-" if row.launches is None else str(row.launches)),
 )
-LEFT_ALIGNED = 3
+HOST_COLUMNS = ("by", "host µs")
+LEFT_ALIGNED = ("map", "layout", "peer", "by")
 LEGEND = (
     "speed-up: eager's time over this one's. GB/s: the passes over x that a block needs at least, in the "
     "time taken. / copy_, / clone: this time over that of y.copy_(x) and of x.clone(). launches: kernels, "
     "memsets and memcpys of one call on a GPU."
+)
+HOST_LEGEND = (
+    "by: on the plain stream, or, at batch 1 and 2, replayed as a CUDA graph; the ratios are among those "
+    "that are launched alike. host µs: how long a call keeps the host busy, until it returns, on an idle GPU."
 )
 
 
@@ -126,8 +135,18 @@ def _sections(rows: list[Row]) -> Iterator[tuple[str, list[Row]]]:
         yield f"{group} ({section[0].passes} passes over x)", section
 
 
-def _cells(rows: list[Row]) -> list[list[str]]:
-    return [[text(row) for _, text in COLUMNS] for row in rows]
+def _titles(results: Results) -> list[str]:
+    """Of the columns that there is something in."""
+    with_host = any(row.host_us is not None for row in results.rows)
+    return [title for title, _ in COLUMNS if with_host or title not in HOST_COLUMNS]
+
+
+def _cells(rows: list[Row], titles: list[str]) -> list[list[str]]:
+    return [[text(row) for title, text in COLUMNS if title in titles] for row in rows]
+
+
+def _legend(titles: list[str]) -> str:
+    return f"{LEGEND} {HOST_LEGEND}" if "host µs" in titles else LEGEND
 
 
 def remarks(results: Results) -> list[str]:
@@ -160,13 +179,13 @@ def _wrapped(text: str, indent: str = "") -> list[str]:
 
 def terminal(results: Results) -> str:
     """Aligned tables, one for each group; a map, its layout and a blank line only where a new one begins."""
-    titles = [title for title, _ in COLUMNS]
-    widths = [max(map(len, column)) for column in zip(titles, *_cells(results.rows))]
+    titles = _titles(results)
+    widths = [max(map(len, column)) for column in zip(titles, *_cells(results.rows, titles))]
 
     def line(texts: list[str]) -> str:
         return "  ".join(
-            text.ljust(width) if i < LEFT_ALIGNED else text.rjust(width)
-            for i, (text, width) in enumerate(zip(texts, widths))
+            text.ljust(width) if title in LEFT_ALIGNED else text.rjust(width)
+            for title, text, width in zip(titles, texts, widths)
         ).rstrip()
 
     lines = []
@@ -175,7 +194,7 @@ def terminal(results: Results) -> str:
     for title, rows in _sections(results.rows):
         lines += ["", title, line(titles), "-" * len(line(titles))]
         before = None
-        for texts in _cells(rows):
+        for texts in _cells(rows, titles):
             which = texts[:2]
             if which == before:
                 texts[:2] = ["", ""]
@@ -184,7 +203,7 @@ def terminal(results: Results) -> str:
             lines.append(line(texts))
             before = which
     lines.append("")
-    for remark in [LEGEND, *remarks(results)]:
+    for remark in [_legend(titles), *remarks(results)]:
         lines += _wrapped(remark, "  ")
     return "\n".join(lines)
 
@@ -193,11 +212,12 @@ def markdown(results: Results) -> str:
     """The same for a file."""
     lines = [f"# Latency of a context block on {results.header['device']}", ""]
     lines += [f"- {name}: {value}" for name, value in results.header.items()]
-    for title, rows in _sections(results.rows):
-        lines += ["", f"## {title}", "", "| " + " | ".join(title for title, _ in COLUMNS) + " |"]
-        lines += ["|" + "|".join("---" if i < LEFT_ALIGNED else "--:" for i in range(len(COLUMNS))) + "|"]
-        lines += ["| " + " | ".join(texts) + " |" for texts in _cells(rows)]
-    lines += ["", LEGEND]
+    titles = _titles(results)
+    for section, rows in _sections(results.rows):
+        lines += ["", f"## {section}", "", "| " + " | ".join(titles) + " |"]
+        lines += ["|" + "|".join("---" if title in LEFT_ALIGNED else "--:" for title in titles) + "|"]
+        lines += ["| " + " | ".join(texts) + " |" for texts in _cells(rows, titles)]
+    lines += ["", _legend(titles)]
     found = remarks(results)
     if found:
         lines += ["", *(f"- {remark}" for remark in found)]

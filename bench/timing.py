@@ -1,9 +1,10 @@
-"""Times calls side by side, and counts what they launch on a GPU."""
+"""Times calls side by side, on the GPU and on its host, and counts what they launch on a GPU."""
 
 from __future__ import annotations
 
 import json
 import os
+import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -11,11 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peers import first_line
 
 Call = Callable[[], object]
 
 # The categories of a profiler's trace that are work on the GPU; annotations and the runtime's calls are not.
 LAUNCHES = ("kernel", "gpu_memset", "gpu_memcpy")
+
+GRAPH_BATCH = 2  # the largest that is replayed as a CUDA graph, too: there the launches count
+# Launches that may wait for the GPU, about. With more, a launch returns only when there is room again: that
+# would be the GPU's time, not the host's.
+QUEUE = 1000
+HOST_CALLS = 5  # in a row, before the host waits for the GPU: far fewer launches than that
+HOST_SECONDS, HOST_ROWS = 0.1, 15  # at most, for all peers together; but three rows of each at least
 
 
 class Timer:
@@ -81,6 +90,29 @@ def measure(
         count += 1
 
 
+def host_us(calls: dict[str, Call]) -> dict[str, float]:
+    """Microseconds that every call keeps the host busy: from the call until it returns, on an idle GPU.
+
+    Medians over rows of a few calls, the peers in turn. The host waits for the GPU between the rows, outside
+    of what is timed. The calls must have run before.
+    """
+    names = list(calls)
+    taken: dict[str, list[float]] = {name: [] for name in names}
+    begun, count = time.perf_counter(), 0
+    while count < 3 or (count < HOST_ROWS and time.perf_counter() - begun < HOST_SECONDS):
+        for i in range(len(names)):
+            name = names[(i + count) % len(names)]
+            call = calls[name]
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            for _ in range(HOST_CALLS):
+                call()
+            taken[name].append((time.perf_counter() - start) / HOST_CALLS)
+        count += 1
+    torch.cuda.synchronize()
+    return {name: 1e6 * statistics.median(rows) for name, rows in taken.items()}
+
+
 def captured(call: Call) -> Call:
     """The call as a CUDA graph, to be replayed. Raises whatever the capture raises."""
     side = torch.cuda.Stream()
@@ -96,6 +128,18 @@ def captured(call: Call) -> Call:
     graph.replay()
     torch.cuda.synchronize()
     return graph.replay
+
+
+def graphs_of(calls: dict[str, Call]) -> tuple[dict[str, Call], dict[str, str]]:
+    """Those that can be captured, and why the others cannot, by name."""
+    found, refused = {}, {}
+    for name, call in calls.items():
+        try:
+            found[name] = captured(call)
+        except Exception as error:  # a peer that cannot be captured is a finding
+            torch.cuda.synchronize()
+            refused[name] = f"not captured in a CUDA graph: {first_line(error)}"
+    return found, refused
 
 
 def launches_in(trace: dict[str, Any]) -> int:

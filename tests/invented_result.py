@@ -19,6 +19,9 @@ LAYOUTS = ("nchw", "channels_last")
 PEERS = {"gc_cuda": 1.25, "eager": 4.0, "torch.compile": 2.5, "copy": 1.0}
 BYTES_PER_MS = 3e9
 LAUNCH_MS = 0.006
+# Microseconds of the host: for each launch of a call, and of a replay
+LAUNCH_HOST_US = 7.0
+REPLAY_HOST_US = {"gc_cuda": 9.0, "eager": 21.0, "torch.compile": 15.0, "copy": 6.0}
 LAUNCHES = {"gc_cuda": (3, 6), "eager": (12, 32), "torch.compile": (9, 17), "copy": (1, 1)}
 
 
@@ -92,12 +95,14 @@ def samples() -> list[dict[str, Any]]:
             if launch == "graph" and n > 2:
                 continue
             ms = slower * moved / BYTES_PER_MS * (1 + 0.2 * (cache == "cold"))
-            ms += LAUNCH_MS * LAUNCHES[peer][passes == 7] * (launch == "stream")
+            launches = LAUNCHES[peer][passes == 7]
+            ms += LAUNCH_MS * launches * (launch == "stream")
+            host_us = LAUNCH_HOST_US * launches if launch == "stream" else REPLAY_HOST_US[peer]
             found.append(
                 {"direction": direction, "fusion": "add", "ratio": ratio, "dtype": "float32"}
                 | {"stage": stage, "shape": [n, c, h, w], "layout": layout, "peer": peer}
                 | {"cache": cache, "launch": launch, "p20_ms": 0.98 * ms, "p50_ms": ms, "p80_ms": 1.03 * ms}
-                | {"rounds": 20, "passes": passes, "bytes": moved}
+                | {"rounds": 20, "passes": passes, "bytes": moved, "host_us": host_us}
             )
     return found
 

@@ -2,31 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 import gc_cuda
 
-BENCH = Path(__file__).parents[1] / "bench"
-MODULES = ("latency", "cases", "peers", "timing", "tables", "picture")
 ARGUMENTS = ["--quick", "--stages", "16x9x14", "--seconds", "0.01", "--device", "cpu", "--ratio", "1/4"]
 WITHOUT_COMPILER = [*ARGUMENTS, "--no-compile"]
 X = 16 * 9 * 14 * 4  # bytes of one float32 image
-
-
-@pytest.fixture
-def bench(monkeypatch):
-    """Import one of the benchmark's modules."""
-    monkeypatch.syspath_prepend(str(BENCH))
-    yield importlib.import_module
-    for name in MODULES:
-        sys.modules.pop(name, None)
 
 
 @pytest.fixture

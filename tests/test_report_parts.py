@@ -197,17 +197,17 @@ def test_the_copy_moves_the_bytes_of_the_formula(bench):
 
 
 def test_a_peer_that_cannot_be_captured_is_named(bench, result, monkeypatch):
-    suite, cases = bench("suite"), bench("cases")
+    suite, cases, timing = bench("suite"), bench("cases"), bench("timing")
 
     def captured(call):
         if call is None:
             raise RuntimeError("operation not permitted when stream is capturing\nand more")
         return call
 
-    monkeypatch.setattr(suite, "captured", captured)
+    monkeypatch.setattr(timing, "captured", captured)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     case = cases.Case("forward", "add", 1 / 16, "float32", "c3", (512, 100, 168), 2, "nchw")
-    assert suite.graphs_of({"gc_cuda": len, "eager": None}, case, result) == {"gc_cuda": len}
+    assert suite.replays({"gc_cuda": len, "eager": None}, case, result) == {"gc_cuda": len}
     assert result["missing"][-1] == {
         "case": case.name,
         "peer": "eager",
