@@ -82,10 +82,10 @@ about() { # STEP
   case $1 in
     build) echo 80 ;;
     environment) echo 6 ;;
-    gpu-tests) echo 100 ;;
-    counters) echo 70 ;;
+    gpu-tests) echo 170 ;;
+    counters) echo 45 ;;
     memcheck | racecheck | initcheck | synccheck) echo 30 ;;
-    lab) echo 60 ;;
+    lab) echo 20 ;;
     host) echo $((${BEFORE:+4 *} 20)) ;;
     compare) echo 80 ;;
     report) echo 480 ;;
