@@ -119,8 +119,8 @@ PoolBackward::PoolBackward(PoolGradient gradient, const FeatureMap& x, const voi
 void PoolBackward::launch(PoolBackwardArgs args, void* workspace, unsigned* tickets) const {
   if (x_.images() == 0) return;
   if (dots_) {
-    workspace = behind(workspace, dots_elements(), accumulation_bytes_of(x_));
     void* const dots = workspace;
+    workspace = behind(workspace, dots_elements(), accumulation_bytes_of(x_));
     launch_dots(x_, *dots_, args.grad_context, x_.channels(), {}, args.state, dots);
     args.dots = dots;
   }

@@ -1,0 +1,42 @@
+// What the binding asks of a device and of csrc/cuda/counters.cpp, for launches that run on the host one by one.
+#include <c10/util/Exception.h>
+#include <cuda_runtime_api.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "cuda/counters.h"
+#include "launch_file.h"
+
+namespace gc::cuda {
+
+struct Counters::OnLoan {
+  std::vector<unsigned> words;
+};
+
+// As many as a call asks for, zero at first. Launches must leave them so: another call could have them next.
+Counters::Counters(int64_t count, int, cudaStream_t) {
+  if (count == 0) return;
+  loan_ = std::make_unique<OnLoan>();
+  loan_->words.assign(static_cast<size_t>(count), 0);
+  start_ = loan_->words.data();
+}
+
+Counters::~Counters() {
+  if (loan_ == nullptr) return;
+  if (std::any_of(loan_->words.begin(), loan_->words.end(), [](unsigned word) { return word != 0; })) {
+    std::fputs("a launch has left its counters set\n", stderr);
+    std::abort();
+  }
+}
+
+}  // namespace gc::cuda
+
+// The multiprocessors of an H100, and the shared memory that the harness gives a block.
+extern "C" cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  *value = attribute == cudaDevAttrMultiProcessorCount ? 132 : gc::host::kMaxSharedOptIn;
+  return cudaSuccess;
+}
+
+// Of this process so far, for a test of how many a call makes.
+extern "C" int gc_launches() { return gc::host::LaunchFiles::launches; }
