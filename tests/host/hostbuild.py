@@ -19,7 +19,7 @@ import shutil
 import site
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -190,10 +190,10 @@ def _rewrite_launches() -> None:
             target.unlink(missing_ok=True)
 
 
-def _compile(source: Path, build: Build, kernels: bool) -> Path:
-    """The object of one source file."""
+def _compile(source: Path, build: Build, kernels: bool, extra: Sequence[str] = ()) -> Path:
+    """The object of one source file. extra: more of the compiler's arguments, before all folders of ours."""
     command = ["g++", "-std=c++17", "-Wall", "-Wextra", "-Werror", "-fno-strict-aliasing", *build.flags]
-    command += ["-DGC_HOST_RUN", f"-I{LAUNCH}", f"-I{HOST / 'runtime'}"]
+    command += [*extra, "-DGC_HOST_RUN", f"-I{LAUNCH}", f"-I{HOST / 'runtime'}"]
     command += [f"-I{ROOT / 'csrc' / 'kernels'}", f"-I{ROOT / 'csrc'}", "-isystem", str(cuda_include())]
     command += build.kernel_flags if kernels else ()
     if source.suffix == ".cu":
@@ -212,18 +212,26 @@ def _compile(source: Path, build: Build, kernels: bool) -> Path:
     return target
 
 
+def _runtime(build: Build) -> list[tuple[Path, bool]]:
+    runtime = sorted((HOST / "runtime").glob("*.cpp"))
+    return [(path, False) for path in runtime if build.race_checker or path.stem not in RACE_CHECKER]
+
+
+def _harness(build: Build) -> list[tuple[Path, bool]]:
+    """What every driver of csrc/kernels has: each source with whether it holds kernels."""
+    return [
+        *_runtime(build),
+        *((path, True) for path in sorted((LAUNCH / "cuda").glob("*.cu"))),
+        *((path, False) for path in sorted((ROOT / "csrc" / "cuda").glob("*plan.cpp"))),
+    ]
+
+
 def _sources(driver: str, build: Build) -> list[tuple[Path, bool]]:
     """The sources of a driver, each with whether it holds kernels."""
-    runtime = sorted((HOST / "runtime").glob("*.cpp"))
-    sources = [(path, False) for path in runtime if build.race_checker or path.stem not in RACE_CHECKER]
+    own = HOST / "drivers" / f"{driver}.cpp"
     if driver in ALONE:
-        return [*sources, (HOST / "drivers" / f"{driver}.cpp", True)]
-    sources += [(path, True) for path in sorted((LAUNCH / "cuda").glob("*.cu"))]
-    return [
-        *sources,
-        *((path, False) for path in sorted((ROOT / "csrc" / "cuda").glob("*plan.cpp"))),
-        (HOST / "drivers" / f"{driver}.cpp", False),
-    ]
+        return [*_runtime(build), (own, True)]
+    return [*_harness(build), (own, False)]
 
 
 def _link(driver: str, build: Build, objects: list[Path]) -> Path:
@@ -257,6 +265,25 @@ def build_all(targets: Iterable[tuple[str, str]]) -> dict[tuple[str, str], Path]
             inputs = [objects[source, name] for source, _ in _sources(driver, BUILDS[name])]
             programs[driver, name] = _link(driver, BUILDS[name], inputs)
         return programs
+
+
+def build_library(
+    name: str, build: Build, more: Sequence[tuple[Path, Sequence[str]]], link: Sequence[str]
+) -> Path:
+    """A shared library of the launch files, the harness and more sources, each with arguments of its own.
+
+    Raises:
+        BuildError: a compiler failed.
+    """
+    with _lock(), ThreadPoolExecutor(JOBS) as pool:
+        _rewrite_launches()
+        sources = [(path, kernels, ()) for path, kernels in _harness(build)]
+        sources += [(path, False, tuple(arguments)) for path, arguments in more]
+        pending = [pool.submit(_compile, path, build, kernels, extra) for path, kernels, extra in sources]
+        objects = [str(one.result()) for one in pending]
+        target = CACHE / build.name / f"{name}.so"
+        _run_compiler(["g++", *build.flags, "-shared", *objects, *link, "-o", str(target)])
+        return target
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,8 +1,10 @@
 // What the binding asks of a device and of csrc/cuda/counters.cpp, for launches that run on the host one by one.
-#include <c10/util/Exception.h>
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
 #include <vector>
 
 #include "cuda/counters.h"
@@ -37,6 +39,3 @@ extern "C" cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribu
   *value = attribute == cudaDevAttrMultiProcessorCount ? 132 : gc::host::kMaxSharedOptIn;
   return cudaSuccess;
 }
-
-// Of this process so far, for a test of how many a call makes.
-extern "C" int gc_launches() { return gc::host::LaunchFiles::launches; }

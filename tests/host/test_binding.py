@@ -1,0 +1,79 @@
+"""The CUDA binding on the CPU: csrc/cuda/binding.cpp and block.cpp with torch, launches in the harness.
+
+They become the operators' kernels for CPU tensors in a process of their own, in which tests of the functions
+run as they do for the CPU path: what the binding plans, allocates, checks and hands to the kernels is what a
+GPU would get. All is compiled with AddressSanitizer, which sees a kernel leave an allocation of torch's.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import hostbuild
+import pytest
+import torch
+from hostbuild import HOST, ROOT
+from torch.utils.cpp_extension import include_paths, library_paths
+
+BINDING = HOST / "binding"
+ASAN = "-fsanitize=address"
+BUILD = hostbuild.Build("binding", ("-O1", "-g1", "-fPIC", ASAN))
+SOURCES = [ROOT / "csrc" / "cuda" / f"{name}.cpp" for name in ("binding", "block", "planned")]
+SOURCES.append(BINDING / "device.cpp")
+# The language that torch's headers are written in.
+CPP = 20 if tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 12) else 17
+# All functions and modules in small, among them no image, many channels, and every allocation counted.
+TESTS = ("allocations", "blocks", "functional_broadcast", "functional_pool")
+TIMEOUT_S = 900
+
+
+def preloaded() -> list[str]:
+    """AddressSanitizer's library, which has to come before all others, and the one that it wants."""
+    names = ("libasan.so", "libstdc++.so")
+    said = [
+        subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True) for name in names
+    ]
+    return [one.stdout.strip() for one in said]
+
+
+@pytest.fixture(scope="module")
+def library() -> Path:
+    """The binding, the launch files and the harness as one library."""
+    reason = hostbuild.missing() or ("" if sys.platform == "linux" else "a library is preloaded as on Linux")
+    if reason:
+        pytest.skip(reason)
+    torchs = [argument for folder in include_paths() for argument in ("-isystem", folder)]
+    arguments = [f"-std=c++{CPP}", "-Wno-psabi", f"-I{BINDING / 'include'}", *torchs]
+    folder = library_paths()[0]
+    return hostbuild.build_library(
+        "binding",
+        BUILD,
+        [(source, arguments) for source in SOURCES],
+        [f"-L{folder}", "-lc10", "-ltorch_cpu", f"-Wl,-rpath,{folder}"],
+    )
+
+
+@pytest.mark.parametrize("name", TESTS)
+def test_binding(library: Path, name: str) -> None:
+    paths = [str(ROOT), str(BINDING), os.environ.get("PYTHONPATH", "")]
+    environment = {
+        "GC_CUDA_BINDING": str(library),
+        "PYTHONPATH": os.pathsep.join(paths),
+        "LD_PRELOAD": ":".join(preloaded()),
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "OMP_NUM_THREADS": "1",
+    }
+    plugins = ["-p", "on_the_host", "-p", "no:cacheprovider", "-p", "no:faulthandler", "-p", "no:xdist"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", *plugins, "-k", "cpu", f"tests/test_{name}.py"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=TIMEOUT_S,
+        env={**os.environ, **environment},
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    assert " passed" in done.stdout
