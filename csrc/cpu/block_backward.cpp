@@ -237,8 +237,9 @@ std::vector<Tensor> global_context_backward(const Tensor& grad, const OptionalTe
   const FeatureMap map(x ? *x : grad, x ? "x" : "grad");
   const BackwardProblem problem(grad, x, mask_weight, mask_bias, add, mul, kept, map.tensor, needed);
   const Kinds kinds(activation, gate);
+  const Tensor grad_x = problem.needs.x() ? map.like() : Tensor();  // the largest first, as in the forward pass
   Gradients grads = problem.empty_gradients();
-  if (problem.needs.x()) grads[Needs::kX] = map.like();
+  grads[Needs::kX] = grad_x;
   if (problem.needs.mask_bias()) grads[Needs::kMaskBias].zero_();  // the softmax does not feel a shift of its logits
   const Tensor same_grad = grad.contiguous(map.format);
   const Tensor weight = mask_weight ? mask_weight->contiguous() : Tensor();

@@ -82,7 +82,7 @@ void pool_attention(const Forward<T>& call, acc_t<T>* logits, acc_t<T>* state) {
 }
 
 template <typename T>
-Tensor run_forward(const Forward<T>& call, const KeptParts<acc_t<T>>& kept) {
+void run_forward(const Forward<T>& call, const KeptParts<acc_t<T>>& kept, Tensor& out) {
   using A = acc_t<T>;
   const FeatureMap& x = call.x;
   const Branches& branches = call.branches;
@@ -121,10 +121,8 @@ Tensor run_forward(const Forward<T>& call, const KeptParts<acc_t<T>>& kept) {
   for (size_t i = 0; i < count; ++i) kernels<A>().normalize(between[i], 0, images);
   run_together(second);
 
-  Tensor out = x.like();
   run(BroadcastArgs<T>{x.shape, x.tensor.template data_ptr<T>(), applied[kMul], applied[kAdd],
                        out.template data_ptr<T>(), past_caches(x)});
-  return out;
 }
 
 // out, and what the backward pass takes; without `keep` that lies in the scratch memory.
@@ -138,14 +136,15 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const OptionalTensor& mask_w
   const Kinds kinds(activation, gate);
   const Tensor weight = mask_weight ? mask_weight->contiguous() : Tensor();
   const Kept kept(map.shape.images, map.shape.channels, map.shape.pixels, weight.defined(), branches);
-  Tensor out, memory;
+  // The largest first: a small piece in the place where it was the last time would have the heap grow.
+  Tensor out = map.like(), memory;
   dispatch(x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     using A = acc_t<T>;
     Forward<T> call(map, weight, mask_bias, branches, kinds, eps);
     if (keep) memory = empty_tensor({kept.elements}, map.accumulation());
     const Tensor scratch = allocate<A>(call, keep ? 0 : kept.elements, map.accumulation());
-    out = run_forward(call, KeptParts<A>((keep ? memory : scratch).template data_ptr<A>(), kept));
+    run_forward(call, KeptParts<A>((keep ? memory : scratch).template data_ptr<A>(), kept), out);
   });
   return {std::move(out), std::move(memory)};
 }
