@@ -40,7 +40,7 @@ struct Backward {
   Plan sum_plan, plan;
   std::array<BranchGradients<A>, 2> of{};
   A *context_parts = nullptr, *context = nullptr;  // [chunks, N, C] of both branches, [N, C]
-  A *weights = nullptr, *weight_parts = nullptr, *weight_sum = nullptr;
+  A *weight_parts = nullptr, *weight_sum = nullptr;
   A *attentions = nullptr, *logits = nullptr, *logit_sums = nullptr;
 
   Backward(const FeatureMap& of_map, const Tensor& same_grad, const Tensor& weight, const Branches& given,

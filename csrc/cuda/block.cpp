@@ -296,7 +296,7 @@ class TransformBackward {
 // The gradients of the branches' outputs, [N, C]: sums over the pixels of grad, and of grad * x.
 class SumGradients {
  public:
-  SumGradients(const FeatureMap& x, const FeatureMap& grad, bool mul) : x_(x), grad_(grad) {
+  SumGradients(const FeatureMap& x, const FeatureMap& grad, bool mul) : grad_(grad) {
     if (mul) {
       products_.emplace(x, grad.tensor().data_ptr(), nullptr);
     } else {
@@ -322,7 +322,7 @@ class SumGradients {
   }
 
  private:
-  const FeatureMap &x_, &grad_;
+  const FeatureMap& grad_;
   std::optional<BroadcastMulBackward> products_;
   std::optional<PoolForward> sums_;
 };

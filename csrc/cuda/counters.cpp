@@ -98,7 +98,7 @@ struct DeviceMemory {
   bool passed(const Mark& mark) const { return mark.passed(); }
 
  private:
-  // The memory first: with none left, making a stream is not known to fail well.
+  // The memory first: where there is none, no stream is made either.
   static cudaError_t fill(void** memory, int64_t bytes) {
     cudaError_t status = cudaMalloc(memory, bytes);
     if (status != cudaSuccess) return status;
