@@ -341,3 +341,27 @@ def test_messages_of_the_binary_are_whole() -> None:
     """With a C++ library of its own inside, a binary stopped at the first number, or crashed there."""
     with pytest.raises(RuntimeError, match=r"logits must have 40 elements, got shape \[2, 7\]"):
         torch.ops.gc_cuda.softmax_pool(torch.zeros(2, 3, 4, 5), torch.zeros(2, 7))
+
+
+@pytest.mark.skipif(sys.platform != "linux" or shutil.which("g++") is None, reason="needs g++ on Linux")
+def test_a_compiler_that_links_its_own_cpp_library(tmp_path: Path) -> None:
+    """What setup.py links takes torch's; without it this text ends, or the process, at the number."""
+    setup = (Path(__file__).parents[1] / "setup.py").read_text()
+    namespace: dict[str, object] = {"Path": Path}
+    exec(setup[setup.index("def cpp_library") : setup.index("def extension")], namespace)
+    library = namespace["cpp_library"]()  # type: ignore[operator]
+    assert len(library) == 1
+    source, binary = tmp_path / "text.cpp", tmp_path / "text.so"
+    source.write_text("""
+        #include <sstream>
+        extern "C" int length(long number) {
+          std::ostringstream out;
+          out << "n is " << number << ".";
+          return static_cast<int>(out.str().size());
+        }
+    """)
+    command = ["g++", "-shared", "-fPIC", str(source), *library, "-static-libstdc++", "-o", str(binary)]
+    subprocess.run(command, check=True)
+    call = f"import torch, ctypes; print(ctypes.CDLL({str(binary)!r}).length(ctypes.c_long(42)))"
+    done = subprocess.run([sys.executable, "-c", call], capture_output=True, text=True)
+    assert done.stdout.strip() == str(len("n is 42.")), done.stdout + done.stderr

@@ -1,4 +1,4 @@
-"""What the backward operator of the whole block refuses: callers of torch.ops hand it what a forward call kept."""
+"""What the backward operator of the whole block refuses, which takes what a forward call has kept."""
 
 from __future__ import annotations
 
