@@ -111,17 +111,21 @@ def extension():
         # Without it at::parallel_for, a template in torch's headers, compiles to a plain loop.
         cxx.append("-fopenmp")
         link.append("-fopenmp")
-    sources = ["csrc/build_config.cpp", "csrc/calls.cpp", "csrc/ops.cpp", "csrc/reading.cpp"]
-    for folder, names in (("cuda", "*plan.cpp"), ("cpu", "*.cpp")):
-        sources += map(str, sorted(Path("csrc", folder).glob(names)))
+    # Launch plans need neither CUDA nor torch: every build can print them.
+    sources = [
+        path
+        for folder in ("ops", "python", "cpu", "cuda/plan")
+        for path in Path("csrc", folder).glob("*.cpp")
+    ]
     kind, flags = CppExtension, {"cxx": cxx}
     if decision.toolkit is not None:
-        sources += map(str, sorted(p for p in Path("csrc/cuda").iterdir() if p.suffix in (".cpp", ".cu")))
+        for pattern in ("*.cpp", "launch/*.cpp", "launch/*.cu"):
+            sources += Path("csrc/cuda").glob(pattern)
         # No -std and no -gencode: torch adds its own, and the latter would switch TORCH_CUDA_ARCH_LIST off.
         kind, flags["nvcc"] = CUDAExtension, ["-O3", "-Xfatbin", "-compress-all"]
     return kind(
         "gc_cuda._C",
-        sorted(set(sources)),
+        sorted(map(str, sources)),
         include_dirs=[str(Path("csrc").resolve()), str(GENERATED.resolve())],
         extra_compile_args=flags,
         extra_link_args=link,

@@ -24,7 +24,7 @@ from peers import step
 
 COPY, SUM = "copy of x", "sum"
 FLUSHES = 5  # buffers of the cache's size that are overwritten to empty it
-# gc::Weighting of csrc/kernels/args.h: what the pooling kernel is used for, forward and backward
+# gc::Weighting of csrc/cuda/kernels/args.h: what the pooling kernel is used for, forward and backward
 POOLINGS = {0: "pool_forward (mask)", 1: "pool_forward (logits)", 2: "pool_forward (uniform)"}
 # Passes over a tensor of x's size, by kernel; one more where the block has a scale.
 PASSES = {

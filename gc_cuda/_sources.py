@@ -12,7 +12,9 @@ _SUFFIXES = (".h", ".cuh", ".cpp", ".cu")
 
 def is_checkout(root: str) -> bool:
     """Whether the folder has the sources, as a clone has and a place of installed packages has not."""
-    return all(os.path.isfile(os.path.join(root, *path)) for path in (("setup.py",), ("csrc", "ops.cpp")))
+    return all(
+        os.path.isfile(os.path.join(root, *path)) for path in (("setup.py",), ("csrc", "ops", "schema.cpp"))
+    )
 
 
 def fingerprint(root: str) -> str:

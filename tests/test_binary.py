@@ -34,7 +34,7 @@ def copy_package(target: Path, sitecustomize: str = "") -> None:
 def copy_checkout(target: Path) -> None:
     """The same with the sources of the extension."""
     copy_package(target)
-    for name in ("setup.py", "csrc/ops.cpp", "csrc/cpu/plan.h"):
+    for name in ("setup.py", "csrc/ops/schema.cpp", "csrc/cpu/plan.h"):
         copy = target / name
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_bytes((ROOT / name).read_bytes())
@@ -173,7 +173,7 @@ def test_extension_of_other_sources_is_refused_in_a_checkout(tmp_path: Path) -> 
     copy_checkout(tmp_path)
     pretend_binary(tmp_path, sources=_sources.fingerprint(str(tmp_path)))
     assert problem_of(tmp_path) == ""
-    with (tmp_path / "csrc" / "ops.cpp").open("a") as file:
+    with (tmp_path / "csrc" / "ops" / "schema.cpp").open("a") as file:
         file.write("// a comment\n")
     message = problem_of(tmp_path)
     assert f"gc_cuda._C was built of other sources than those in {tmp_path}" in message
@@ -197,7 +197,7 @@ def test_the_binary_of_this_checkout_is_of_its_sources() -> None:
 def test_the_fingerprint_is_of_names_and_contents_and_of_nothing_else(tmp_path: Path) -> None:
     copy_checkout(tmp_path)
     before = _sources.fingerprint(str(tmp_path))
-    ops, plan = tmp_path / "csrc" / "ops.cpp", tmp_path / "csrc" / "cpu" / "plan.h"
+    ops, plan = tmp_path / "csrc" / "ops" / "schema.cpp", tmp_path / "csrc" / "cpu" / "plan.h"
 
     ops.write_bytes(ops.read_bytes().replace(b"\n", b"\r\n"))  # as git checks out on Windows
     for left in (".ops.cpp.swp", "ops.cpp~", ".#ops.cpp", "ops.o"):
@@ -206,7 +206,13 @@ def test_the_fingerprint_is_of_names_and_contents_and_of_nothing_else(tmp_path: 
     os.utime(plan, (0, 0))
     assert _sources.fingerprint(str(tmp_path)) == before
 
-    for changed in ("setup.py", "csrc/ops.cpp", "csrc/cpu/plan.h", "csrc/cpu/new.h", "csrc/new/new.cu"):
+    for changed in (
+        "setup.py",
+        "csrc/ops/schema.cpp",
+        "csrc/cpu/plan.h",
+        "csrc/cpu/new.h",
+        "csrc/new/new.cu",
+    ):
         path = tmp_path / changed
         path.parent.mkdir(exist_ok=True)
         was = path.read_bytes() if path.exists() else None

@@ -57,10 +57,10 @@ def test_bytes_of_kernels(bench):
 
 
 def test_every_kernel_of_the_source_has_a_formula(bench):
-    """Of csrc/kernels: a kernel that is added there is to be added to bench/kernels.py."""
+    """Of csrc/cuda/kernels: a kernel that is added there is to be added to bench/kernels.py."""
     kernels, cases = bench("kernels"), bench("cases")
     case = cases.Case("forward+backward", "mul", 1 / 4, "float16", "s", (16, 9, 14), 3, "nchw")
-    folder = BENCH.parent / "csrc" / "kernels"
+    folder = BENCH.parent / "csrc" / "cuda" / "kernels"
     names = {
         name
         for path in folder.glob("*.h")

@@ -1,4 +1,4 @@
-// What the laboratory's kernels ask of a GPU beyond csrc/kernels/port.h: cells, asynchronous copies, mbarriers,
+// What the laboratory's kernels ask of a GPU beyond csrc/cuda/kernels/port.h: cells, asynchronous copies, mbarriers,
 // clusters, cache hints, programmatic launches, timers. Free of the runtime API, so that NVRTC compiles it.
 //
 // An instruction that an architecture lacks becomes a trap there; the host asks the device before it launches such a
@@ -6,7 +6,7 @@
 // at once; bulk copies, clusters, hints and timers have no counterpart there.
 #pragma once
 
-#include "kernels/port.h"
+#include "cuda/kernels/port.h"
 
 #if defined(__CUDACC__) || defined(__CUDACC_RTC__)
 #define LAB_BOTH __host__ __device__ inline

@@ -8,10 +8,10 @@
 
 #include <optional>
 
-#include "branches.h"
 #include "cpu/feature_map.h"
 #include "cpu/run.h"
 #include "cpu/transform.h"
+#include "ops/branches.h"
 
 namespace gc::cpu {
 

@@ -15,7 +15,7 @@
 #define __F16C__ 1
 #define CPU_CAPABILITY AVX2
 #define CPU_CAPABILITY_AVX2
-#include "cpu/vec/table.h"
+#include "cpu/simd/table.h"
 
 const gc::cpu::KernelSet* gc::cpu::avx2_kernels() { return &kKernelSet; }
 #else

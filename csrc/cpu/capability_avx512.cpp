@@ -19,7 +19,7 @@
 #define __AVX512VL__ 1
 #define CPU_CAPABILITY AVX512
 #define CPU_CAPABILITY_AVX512
-#include "cpu/vec/table.h"
+#include "cpu/simd/table.h"
 
 const gc::cpu::KernelSet* gc::cpu::avx512_kernels() { return &kKernelSet; }
 #else

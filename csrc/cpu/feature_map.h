@@ -6,9 +6,9 @@
 
 #include <ATen/ATen.h>
 
-#include "checks.h"
 #include "cpu/pages.h"
 #include "cpu/plan.h"
+#include "ops/checks.h"
 
 namespace gc::cpu {
 

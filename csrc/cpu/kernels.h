@@ -12,7 +12,7 @@
 #include <type_traits>
 
 #include "cpu/plan.h"
-#include "kernels/policy.h"
+#include "ops/policy.h"
 
 namespace gc::cpu {
 

@@ -10,7 +10,7 @@
 #include <atomic>
 #include <cstdint>
 
-#include "checks.h"
+#include "ops/checks.h"
 
 namespace gc::cpu {
 

@@ -11,7 +11,7 @@
 #include <optional>
 #include <tuple>
 
-#include "cuda/planned.h"
+#include "cuda/launch/planned.h"
 
 namespace gc::cuda {
 

@@ -11,9 +11,9 @@
 #include <optional>
 #include <utility>
 
-#include "checks.h"
-#include "cuda/counters.h"
-#include "cuda/launch.h"
+#include "cuda/launch/counters.h"
+#include "cuda/launch/launch.h"
+#include "ops/checks.h"
 
 namespace gc::cuda {
 

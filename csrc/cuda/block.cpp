@@ -8,9 +8,9 @@
 #include <tuple>
 #include <vector>
 
-#include "branches.h"
 #include "cuda/binding.h"
-#include "cuda/planned.h"
+#include "cuda/launch/planned.h"
+#include "ops/branches.h"
 
 namespace gc::cuda {
 

@@ -1,6 +1,6 @@
 """Builds the drivers of tests/host with g++ and runs them.
 
-A driver is drivers/<name>.cpp, linked with the launch files csrc/cuda/*.cu, compiled for the CPU, and with
+A driver is drivers/<name>.cpp, linked with the launch files csrc/cuda/launch/*.cu, compiled for the CPU, and with
 runtime/*.cpp. There are three builds of each: fast, asan (address and undefined-behaviour sanitizers) and
 race (the harness's race checker). Objects are kept in build/host and used again while the compiler, its
 flags and the text of all included files are the same.
@@ -86,13 +86,13 @@ class BuildError(RuntimeError):
 
 
 def drivers() -> list[str]:
-    """The names of the drivers of csrc/kernels: drivers/*.cpp but for those with kernels of their own."""
+    """The names of the drivers of csrc/cuda/kernels: drivers/*.cpp but for those with kernels of their own."""
     return sorted(path.stem for path in (HOST / "drivers").glob("*.cpp") if path.stem not in ALONE)
 
 
 def launch_files() -> list[str]:
-    """The names of csrc/cuda/*.cu, one for each family of kernels."""
-    return sorted(path.stem for path in (ROOT / "csrc" / "cuda").glob("*.cu"))
+    """The names of csrc/cuda/launch/*.cu, one for each family of kernels."""
+    return sorted(path.stem for path in (ROOT / "csrc" / "cuda" / "launch").glob("*.cu"))
 
 
 @functools.cache
@@ -173,15 +173,15 @@ def _unchanged(record: Path) -> bool:
 
 
 def _rewrite_launches() -> None:
-    """Copies csrc/cuda to build/host/launch, with kernel<<<...>>>(args) as runtime/launch_file.h wants it."""
-    cuda = ROOT / "csrc" / "cuda"
-    for old in (LAUNCH / "cuda").glob("*"):
+    """Copies csrc/cuda/launch to build/host/launch, with kernel<<<...>>>(args) as runtime/launch_file.h wants it."""
+    cuda = ROOT / "csrc" / "cuda" / "launch"
+    for old in (LAUNCH / "cuda" / "launch").glob("*"):
         if not (cuda / old.name).exists():
             old.unlink()
     for source in [*cuda.glob("*.cu"), *cuda.glob("*.h")]:
         text = source.read_text()
         rewritten = re.sub(r"(\w+)<<<([^;]*?)>>>\(", r"::gc::host::launch_kernel(\1, \2)(", text)
-        target = LAUNCH / "cuda" / source.name
+        target = LAUNCH / "cuda" / "launch" / source.name
         if source.suffix == ".cu" or rewritten != text:
             target.parent.mkdir(parents=True, exist_ok=True)
             if not target.exists() or target.read_text() != rewritten:
@@ -194,7 +194,12 @@ def _compile(source: Path, build: Build, kernels: bool, extra: Sequence[str] = (
     """The object of one source file. extra: more of the compiler's arguments, before all folders of ours."""
     command = ["g++", "-std=c++17", "-Wall", "-Wextra", "-Werror", "-fno-strict-aliasing", *build.flags]
     command += [*extra, "-DGC_HOST_RUN", f"-I{LAUNCH}", f"-I{HOST / 'runtime'}"]
-    command += [f"-I{ROOT / 'csrc' / 'kernels'}", f"-I{ROOT / 'csrc'}", "-isystem", str(cuda_include())]
+    command += [
+        f"-I{ROOT / 'csrc' / 'cuda' / 'kernels'}",
+        f"-I{ROOT / 'csrc'}",
+        "-isystem",
+        str(cuda_include()),
+    ]
     command += build.kernel_flags if kernels else ()
     if source.suffix == ".cu":
         command += ["-include", str(HOST / "runtime" / "launch_file.h"), "-x", "c++"]
@@ -218,11 +223,11 @@ def _runtime(build: Build) -> list[tuple[Path, bool]]:
 
 
 def _harness(build: Build) -> list[tuple[Path, bool]]:
-    """What every driver of csrc/kernels has: each source with whether it holds kernels."""
+    """What every driver of csrc/cuda/kernels has: each source with whether it holds kernels."""
     return [
         *_runtime(build),
-        *((path, True) for path in sorted((LAUNCH / "cuda").glob("*.cu"))),
-        *((path, False) for path in sorted((ROOT / "csrc" / "cuda").glob("*plan.cpp"))),
+        *((path, True) for path in sorted((LAUNCH / "cuda" / "launch").glob("*.cu"))),
+        *((path, False) for path in sorted((ROOT / "csrc" / "cuda" / "plan").glob("*.cpp"))),
     ]
 
 

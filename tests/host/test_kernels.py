@@ -1,4 +1,4 @@
-"""The kernels of csrc/kernels on the CPU, as csrc/cuda launches them: every driver in every build."""
+"""The kernels of csrc/cuda/kernels on the CPU, as csrc/cuda launches them: every driver in every build."""
 
 from __future__ import annotations
 

@@ -115,7 +115,11 @@ def test_missing_barrier_spoils_the_values_of_cells(driver: Drivers, case: str, 
 
 
 def _digest(*more: str) -> str:
-    sources = [ROOT / "bench" / "lab.cu", *sorted(LAB.glob("*.h")), ROOT / "csrc" / "kernels" / "port.h"]
+    sources = [
+        ROOT / "bench" / "lab.cu",
+        *sorted(LAB.glob("*.h")),
+        ROOT / "csrc" / "cuda" / "kernels" / "port.h",
+    ]
     return hostbuild.digest(*(path.read_bytes() for path in sources), *more)
 
 

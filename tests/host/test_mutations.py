@@ -1,6 +1,6 @@
 """Every barrier and fence of the kernels is necessary: with any dropped, drivers of the race build fail.
 
-The sites are those of csrc/kernels/sites.h. With --drop-site a driver does what GC_DROP_SITE does,
+The sites are those of csrc/cuda/kernels/sites.h. With --drop-site a driver does what GC_DROP_SITE does,
 without compiling: the harness's barrier() or fence() returns at once for that site.
 """
 
@@ -22,7 +22,7 @@ REPORTS = ("data race", "uninitialised", "deadlock", "divergent barrier", "got")
 
 def sites() -> list[str]:
     """The names of the enum Site, by number."""
-    text = (hostbuild.ROOT / "csrc" / "kernels" / "sites.h").read_text()
+    text = (hostbuild.ROOT / "csrc" / "cuda" / "kernels" / "sites.h").read_text()
     body = re.search(r"enum Site\b[^{]*\{(.*?)\}", re.sub(r"//.*", "", text), re.DOTALL)
     assert body is not None, "sites.h has no enum Site"
     names = [name.strip() for name in body[1].split(",") if name.strip()]

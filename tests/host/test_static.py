@@ -74,8 +74,7 @@ def forbidden_spills(found: list[Resources]) -> list[Resources]:
 
 def _folder(name: str, *more: str) -> Path:
     """Where the results of compiling are kept while the sources, and what else is named, are the same."""
-    cuda = ROOT / "csrc" / "cuda"
-    sources = [*(ROOT / "csrc" / "kernels").glob("*.h"), *cuda.glob("*.h"), *cuda.glob("*.cu")]
+    sources = [path for path in (ROOT / "csrc" / "cuda").rglob("*") if path.suffix in (".h", ".cu")]
     content = hostbuild.digest(*(path.read_bytes() for path in sorted(sources)), *more)
     folder = CACHE / "static" / f"{name}-{content}"
     for old in folder.parent.glob(f"{name}-*"):
@@ -112,7 +111,7 @@ def every_kernel() -> dict[str, Path]:
     if hostbuild.nvcc() is None:
         pytest.skip("no nvcc")
     with ThreadPoolExecutor(JOBS) as pool:
-        sources = {name: ROOT / "csrc" / "cuda" / f"{name}.cu" for name in LAUNCH_FILES}
+        sources = {name: ROOT / "csrc" / "cuda" / "launch" / f"{name}.cu" for name in LAUNCH_FILES}
         pending = {name: pool.submit(_compile, source, *EVERY_KERNEL) for name, source in sources.items()}
     return {name: future.result() for name, future in pending.items()}
 
@@ -125,7 +124,7 @@ def hot_kernels(every_kernel: dict[str, Path]) -> list[Path]:
     sources = []
     for name, compiled in every_kernel.items():
         entries = cudatools.declarations((compiled / "log").read_text())
-        lines = [f'#include "kernels/{name}.h"']
+        lines = [f'#include "cuda/kernels/{name}.h"']
         lines += [f"template __global__ void {one};" for one in sorted(entries) if is_hot(one)]
         source = folder / f"{name}.cu"
         source.write_text("\n".join(lines) + "\n")
@@ -185,7 +184,7 @@ def _compile_volta(launch_file: str, kernels: list[str]) -> tuple[str, str]:
     if log.exists():
         return ptx.read_text(), log.read_text()
     folder.mkdir(parents=True, exist_ok=True)
-    source = f'#include "kernels/{launch_file}.h"\n'
+    source = f'#include "cuda/kernels/{launch_file}.h"\n'
     options = ["--gpu-architecture=compute_70", "--std=c++17"]
     ptx.write_text(cudatools.Nvrtc().ptx(source, kernels, [ROOT / "csrc"], options))
     ptxas = cudatools.nvrtc_root() / "cuda_nvcc" / "bin" / "ptxas"

@@ -12,7 +12,7 @@ import hostbuild
 import pytest
 from hostbuild import CACHE, HOST, ROOT
 
-# What each program is linked with, of csrc/cuda.
+# What each program is linked with, of csrc/cuda/launch.
 SOURCES = {
     "counters": ("counters.cpp",),
     "recent": (),
@@ -47,7 +47,7 @@ def build(name: str, sanitizers: str) -> Path:
             (folder / header).write_text(f'#include "{stub}"\n')
         command += [f"-I{folder}"]
     command += [str(HOST / "units" / f"{name}.cpp")]
-    command += [str(ROOT / "csrc" / "cuda" / source) for source in SOURCES[name]]
+    command += [str(ROOT / "csrc" / "cuda" / "launch" / source) for source in SOURCES[name]]
     said = subprocess.run(
         [*command, "-o", str(program)],
         capture_output=True,

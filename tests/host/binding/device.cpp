@@ -1,4 +1,4 @@
-// What the binding asks of a device and of csrc/cuda/counters.cpp, for launches that run on the host one by one.
+// What the binding asks of a device and of csrc/cuda/launch/counters.cpp, for launches that run on the host one by one.
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
@@ -7,7 +7,7 @@
 #include <memory>
 #include <vector>
 
-#include "cuda/counters.h"
+#include "cuda/launch/counters.h"
 #include "launch_file.h"
 
 namespace gc::cuda {

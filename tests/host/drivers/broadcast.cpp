@@ -1,4 +1,4 @@
-// broadcast and broadcast_mul_backward (csrc/kernels/broadcast.h) against plain loops.
+// broadcast and broadcast_mul_backward (csrc/cuda/kernels/broadcast.h) against plain loops.
 #include "feature_map.h"
 #include "shapes.h"
 

@@ -12,9 +12,9 @@
 #include <vector>
 
 #include "cases.h"
-#include "cuda/launch.h"
-#include "cuda/plan.h"
-#include "kernels/numeric.h"
+#include "cuda/kernels/numeric.h"
+#include "cuda/launch/launch.h"
+#include "cuda/plan/plan.h"
 #include "launch_file.h"
 #include "memory.h"
 

@@ -1,4 +1,5 @@
-// pixel_dot (csrc/kernels/pixel_dot.h) against plain loops, on its own: pooling uses it only for very many channels.
+// pixel_dot (csrc/cuda/kernels/pixel_dot.h) against plain loops, on its own: pooling uses it only for very many
+// channels.
 #include "feature_map.h"
 #include "shapes.h"
 

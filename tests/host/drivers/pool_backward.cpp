@@ -1,5 +1,6 @@
-// pool_backward (csrc/kernels/pool_backward.h), after pixel_dot where a block cannot hold all channels, against plain
-// loops over the formula. What the forward pass leaves behind (logits and state) is made here, rounded as it would be.
+// pool_backward (csrc/cuda/kernels/pool_backward.h), after pixel_dot where a block cannot hold all channels, against
+// plain loops over the formula. What the forward pass leaves behind (logits and state) is made here, rounded as it
+// would be.
 #include "accuracy.h"
 #include "feature_map.h"
 #include "shapes.h"

@@ -1,5 +1,5 @@
-// pool_forward (csrc/kernels/pool_forward.h), after pixel_dot where a block cannot hold all channels, against plain
-// loops.
+// pool_forward (csrc/cuda/kernels/pool_forward.h), after pixel_dot where a block cannot hold all channels, against
+// plain loops.
 #include <limits>
 
 #include "feature_map.h"

@@ -1,5 +1,5 @@
-// transform_backward (csrc/kernels/transform_backward.h) against plain loops. What the forward pass leaves behind is
-// made up here.
+// transform_backward (csrc/cuda/kernels/transform_backward.h) against plain loops. What the forward pass leaves behind
+// is made up here.
 #include "accuracy.h"
 #include "transform_cases.h"
 

@@ -1,9 +1,9 @@
 // The problems that the transform's kernels are run on, each for a reason, and what both of its drivers need.
 #pragma once
 
+#include "cuda/kernels/args.h"
+#include "cuda/kernels/transform_geometry.h"
 #include "feature_map.h"
-#include "kernels/args.h"
-#include "kernels/transform_geometry.h"
 
 namespace gc::drivers {
 

@@ -1,4 +1,4 @@
-// transform_forward (csrc/kernels/transform_forward.h) against plain loops.
+// transform_forward (csrc/cuda/kernels/transform_forward.h) against plain loops.
 #include "transform_cases.h"
 
 namespace gc::drivers {

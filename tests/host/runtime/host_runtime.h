@@ -1,5 +1,5 @@
-// The names of csrc/kernels/port.h for the CPU: what a kernel asks of a GPU is done by the scheduler. See port.h for
-// what each name promises.
+// The names of csrc/cuda/kernels/port.h for the CPU: what a kernel asks of a GPU is done by the scheduler. See port.h
+// for what each name promises.
 #pragma once
 
 #include <cuda_bf16.h>

@@ -2,7 +2,7 @@
 
 #include <map>
 
-#include "cuda/shared_memory.h"
+#include "cuda/launch/shared_memory.h"
 
 namespace gc::host {
 namespace {
@@ -22,7 +22,7 @@ int shared_limit_of(const void* kernel) {
 
 }  // namespace gc::host
 
-// The part of csrc/cuda/shared_memory.cpp and of the CUDA runtime that launch files call.
+// The part of csrc/cuda/launch/shared_memory.cpp and of the CUDA runtime that launch files call.
 cudaError_t gc::allow_all_shared_memory(const void* kernel) {
   host::shared_limits[kernel] = host::kMaxSharedOptIn;
   return cudaSuccess;

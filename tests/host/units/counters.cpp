@@ -1,5 +1,5 @@
 // The counters of launches, with a CUDA runtime of this file in place of the real one.
-#include "cuda/counters.h"
+#include "cuda/launch/counters.h"
 
 #include <cuda_runtime_api.h>
 

@@ -1,5 +1,5 @@
 // What a function returned for the arguments that it had lately.
-#include "cuda/recent.h"
+#include "cuda/launch/recent.h"
 
 #include <stdexcept>
 

@@ -1,5 +1,5 @@
 // The pool of regions that are zero at rest, with host memory in place of the device's.
-#include "cuda/region_pool.h"
+#include "cuda/launch/region_pool.h"
 
 #include <algorithm>
 #include <atomic>

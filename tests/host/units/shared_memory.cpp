@@ -1,5 +1,5 @@
 // Leave for shared memory, with a CUDA runtime of this file in place of the real one.
-#include "cuda/shared_memory.h"
+#include "cuda/launch/shared_memory.h"
 
 #include <atomic>
 #include <map>

@@ -1,4 +1,4 @@
-// The little of torch that csrc/cuda/counters.cpp uses, for a program without torch.
+// The little of torch that csrc/cuda/launch/counters.cpp uses, for a program without torch.
 #pragma once
 
 #include <cuda_runtime_api.h>

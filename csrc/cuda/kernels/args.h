@@ -1,0 +1,155 @@
+// What each kernel takes: plain pointers and sizes, filled in by the launch side, which knows types and layouts.
+// T is the feature map's element type, A the accumulation type (float; double for double).
+#pragma once
+
+#include "geometry.h"
+#include "ops/policy.h"
+
+namespace gc {
+
+// A small vector in T or, for mixed precision, in A. `data` is null where the vector is absent.
+struct Companion {
+  const void* data;
+  bool wide;  // A
+};
+struct CompanionOut {
+  void* data;
+  bool wide;  // A
+};
+
+enum class Weighting : int { kMask, kLogits, kUniform };
+
+struct PoolForwardArgs {
+  Walk walk;
+  const void* x;           // T [N, C, S] or [N, S, C]
+  Companion mask_weight;   // [C]              kMask
+  Companion mask_bias;     // [1] or absent    kMask
+  Companion given_logits;  // [N, S]           kLogits
+  double factor;           //                  kUniform
+  void* logits;            // A [N, S]     out, kMask
+  CompanionOut context;    // [N, C]       out, or null
+  void* state;             // A [N, C + 2] out, or null
+  void* partial_context;   // A [N, rows, C]         workspace, splits > 1; rows = merged_rows(splits, group)
+  void* partial_stats;     // A [N, chunks, rows, 2] workspace, splits > 1, but kUniform
+  unsigned* tickets;       // [N, chunks, merge_tickets(splits, group)], 0 before and after; splits > 1
+};
+
+// What a pool_backward computes.
+enum class PoolGradient : int {
+  kLogits,  // of softmax pooling: grad_x and grad_logits
+  kMask,    // of attention pooling: grad_x and grad_weight
+  kBlock,   // of a whole context block: attention pooling's, and grad * scale in grad_x
+};
+
+struct PoolBackwardArgs {
+  Walk walk;
+  const void* x;             // T [N, C, S] or [N, S, C]
+  const void* grad;          // T like x            kBlock
+  Companion scale;           // [N, C] or absent    kBlock
+  Companion grad_context;    // [N, C]
+  Companion mask_weight;     // [C]      with a mask
+  Companion logits;          // [N, S]
+  const void* state;         // A [N, C + 2] of the forward pass
+  const void* dots;          // A [N, S], or null: computed here
+  void* grad_x;              // T like x out, or null
+  CompanionOut grad_logits;  // [N, S]   out, without a mask
+  CompanionOut grad_weight;  // [C]      out, with a mask, or null
+  void* partial_weight;      // A [merged_rows(N * splits, group), C] workspace, with a mask
+  unsigned* tickets;         // [chunks, merge_tickets(N * splits, group)], 0 before and after; with a mask
+};
+
+struct PixelDotArgs {
+  Walk walk;
+  const void* x;           // T [N, C, S] or [N, S, C]
+  Companion vector;        // [N, C], or [C] with image_stride 0
+  long long image_stride;  // from one image's vector to the next: C or 0
+  Companion bias;          // [1] or absent
+  const void* offset;      // A, image n's [C] from n * offset_stride on, or null
+  long long offset_stride;
+  void* dots;  // A [N, S] out
+};
+
+struct BroadcastArgs {
+  Walk walk;
+  const void* x;    // T [N, C, S] or [N, S, C]
+  Companion scale;  // [N, C] or absent
+  Companion term;   // [N, C] or absent
+  void* out;        // T like x
+};
+
+struct BroadcastMulBackwardArgs {
+  Walk walk;
+  const void* grad;         // T [N, C, S] or [N, S, C]
+  const void* x;            // T like grad
+  Companion scale;          // [N, C]      with grad_x
+  void* grad_x;             // T like grad out, or null
+  CompanionOut grad_scale;  // [N, C]      out
+  CompanionOut grad_term;   // [N, C]      out, or null
+  void* partial_sums;       // A [2, N, rows, C] workspace, splits > 1; rows = merged_rows(splits, group)
+  unsigned* tickets;        // [N, chunks, merge_tickets(splits, group)], 0 before and after; splits > 1
+};
+
+// The blocks of each phase of a launch, see phases.h.
+inline constexpr int kMaxPhases = 3;
+inline constexpr int kPhaseCounters = 1 + kMaxPhases;
+struct PhaseGrid {
+  int phases;
+  int blocks[kMaxPhases];
+};
+
+// One branch of the context block, channel_add or channel_mul, with P = hidden units.
+struct TransformBranch {
+  int hidden;
+  Companion w1;           // [P, C]
+  Companion b1;           // [P]
+  Companion norm_weight;  // [P], or absent: no layer norm
+  Companion norm_bias;    // [P]
+  Companion w2;           // [C, P]
+  Companion b2;           // [C]
+  Gate gate;
+  void* products;                        // A [N, P] workspace: W1 . context + b1
+  void *normalized, *inverse_deviation;  // A [N, P], [N] out
+  void* out;                             // A [N, C] out
+};
+
+struct TransformForwardArgs {
+  PhaseGrid grid;
+  unsigned* counters;  // [kPhaseCounters], 0 before and after
+  int images, channels, branches;
+  int tile_images;  // of a tile of either phase, see transform_geometry.h
+  int shares[2];    // of each phase
+  double eps;
+  Activation activation;
+  const void* context;  // A, image n's from n * context_stride on
+  long long context_stride;
+  TransformBranch branch[2];
+};
+
+struct TransformGradients {
+  int hidden;
+  Companion w1, norm_weight, norm_bias, w2;                                           // as in TransformBranch
+  const void *normalized, *inverse_deviation;                                         // A [N, P], [N]
+  const void* grad_out;                                                               // A [N, C]
+  Gate gate;                                                                          // that the output went through
+  const void* gate_out;                                                               // A [N, C], what left it, or null
+  CompanionOut grad_w1, grad_b1, grad_norm_weight, grad_norm_bias, grad_w2, grad_b2;  // out, or null
+  void* partial_y;                                                                    // A [slabs of C, N, P] workspace
+  void* grad_y;                                                                       // A [N, P]             workspace
+  void* grad_hidden;                                                                  // A [N, P]             workspace
+  void* partial_context;                                                              // A [slabs of P, N, C] workspace
+};
+
+struct TransformBackwardArgs {
+  PhaseGrid grid;
+  unsigned* counters;  // [kPhaseCounters, then one a kWarp channels], 0 before and after
+  int images, channels, branches;
+  const void* context;  // A, image n's from n * context_stride on
+  long long context_stride;
+  double factor;  // of grad_context
+  Activation activation;
+  void* grad_context;  // A [N, C] out, or null
+  CompanionOut zero;   // one element out, or null: the gradient of the mask's bias, whose shift the softmax ignores
+  TransformGradients branch[2];
+};
+
+}  // namespace gc

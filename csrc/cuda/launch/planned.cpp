@@ -1,0 +1,51 @@
+#include "cuda/launch/planned.h"
+
+#include <c10/cuda/CUDAException.h>
+#include <cuda_runtime_api.h>
+
+#include "cuda/launch/recent.h"
+
+namespace gc::cuda {
+
+namespace {
+
+DeviceLimits limits_of(int device) {
+  DeviceLimits limits;
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&limits.multiprocessors, cudaDevAttrMultiProcessorCount, device));
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&limits.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  return limits;
+}
+
+}  // namespace
+
+Plan planned(KernelKind kind, const Problem& problem, int device, bool dots_given) {
+  static thread_local Recent<8, Plan> plans;
+  const Key<8> key{problem.images,
+                   problem.channels,
+                   problem.pixels,
+                   static_cast<int64_t>(problem.layout),
+                   static_cast<int64_t>(problem.type),
+                   problem.alignment,
+                   static_cast<int64_t>(kind) * 2 + dots_given,
+                   device};
+  return plans.get(key, [&] { return make_plan(kind, problem, limits_of(device), dots_given); });
+}
+
+TransformPlan planned(TransformPass pass, const TransformProblem& problem, int device, TransformDepth depth) {
+  static thread_local Recent<8, TransformPlan> plans;
+  const Key<8> key{problem.images,
+                   problem.channels,
+                   problem.branches,
+                   problem.hidden[0],
+                   problem.hidden[1],
+                   static_cast<int64_t>(problem.type) * 2 + problem.pairs,
+                   static_cast<int64_t>(pass) * 4 + static_cast<int64_t>(depth),
+                   device};
+  return plans.get(key, [&] {
+    const DeviceLimits limits = limits_of(device);
+    return pass == TransformPass::kForward ? make_transform_forward_plan(problem, limits)
+                                           : make_transform_backward_plan(problem, limits, depth);
+  });
+}
+
+}  // namespace gc::cuda

@@ -1,0 +1,48 @@
+// The operators' schemas.
+//
+// Shapes: x [N, C, H, W] (NCHW or channels_last), S = H*W pixels; logits [N, S]; context [N, C]; state [N, C + 2] in
+// the accumulation type (float32; float64 for float64 x): per image the largest logit m, z = sum_s exp(logit[s] - m),
+// and the context before it is rounded to x's type.
+#include <torch/library.h>
+
+TORCH_LIBRARY(gc_cuda, m) {
+  // context = sum_s softmax(logits)[s] * x[:, s]
+  m.def("softmax_pool(Tensor x, Tensor logits) -> (Tensor context, Tensor state)");
+  m.def(
+      "softmax_pool_backward(Tensor grad_context, Tensor x, Tensor logits, Tensor state) -> "
+      "(Tensor grad_x, Tensor grad_logits)");
+
+  // The same with logits[s] = mask_weight . x[:, s] + mask_bias, computed from the one read of x.
+  m.def(
+      "attention_pool(Tensor x, Tensor mask_weight, Tensor? mask_bias) -> "
+      "(Tensor context, Tensor logits, Tensor state)");
+  m.def(
+      "attention_pool_backward(Tensor grad_context, Tensor x, Tensor mask_weight, Tensor logits, Tensor state) -> "
+      "(Tensor grad_x, Tensor grad_mask_weight)");
+
+  // sum_s x[:, s], or its mean
+  m.def("pixel_sum(Tensor x, bool mean) -> Tensor");
+
+  // out = x * scale + term, either of them absent
+  m.def("broadcast(Tensor x, Tensor? scale, Tensor? term) -> Tensor");
+  // grad_x = grad * scale, grad_scale = sum_s grad * x, grad_term = sum_s grad
+  m.def(
+      "broadcast_mul_backward(Tensor grad, Tensor x, Tensor scale) -> "
+      "(Tensor grad_x, Tensor grad_scale, Tensor grad_term)");
+
+  // The whole block: pooling (the mean without mask_weight), the transforms t of the branches, out = x * gate(t_mul) +
+  // t_add. add and mul are empty, or (w1, b1, norm_weight, norm_bias, w2, b2), or the same without a norm. activation:
+  // 0 ReLU, 1 SiLU, 2 Hardswish; gate: 0 sigmoid, 1 hardsigmoid.
+  m.def(
+      "global_context(Tensor x, Tensor? mask_weight, Tensor? mask_bias, Tensor[] add, Tensor[] mul, float eps, "
+      "int activation, int gate) -> Tensor");
+  // The same, and what its backward pass takes (Kept in branches.h).
+  m.def(
+      "global_context_kept(Tensor x, Tensor? mask_weight, Tensor? mask_bias, Tensor[] add, Tensor[] mul, float eps, "
+      "int activation, int gate) -> (Tensor out, Tensor kept)");
+  // The gradients that are needed of x, mask_weight, mask_bias, add's six and mul's six, in this order. x may be None
+  // where nothing that is needed depends on it, and mask_bias where it needs no gradient.
+  m.def(
+      "global_context_backward(Tensor grad, Tensor? x, Tensor? mask_weight, Tensor? mask_bias, Tensor[] add, "
+      "Tensor[] mul, Tensor kept, int activation, int gate, bool[15] needed) -> Tensor[]");
+}
