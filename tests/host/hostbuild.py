@@ -1,7 +1,7 @@
 """Builds the drivers of tests/host with g++ and runs them.
 
-A driver is drivers/<name>.cpp, linked with the launch files csrc/cuda/launch/*.cu, compiled for the CPU, and with
-runtime/*.cpp. There are three builds of each: fast, asan (address and undefined-behaviour sanitizers) and
+A driver is drivers/<name>.cpp, linked with the launch files csrc/cuda/launch/*.cu, compiled for the CPU,
+and with runtime/*.cpp. There are three builds of each: fast, asan (address and undefined-behaviour sanitizers) and
 race (the harness's race checker). Objects are kept in build/host and used again while the compiler, its
 flags and the text of all included files are the same.
 """
@@ -86,7 +86,7 @@ class BuildError(RuntimeError):
 
 
 def drivers() -> list[str]:
-    """The names of the drivers of csrc/cuda/kernels: drivers/*.cpp but for those with kernels of their own."""
+    """The names of the drivers of our kernels: drivers/*.cpp but for those with kernels of their own."""
     return sorted(path.stem for path in (HOST / "drivers").glob("*.cpp") if path.stem not in ALONE)
 
 
@@ -173,7 +173,7 @@ def _unchanged(record: Path) -> bool:
 
 
 def _rewrite_launches() -> None:
-    """Copies csrc/cuda/launch to build/host/launch, with kernel<<<...>>>(args) as runtime/launch_file.h wants it."""
+    """Copies csrc/cuda/launch to build/host/launch, kernel<<<...>>>(args) as runtime/launch_file.h wants."""
     cuda = ROOT / "csrc" / "cuda" / "launch"
     for old in (LAUNCH / "cuda" / "launch").glob("*"):
         if not (cuda / old.name).exists():
