@@ -1,9 +1,9 @@
 """Builds the drivers of tests/host with g++ and runs them.
 
 A driver is drivers/<name>.cpp, linked with the launch files csrc/cuda/launch/*.cu, compiled for the CPU,
-and with runtime/*.cpp. There are three builds of each: fast, asan (address and undefined-behaviour sanitizers) and
-race (the harness's race checker). Objects are kept in build/host and used again while the compiler, its
-flags and the text of all included files are the same.
+and with runtime/*.cpp. There are three builds of each: fast, asan (address and undefined-behaviour
+sanitizers) and race (the harness's race checker). Objects are kept in build/host and used again while the
+compiler, its flags and the text of all included files are the same.
 """
 
 from __future__ import annotations

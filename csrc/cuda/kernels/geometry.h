@@ -87,4 +87,19 @@ GC_BOTH int staged_run(int channels, int vectors, int element_bytes) {
   return channels * vectors + (vectors > 1 ? kVectorBytes / element_bytes : 0);
 }
 
+// Stands for the block's shared memory (port::SharedArena) on the host, and only counts. A kernel's Shared takes the same
+// arrays from either, so that a plan's number of bytes is the kernel's own.
+class CountingArena {
+ public:
+  template <typename T>
+  constexpr T* take(int count) {
+    bytes_ += (count * static_cast<int>(sizeof(T)) + kVectorBytes - 1) / kVectorBytes * kVectorBytes;
+    return nullptr;
+  }
+  constexpr int bytes() const { return bytes_; }
+
+ private:
+  int bytes_ = 0;
+};
+
 }  // namespace gc
