@@ -108,7 +108,7 @@ def global_context_kept(
     out = global_context(x, mask_weight, mask_bias, add, mul, eps, activation, gate)
     n, c, h, w = x.shape
     branches = [branch for branch in (add, mul) if branch]
-    elements = (  # as Kept in csrc/ops/branches.h
+    elements = (  # as Kept in csrc/ops/state.h
         n * (c + 2)
         + (0 if mask_weight is None else n * h * w)
         + n * sum(branch[1].numel() for branch in branches)

@@ -19,8 +19,7 @@ namespace gc::cpu {
 template <typename T>
 using acc_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
-// Where the weights of the weighted sum over pixels come from.
-enum class Weights { kUniform, kLogits, kMask };
+using Weights = Weighting;
 
 template <typename T>
 struct PoolArgs {

@@ -79,14 +79,14 @@ void run(const ReduceArgs<acc_t<T>>& args) {
 
 // [groups, members, width] -> [groups, width], members added in the same order whoever does it.
 template <typename T>
-at::Tensor sum_members(const at::Tensor& parts) {
-  using A = acc_t<T>;
-  const int64_t groups = parts.size(0), members = parts.size(1), width = parts.size(2);
-  if (members == 1) return parts.view({groups, width});
-  if (members == 0) return at::zeros({groups, width}, parts.options());
-  const at::Tensor out = at::empty({groups, width}, parts.options());
-  run<T>(ReduceArgs<A>{parts.data_ptr<A>(), out.data_ptr<A>(), groups, members, width});
-  return out;
+void add_members(const acc_t<T>* members_of_groups, acc_t<T>* sums, int64_t groups, int64_t members, int64_t width) {
+  ReduceArgs<acc_t<T>> args{};
+  args.in = members_of_groups;
+  args.out = sums;
+  args.groups = groups;
+  args.members = members;
+  args.width = width;
+  run<T>(args);
 }
 
 }  // namespace gc::cpu

@@ -6,67 +6,9 @@
 
 #include <functional>
 
-#include "cpu/feature_map.h"
 #include "cpu/run.h"
 
 namespace gc::cpu {
-
-// Hands out pieces of one block of memory. Without the block it counts what they take.
-template <typename A>
-class Scratch {
- public:
-  explicit Scratch(A* memory = nullptr) : memory_(memory) {}
-
-  A* take(int64_t count) {
-    A* const taken = memory_ ? memory_ + taken_ : nullptr;
-    taken_ += divide_up(count, kLine) * kLine;
-    return taken;
-  }
-
-  int64_t taken() const { return taken_; }
-
- private:
-  static constexpr int64_t kLine = 64 / sizeof(A);  // pieces share no cache line
-
-  A* memory_;
-  int64_t taken_ = 0;
-};
-
-// Memory for `before` elements and for all that parts.take_from(scratch) takes, in one allocation.
-template <typename A, typename Parts>
-at::Tensor allocate(Parts& parts, int64_t before, const at::TensorOptions& options) {
-  Scratch<A> counted;
-  parts.take_from(counted);
-  at::Tensor memory = empty_tensor({before + counted.taken()}, options);
-  Scratch<A> scratch(memory.data_ptr<A>() + before);
-  parts.take_from(scratch);
-  return memory;
-}
-
-// A small tensor in the accumulation type: as it is, or else a wider copy; null if it is not defined.
-template <typename T>
-class Widened {
-  using A = acc_t<T>;
-
- public:
-  explicit Widened(const at::Tensor& tensor = {}) : tensor_(tensor) {}
-
-  void take_from(Scratch<A>& scratch) { copy_ = is_narrow() ? scratch.take(tensor_.numel()) : nullptr; }
-
-  // Copies where that is to be done.
-  const A* get() const {
-    if (!tensor_.defined()) return nullptr;
-    if (!is_narrow()) return tensor_.template data_ptr<A>();
-    kernels<T>().widen(tensor_.template data_ptr<T>(), copy_, tensor_.numel());
-    return copy_;
-  }
-
- private:
-  bool is_narrow() const { return tensor_.defined() && tensor_.scalar_type() != c10::CppTypeToScalarType<A>::value; }
-
-  at::Tensor tensor_;  // contiguous
-  A* copy_ = nullptr;
-};
 
 // Part of a parallel step: calls(begin, end) on ranges of 0..count, `elements` of work to each item.
 struct Share {

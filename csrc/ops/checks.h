@@ -1,4 +1,4 @@
-// What the CPU and CUDA bindings both demand of their arguments before a pointer is taken. For most public functions
+// What every operator demands of its arguments before a pointer is taken, on any device. For most public functions
 // gc_cuda/_checks.py has said the same before, in the user's words; for the whole block it says so only after one of
 // these has failed: what passes here is computed.
 #pragma once
@@ -35,6 +35,13 @@ inline void check_companion(const at::Tensor& tensor, const char* name, const at
   TORCH_CHECK_TYPE(type_fits(tensor, x), name, " must be ", x.scalar_type(), " like x, or ",
                    accumulation_type(x.scalar_type()), ", got ", tensor.scalar_type());
   TORCH_CHECK(tensor.numel() == count, name, " must have ", count, " elements, got shape ", tensor.sizes());
+}
+
+// One that an earlier operator has left, in the accumulation type.
+inline void check_accumulated(const at::Tensor& tensor, const char* name, const at::Tensor& x, int64_t count) {
+  check_companion(tensor, name, x, count);
+  const at::ScalarType type = accumulation_type(x.scalar_type());
+  TORCH_CHECK_TYPE(tensor.scalar_type() == type, name, " must be ", type, ", got ", tensor.scalar_type());
 }
 
 // A matrix of a 1x1 convolution: [rows, columns], where trailing dimensions of size 1 do not matter.

@@ -8,7 +8,7 @@
 #include <tuple>
 #include <vector>
 
-#include "ops/branches.h"
+#include "ops/needs.h"
 
 namespace gc {
 

@@ -21,7 +21,7 @@ from torch.utils.cpp_extension import include_paths, library_paths
 BINDING = HOST / "binding"
 ASAN = "-fsanitize=address"
 BUILD = hostbuild.Build("binding", ("-O1", "-g1", "-fPIC", ASAN))
-SOURCES = [ROOT / "csrc" / "cuda" / f"{name}.cpp" for name in ("binding", "block", "launch/planned")]
+SOURCES = [ROOT / "csrc" / "cuda" / f"{name}.cpp" for name in ("device", "transform", "launch/planned")]
 SOURCES.append(BINDING / "device.cpp")
 # The language that torch's headers are written in.
 CPP = 20 if tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 12) else 17

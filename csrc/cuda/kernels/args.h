@@ -7,18 +7,6 @@
 
 namespace gc {
 
-// A small vector in T or, for mixed precision, in A. `data` is null where the vector is absent.
-struct Companion {
-  const void* data;
-  bool wide;  // A
-};
-struct CompanionOut {
-  void* data;
-  bool wide;  // A
-};
-
-enum class Weighting : int { kMask, kLogits, kUniform };
-
 struct PoolForwardArgs {
   Walk walk;
   const void* x;           // T [N, C, S] or [N, S, C]
@@ -32,13 +20,6 @@ struct PoolForwardArgs {
   void* partial_context;   // A [N, rows, C]         workspace, splits > 1; rows = merged_rows(splits, group)
   void* partial_stats;     // A [N, chunks, rows, 2] workspace, splits > 1, but kUniform
   unsigned* tickets;       // [N, chunks, merge_tickets(splits, group)], 0 before and after; splits > 1
-};
-
-// What a pool_backward computes.
-enum class PoolGradient : int {
-  kLogits,  // of softmax pooling: grad_x and grad_logits
-  kMask,    // of attention pooling: grad_x and grad_weight
-  kBlock,   // of a whole context block: attention pooling's, and grad * scale in grad_x
 };
 
 struct PoolBackwardArgs {

@@ -1,0 +1,185 @@
+#include "cuda/device.h"
+
+#include "cuda/launch/planned.h"
+#include "ops/operators.h"
+
+namespace gc::cuda {
+
+ElementType element_type(at::ScalarType type) {
+  switch (type) {
+    case at::kDouble:
+      return ElementType::kDouble;
+    case at::kHalf:
+      return ElementType::kHalf;
+    case at::kBFloat16:
+      return ElementType::kBFloat16;
+    default:
+      return ElementType::kFloat;  // check_feature_map lets nothing else pass
+  }
+}
+
+namespace {
+
+// maps: every feature map of the launch; their addresses decide on the width of loads and stores.
+Plan plan_for(KernelKind kind, const FeatureMap& x, std::initializer_list<const void*> maps, bool dots_given = false) {
+  Problem problem{};
+  problem.images = x.images();
+  problem.channels = x.channels();
+  problem.pixels = x.pixels();
+  problem.layout = x.channels_last() ? Layout::kNHWC : Layout::kNCHW;
+  problem.type = element_type(x.type());
+  for (const void* map : maps) {
+    while (reinterpret_cast<uintptr_t>(map) % problem.alignment != 0) problem.alignment /= 2;
+  }
+  try {
+    return planned(kind, problem, x.tensor().device().index(), dots_given);
+  } catch (const std::invalid_argument& error) {
+    TORCH_CHECK_VALUE(false, "x of shape ", x.tensor().sizes(), " is too large: ", error.what());
+  }
+}
+
+KernelKind kind_of(Weighting weighting) {
+  switch (weighting) {
+    case Weighting::kMask:
+      return KernelKind::kPoolMask;
+    case Weighting::kLogits:
+      return KernelKind::kPoolLogits;
+    default:
+      return KernelKind::kPoolUniform;
+  }
+}
+
+KernelKind kind_of(PoolGradient gradient) {
+  switch (gradient) {
+    case PoolGradient::kBlock:
+      return KernelKind::kPoolBackwardBlock;
+    case PoolGradient::kMask:
+      return KernelKind::kPoolBackwardMask;
+    default:
+      return KernelKind::kPoolBackwardLogits;
+  }
+}
+
+// dots[n, s] = vector . x[:, s] + bias, for maps with more channels than a block can hold; with a state, of x without
+// its context. image_stride: of the vector, 0 where all images share it.
+void launch_dots(const FeatureMap& x, const Plan& plan, Companion vector, int64_t image_stride, Companion bias,
+                 const void* state, void* dots) {
+  PixelDotArgs args{};
+  args.x = x.data();
+  args.vector = vector;
+  args.image_stride = image_stride;
+  args.bias = bias;
+  args.offset = after(state, kStatistics, x.accumulation_bytes());
+  args.offset_stride = x.channels() + kStatistics;
+  args.dots = dots;
+  C10_CUDA_CHECK(launch_pixel_dot(plan, args, stream_of(x)));
+}
+
+void launch_pool(const FeatureMap& x, const Plan& plan, PoolForwardArgs args, Lent lent) {
+  args.x = x.data();
+  args.partial_context = lent.workspace;
+  args.partial_stats = after(lent.workspace, x.images() * merged_rows(plan.walk.splits, plan.walk.group) * x.channels(),
+                             x.accumulation_bytes());
+  args.tickets = lent.counters;
+  C10_CUDA_CHECK(launch_pool_forward(plan, args, stream_of(x)));
+}
+
+}  // namespace
+
+PoolForward::PoolForward(const FeatureMap& x, Weighting weighting) : x_(x) {
+  if (x.images() == 0) return;
+  plan_ = plan_for(kind_of(weighting), x, {x.data()});
+  if (plan_.holds_channels) return;
+  dots_ = plan_for(KernelKind::kPixelDot, x, {x.data()});
+  plan_ = plan_for(KernelKind::kPoolLogits, x, {x.data()});
+}
+
+void PoolForward::launch(const PoolForwardCall& call, Lent lent) const {
+  if (x_.images() == 0) return;
+  PoolForwardArgs args{};
+  if (dots_) {
+    launch_dots(x_, *dots_, call.mask_weight, 0, call.mask_bias, nullptr, call.logits);
+    args.given_logits = wide(call.logits);
+  } else {
+    args.mask_weight = call.mask_weight;
+    args.mask_bias = call.mask_bias;
+    args.given_logits = call.given_logits;
+    args.logits = call.logits;
+  }
+  args.factor = call.factor;
+  args.context = {call.context, false};
+  args.state = call.state;
+  launch_pool(x_, plan_, args, lent);
+}
+
+PoolBackward::PoolBackward(const FeatureMap& x, PoolGradient gradient, const void* grad_x, const void* grad) : x_(x) {
+  if (x.images() == 0) return;
+  plan_ = plan_for(kind_of(gradient), x, {x.data(), grad_x, grad});
+  if (plan_.holds_channels) return;
+  dots_ = plan_for(KernelKind::kPixelDot, x, {x.data()});
+  plan_ = plan_for(kind_of(gradient), x, {x.data(), grad_x, grad}, /*dots_given=*/true);
+}
+
+void PoolBackward::launch(const PoolBackwardCall& call, Lent lent) const {
+  if (x_.images() == 0) return;
+  PoolBackwardArgs args{};
+  if (dots_) {
+    launch_dots(x_, *dots_, call.grad_context, x_.channels(), {}, call.state, lent.workspace);
+    args.dots = lent.workspace;
+  }
+  args.x = x_.data();
+  args.grad = call.grad;
+  args.scale = call.scale;
+  args.grad_context = call.grad_context;
+  args.mask_weight = call.mask_weight;
+  args.logits = call.logits;
+  args.state = call.state;
+  args.grad_x = call.grad_x;
+  args.grad_logits = call.grad_logits;
+  args.grad_weight = call.grad_weight;
+  args.partial_weight = after(lent.workspace, dots_elements(), x_.accumulation_bytes());
+  args.tickets = lent.counters;
+  C10_CUDA_CHECK(launch_pool_backward(plan_, args, stream_of(x_)));
+}
+
+BroadcastBackward::BroadcastBackward(const FeatureMap& x, const FeatureMap& grad, bool with_products,
+                                     const void* grad_x)
+    : x_(x), grad_(grad), with_products_(with_products) {
+  if (x.images() == 0) return;
+  plan_ = with_products ? plan_for(KernelKind::kBroadcastMulBackward, x, {x.data(), grad.data(), grad_x})
+                        : plan_for(KernelKind::kPoolUniform, grad, {grad.data()});
+}
+
+void BroadcastBackward::launch(const BroadcastBackwardCall& call, Lent lent) const {
+  if (x_.images() == 0) return;
+  if (!with_products_) {
+    PoolForwardArgs args{};
+    args.factor = 1;
+    args.context = call.grad_term;
+    return launch_pool(grad_, plan_, args, lent);
+  }
+  BroadcastMulBackwardArgs args{};
+  args.grad = grad_.data();
+  args.x = x_.data();
+  args.scale = call.scale;
+  args.grad_x = call.grad_x;
+  args.grad_scale = call.grad_scale;
+  args.grad_term = call.grad_term;
+  args.partial_sums = lent.workspace;
+  args.tickets = lent.counters;
+  C10_CUDA_CHECK(launch_broadcast_mul_backward(plan_, args, stream_of(x_)));
+}
+
+void Device::broadcast(const FeatureMap& x, const BroadcastCall& call) {
+  if (x.images() == 0) return;
+  BroadcastArgs args{};
+  args.x = x.data();
+  args.scale = call.scale;
+  args.term = call.term;
+  args.out = call.out;
+  C10_CUDA_CHECK(launch_broadcast(plan_for(KernelKind::kBroadcast, x, {args.x, args.out}), args, stream_of(x)));
+}
+
+}  // namespace gc::cuda
+
+TORCH_LIBRARY_IMPL(gc_cuda, CUDA, m) { gc::ops::register_operators<gc::cuda::Device>(m); }
