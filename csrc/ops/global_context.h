@@ -54,7 +54,8 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const OptionalTensor& mask_w
   }
   pooling.state = kept.state;
   pool.launch(pooling, {pool_workspace, counters.get()});
-  transform.launch({kinds, eps, kept, {term, kept.scale}}, {transform_workspace, counters.get()});
+  const TransformForwardCall transforming{kinds, eps, kept, /*outs=*/{term, kept.scale}};
+  transform.launch(transforming, {transform_workspace, counters.get()});
   BroadcastCall broadcasting;
   broadcasting.scale = wide(kept.scale);
   broadcasting.term = wide(term);
@@ -125,7 +126,8 @@ std::vector<Tensor> global_context_backward(const Tensor& grad, const OptionalTe
   summing.grad_term = wide_out(of_add);
   sums.launch(summing, {sums_workspace, counters.get()});
   const double factor = needs.attention ? 1.0 : 1.0 / static_cast<double>(map.pixels());
-  transform.launch({kinds, factor, kept, {of_add, of_mul}, grad_context, grads}, {transform_workspace, counters.get()});
+  const TransformBackwardCall transforming{kinds, factor, kept, /*grad_outs=*/{of_add, of_mul}, grad_context, grads};
+  transform.launch(transforming, {transform_workspace, counters.get()});
   if (pool) {
     const Tensor own_weight = contiguous(mask_weight);
     PoolBackwardCall pooling;
