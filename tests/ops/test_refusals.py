@@ -282,7 +282,7 @@ def test_refused(case, n, device):
     operator, argument, change, error, words = case
     if n == 0 and "contiguous" in words:
         pytest.skip("what has no elements is contiguous")
-    arguments = valid(operator, n)
+    arguments = {name: place(value, device) for name, value in valid(operator, n).items()}
     arguments[argument] = change(arguments[argument])
     sizes = {"n": n, "ns": n * S, "nc": n * C, "state": n * (C + 2), "kept": n * (C + 2 + S + P + 1)}
     for name, value in sizes.items():
