@@ -128,11 +128,11 @@ check_cuda() {
   "$python" -m pip wheel --verbose --no-build-isolation --no-index --no-deps --wheel-dir build/wheel-cuda .
   pip_install --no-index --no-deps --force-reinstall build/wheel-cuda/*.whl
   say "checking it from outside the source folder"
-  (cd / && "$python" "$root/tests/cuda_build_check.py")
+  (cd / && "$python" "$root/tests/install/cuda_build_check.py")
   need "${test_needs[@]}" "${model_needs[@]}"
   say "testing the models of timm and torchvision"
   (cd / && "$python" -m pytest -q -c "$root/pyproject.toml" -p no:cacheprovider \
-    "$root"/tests/test_{timm,torchvision,readme,old_files,parts}.py)
+    "$root"/tests/{integrations/test_{timm,torchvision},docs/test_readme,models/test_old_files,blocks/test_parts}.py)
 }
 
 verb=${1:-build}

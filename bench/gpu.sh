@@ -72,7 +72,7 @@ gpu_tests() {
     one_thread=(env OMP_NUM_THREADS=1)
     workers=(-n "$(nproc)")
   fi
-  "${one_thread[@]}" "$python" -m pytest tests -m gpu -q -rs "${workers[@]}" --ignore tests/test_gpu_counters.py
+  "${one_thread[@]}" "$python" -m pytest tests -m gpu -q -rs "${workers[@]}" --ignore tests/cuda/test_gpu_counters.py
 }
 
 # Seconds to expect of a step on an H100 with 16 cores. Build, environment and sanitizers were seen to take about that;
@@ -133,7 +133,7 @@ run() { # STEP
     gpu-tests) # which would all be skipped without the CUDA kernels
       "$python" -c 'from gc_cuda import _extension as e; e.require_cuda()' && gpu_tests
       ;;
-    counters) "$python" -m pytest tests/test_gpu_counters.py -q -rs ;; # alone: it reads how much memory is free
+    counters) "$python" -m pytest tests/cuda/test_gpu_counters.py -q -rs ;; # alone: it reads how much memory is free
     lab)
       local capability
       capability=$("$python" -c 'import torch; print("sm_%d%d" % torch.cuda.get_device_capability())')

@@ -40,7 +40,7 @@ BLOCKS = ("ContextBlock", "SEModule")
 
 def backbone() -> tuple[torch.nn.Module, Callable[[torch.nn.Module], None]]:
     """A ResNet-50 with a block in every bottleneck of c3 to c5, from mmdetection's own config."""
-    sys.path.append(str(Path(__file__).parents[1] / "tests"))
+    sys.path.append(str(Path(__file__).parents[1] / "tests" / "integrations"))
     import openmmlab_worker
 
     sys.meta_path.insert(0, openmmlab_worker.OperatorsFinder())  # stands in for the full mmcv's operators

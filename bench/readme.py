@@ -5,8 +5,8 @@
     <!-- end figures -->
 
 `python bench/report.py --readme bench/results/DEVICE.json` writes what is between them;
-tests/test_readme_figures.py makes it again and compares. A section of "none" is empty and waits for its first
-result.
+tests/bench/test_readme_figures.py makes it again and compares. A section of "none" is empty and waits for its
+first result.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 For most functions they run first, at the cost of a few attribute reads. The whole block takes up to 15
 tensors: only :func:`unseen_by_the_operator` runs first, and :func:`global_context` after an error, for the
 words. What that rejects the operator rejects by itself (csrc/ops, and gc_cuda/_fake.py for meta
-tensors); tests/test_errors.py holds it to that.
+tensors); tests/ops/test_errors.py holds it to that.
 """
 
 from __future__ import annotations

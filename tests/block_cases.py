@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import gc_cuda
 from gc_cuda import Transform
 
 
@@ -92,6 +93,42 @@ def function_of(
         )
 
     return call
+
+
+def every_function(
+    random: Callable[..., Tensor],
+    device: torch.device | str,
+    size: tuple[int, int, int, int] = (2, 24, 9, 11),
+) -> list[Callable[[], list[Tensor]]]:
+    """Calls forward and backward, one for each function and configuration, with inputs of their own."""
+    n, c, h, w = size
+    x, grad = (random(*size, dtype=torch.float32, device=device) for _ in range(2))
+    scale, weight, logits = (
+        random(*shape, dtype=torch.float32, device=device) for shape in ((n, c), (c,), (n, h * w))
+    )
+    bias = torch.zeros(1, device=device)
+    calls = [
+        (gc_cuda.softmax_pool, (x, logits)),
+        (gc_cuda.attention_pool, (x, weight, bias)),
+        (gc_cuda.average_pool, (x,)),
+        (gc_cuda.broadcast_add, (x, scale)),
+        (gc_cuda.broadcast_mul, (x, scale)),
+        (gc_cuda.broadcast_mul_add, (x, scale, scale)),
+    ]
+    for configuration in CONFIGURATIONS:
+        inputs = draw_inputs(random, configuration, size, dtype=torch.float32, device=device)
+        calls.append((function_of(gc_cuda, configuration, inputs), tuple(inputs.values())))
+
+    def bound(function, tensors):
+        def run():
+            leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+            out = function(*leaves)
+            like_out = grad[:, :, 0, 0] if out.dim() == 2 else grad
+            return [out.detach(), *torch.autograd.grad(out, leaves, like_out)]
+
+        return run
+
+    return [bound(*call) for call in calls]
 
 
 def error_scales(

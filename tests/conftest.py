@@ -1,17 +1,13 @@
-"""What tests share: devices, layouts, dtypes, a grid of shapes with a reason for each; the benchmark."""
+"""What tests share: devices, layouts, dtypes, a grid of shapes with a reason for each."""
 
 from __future__ import annotations
 
-import importlib
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
 from evaluate import LAYOUTS, missing_gpu
-from invented_result import gpu_result
 from torch import Tensor
 
 
@@ -119,21 +115,3 @@ def threads() -> Iterator[Callable[[int], None]]:
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
-
-
-BENCH = Path(__file__).parents[1] / "bench"
-
-
-@pytest.fixture
-def bench(monkeypatch):
-    """Import one of the benchmark's modules."""
-    monkeypatch.syspath_prepend(str(BENCH))
-    yield importlib.import_module
-    for path in BENCH.glob("*.py"):
-        sys.modules.pop(path.stem, None)
-
-
-@pytest.fixture
-def result():
-    """A result file of bench/report.py from a GPU that does not exist."""
-    return gpu_result()

@@ -1,4 +1,4 @@
-"""Run a function forward and backward on given values; the devices and memory formats to do it on."""
+"""Run a function forward and backward on given values; the devices, dtypes and memory formats to do it on."""
 
 from __future__ import annotations
 
@@ -11,6 +11,21 @@ from torch import Tensor
 from gc_cuda import _extension
 
 LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
+HALVES = [torch.float16, torch.bfloat16]
+# Views that are not contiguous in either memory format, of a tensor of 3 x 8 x 7 x 9.
+STRIDED = {
+    "cropped": lambda x: x[:, :, 1:-1, 2:-1],
+    "cropped channels_last": lambda x: x.contiguous(memory_format=torch.channels_last)[:, :, 1:-1, 2:-1],
+    "channel slice": lambda x: x[:, 1:6],
+    "channel slice of channels_last": lambda x: x.contiguous(memory_format=torch.channels_last)[:, 1:6],
+    "every other pixel": lambda x: x[:, :, ::2, ::2],
+    "transposed": lambda x: x.transpose(2, 3),
+    "batch and channels swapped": lambda x: x.transpose(0, 1),
+    "flipped pair of images": lambda x: x.flip(0)[::2],
+    "expanded over the batch": lambda x: x[:1].expand(4, -1, -1, -1),
+    "expanded over the pixels": lambda x: x[:, :, :1, :1].expand(-1, -1, 6, 7),
+    "misaligned": lambda x: x.flatten()[1 : 1 + 2 * 8 * 7 * 5].view(2, 8, 7, 5),
+}
 
 
 def missing_gpu() -> str:

@@ -9,9 +9,29 @@ from torch import Tensor, nn
 
 import gc_cuda
 
+POOLINGS = ["att", "avg"]
+FUSIONS = [("channel_add",), ("channel_mul",), ("channel_add", "channel_mul")]
+
 # Relative to the largest value, through some fifty layers. PyTorch's double hard sigmoid is differentiated
 # with one sixth in float32.
 FLOAT64, FLOAT32_CONSTANT = 1e-10, 1e-6
+
+
+def randomised(block):
+    """The block with parameters that a training could have left: none is zero, every branch matters."""
+    torch.manual_seed(1)
+    for parameter in block.parameters():
+        nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5 if parameter.dim() > 1 else 0.5)
+    return block
+
+
+def run(block, x, grad):
+    """The output, and the gradients of x and of every parameter by name."""
+    x = x.detach().requires_grad_()
+    block.zero_grad()
+    out = block(x)
+    out.backward(grad.to(out.dtype))
+    return out.detach(), {"x": x.grad, **{name: p.grad for name, p in block.named_parameters()}}
 
 
 def awake(model: nn.Module) -> nn.Module:

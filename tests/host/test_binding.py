@@ -27,11 +27,11 @@ SOURCES += [BINDING / "device.cpp", BINDING / "dry.cpp"]
 CPP = 20 if tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 12) else 17
 # All functions and modules in small, among them no image, many channels, and every allocation counted.
 TESTS = (
-    "test_allocations.py",
-    "test_blocks.py",
-    "test_functional_broadcast.py",
-    "test_functional_pool.py",
-    "ops/test_refusals.py",
+    "blocks/blocks",
+    "ops/allocations",
+    "ops/functional_broadcast",
+    "ops/functional_pool",
+    "ops/refusals",
 )
 TIMEOUT_S = 900
 
@@ -62,8 +62,9 @@ def library() -> Path:
     )
 
 
-@pytest.mark.parametrize("name", TESTS)
-def test_binding(library: Path, name: str) -> None:
+@pytest.mark.parametrize("test", TESTS)
+def test_binding(library: Path, test: str) -> None:
+    folder, name = test.split("/")
     paths = [str(ROOT), str(BINDING), os.environ.get("PYTHONPATH", "")]
     environment = {
         "GC_CUDA_BINDING": str(library),
@@ -75,7 +76,17 @@ def test_binding(library: Path, name: str) -> None:
     }
     plugins = ["-p", "on_the_host", "-p", "no:cacheprovider", "-p", "no:faulthandler", "-p", "no:xdist"]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", *plugins, "-k", "cpu or dry", f"tests/{name}"],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-x",
+            *plugins,
+            "-k",
+            "cpu or dry",
+            f"tests/{folder}/test_{name}.py",
+        ],
         capture_output=True,
         text=True,
         cwd=ROOT,
