@@ -5,12 +5,11 @@
 #include <time.h>
 #endif
 
+#include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
 
 #include <atomic>
 #include <cstdint>
-
-#include "ops/checks.h"
 
 namespace gc::cpu {
 
@@ -84,7 +83,7 @@ void ask_for_huge_pages(const void*, int64_t) {}
 }  // namespace
 
 at::Tensor empty_output(at::IntArrayRef sizes, const at::TensorOptions& options) {
-  at::Tensor out = empty_tensor(sizes, options);
+  at::Tensor out(at::detail::empty_cpu(sizes, options));
   ask_for_huge_pages(out.data_ptr(), static_cast<int64_t>(out.nbytes()));
   return out;
 }

@@ -32,8 +32,8 @@ std::tuple<Tensor, Tensor, Tensor> broadcast_mul_backward(const Tensor& grad, co
   const FeatureMap own_grad(map.in_my_layout(grad), "grad");
   const Tensor own_scale = scale.contiguous();
   Tensor grad_x = Device::empty_output(map);
-  Tensor grad_scale = empty_tensor({map.images(), map.channels()}, scale.options());
-  Tensor grad_term = empty_tensor({map.images(), map.channels()}, scale.options());
+  Tensor grad_scale = empty_beside(scale, {map.images(), map.channels()}, scale.scalar_type());
+  Tensor grad_term = empty_beside(scale, {map.images(), map.channels()}, scale.scalar_type());
   BroadcastBackwardCall call;
   call.scale = map.companion(own_scale);
   call.grad_x = grad_x.data_ptr();

@@ -4,7 +4,6 @@
 #pragma once
 
 #include <ATen/ATen.h>
-#include <ATen/EmptyTensor.h>
 
 #include <optional>
 
@@ -58,22 +57,6 @@ inline void check_mask(const std::optional<at::Tensor>& weight, const std::optio
   TORCH_CHECK(weight.has_value() || !bias.has_value(), "mask_bias must be None without a mask_weight");
   if (weight.has_value()) check_companion(*weight, "mask_weight", x, x.size(1));
   if (bias.has_value()) check_companion(*bias, "mask_bias", x, 1);
-}
-
-// As at::empty, but on the CPU without the dispatcher, which takes longer than the allocation of a small tensor.
-inline at::Tensor empty_tensor(at::IntArrayRef sizes, const at::TensorOptions& options) {
-  if (options.device().is_cpu()) return at::Tensor(at::detail::empty_cpu(sizes, options));
-  return at::empty(sizes, options);
-}
-
-// For a parameter's gradient: its elements in a row, and the parameter's strides, which for a channels_last 1x1
-// convolution differ from those of a plain matrix in dimensions of one element. DDP warns of other strides and copies.
-inline at::Tensor empty_gradient(const at::Tensor& parameter) {
-  if (!parameter.is_contiguous()) return empty_tensor(parameter.sizes(), parameter.options());
-  if (parameter.is_cpu()) {
-    return at::Tensor(at::detail::empty_strided_cpu(parameter.sizes(), parameter.strides(), parameter.scalar_type()));
-  }
-  return at::empty_strided(parameter.sizes(), parameter.strides(), parameter.options());
 }
 
 inline void check_epsilon(double eps) {

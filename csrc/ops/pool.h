@@ -63,7 +63,7 @@ std::tuple<Tensor, Tensor> pool_backward(const Tensor& grad_context, const Tenso
   check_accumulated(state, "state", x, map.images() * (map.channels() + kStatistics));
   const bool mask = mask_weight.has_value();
   Tensor grad_x = Device::empty_output(map);
-  Tensor other = mask ? empty_gradient(*mask_weight) : empty_tensor(logits.sizes(), logits.options());
+  Tensor other = mask ? empty_gradient(*mask_weight) : empty_beside(logits, logits.sizes(), logits.scalar_type());
   if (map.images() == 0) other.zero_();
   const Tensor own_grad = grad_context.contiguous(), own_weight = contiguous(mask_weight);
   const Tensor own_logits = logits.contiguous(), own_state = state.contiguous();

@@ -314,11 +314,10 @@ def test_a_vector_on_another_device(operator, device):
     """Of two devices, the dispatcher asks CUDA or meta before the CPU."""
     if device == "cpu":
         pytest.skip("any other device is asked first")
-    arguments = {name: place(value, device) for name, value in valid(operator, 2).items()}
-    vectors = [name for name, value in arguments.items() if isinstance(value, torch.Tensor) and name != "x"]
+    on_cpu = valid(operator, 2)
+    arguments = {name: place(value, device) for name, value in on_cpu.items()}
+    vectors = [name for name, value in on_cpu.items() if isinstance(value, torch.Tensor) and name != "x"]
     for name in vectors:
         words = f"{name} must be on {arguments['x'].device} like x, got cpu"
         with pytest.raises(RuntimeError, match=re.escape(words)):
-            getattr(torch.ops.gc_cuda, operator).default(
-                *(arguments | {name: arguments[name].cpu()}).values()
-            )
+            getattr(torch.ops.gc_cuda, operator).default(*(arguments | {name: on_cpu[name]}).values())
