@@ -7,12 +7,14 @@ same in plain PyTorch. ``python -m gc_cuda`` reports the build.
 
 __version__ = "0.1.0"
 
-from gc_cuda import _scripting, _swap, blocks, reference
+from gc_cuda import _paths, blocks, reference
 from gc_cuda._pages import keep_pages
-from gc_cuda.accelerate import Report, accelerate, restore
 from gc_cuda.blocks import ContextBlock
-from gc_cuda.convert import convert_state_dict
-from gc_cuda.functional import (
+from gc_cuda.models import scripting, swap
+from gc_cuda.models.accelerate import Report, accelerate, restore
+from gc_cuda.models.convert import convert_state_dict
+from gc_cuda.models.insert import insert
+from gc_cuda.ops.functional import (
     attention_pool,
     average_pool,
     broadcast_add,
@@ -21,7 +23,6 @@ from gc_cuda.functional import (
     global_context,
     softmax_pool,
 )
-from gc_cuda.insert import insert
 from gc_cuda.reference import Transform
 
 __all__ = [
@@ -44,8 +45,9 @@ __all__ = [
     "softmax_pool",
 ]
 
-_scripting.refuse(
-    _swap.Derived,
+_paths.register()
+scripting.refuse(
+    swap.Derived,
     reference.ContextBlock,
     blocks.NonLocalBlock,
     blocks.SEBlock,

@@ -11,21 +11,21 @@ computed in that dtype and rounded to that of ``x`` at the end.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.jit._trace import TracerWarning, is_tracing
 from torch.nn import functional
 
 from gc_cuda import _values
-from gc_cuda._contexts import constant_count, promoted
 
 POOLING_TYPES = ("avg", "att")
 FUSION_TYPES = ("channel_add", "channel_mul")
 
-# The order of each is that of the operators' numbers.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": functional.relu,
     "silu": functional.silu,
@@ -64,7 +64,7 @@ def softmax_pool(x: Tensor, logits: Tensor) -> Tensor:
         [N, C] in the dtype of ``x``.
     """
     n, c, h, w = x.shape
-    dtype = promoted(x.dtype, logits.dtype)
+    dtype = _promoted(x.dtype, logits.dtype)
     attention = functional.softmax(logits.to(dtype).reshape(n, 1, h * w), dim=2).unsqueeze(-1)  # [N, 1, S, 1]
     pixels = x.to(dtype).reshape(n, c, h * w).unsqueeze(1)  # [N, 1, C, S]
     return torch.matmul(pixels, attention).reshape(n, c).to(x.dtype)
@@ -82,7 +82,7 @@ def attention_pool(x: Tensor, mask_weight: Tensor, mask_bias: Tensor | None = No
         [N, C] in the dtype of ``x``.
     """
     c = x.shape[1]
-    dtype = promoted(x.dtype, mask_weight.dtype)
+    dtype = _promoted(x.dtype, mask_weight.dtype)
     bias = None if mask_bias is None else mask_bias.to(dtype).reshape(1)
     logits = functional.conv2d(x.to(dtype), mask_weight.to(dtype).reshape(1, c, 1, 1), bias)
     return softmax_pool(x, logits)
@@ -123,7 +123,7 @@ def transform(context: Tensor, branch: Transform, eps: float = 1e-5, activation:
     hidden = functional.linear(context.to(dtype), w1.flatten(1), b1.flatten())
     if norm_weight is not None and norm_bias is not None:
         norm_weight, norm_bias = norm_weight.flatten(), norm_bias.flatten()
-        hidden = functional.layer_norm(hidden, (constant_count(b1),), norm_weight, norm_bias, eps)
+        hidden = functional.layer_norm(hidden, (_count(b1),), norm_weight, norm_bias, eps)
     return functional.linear(ACTIVATIONS[activation](hidden), w2.flatten(1), b2.flatten())
 
 
@@ -172,7 +172,21 @@ def global_context(
 
 
 def _widest(tensors: Iterable[Tensor | None]) -> torch.dtype:
-    return reduce(promoted, (tensor.dtype for tensor in tensors if tensor is not None))
+    return reduce(_promoted, (tensor.dtype for tensor in tensors if tensor is not None))
+
+
+def _promoted(one: torch.dtype, other: torch.dtype) -> torch.dtype:
+    """torch.promote_types, which torch.export would write into the graph as an operator."""
+    return one if one == other else torch.promote_types(one, other)
+
+
+def _count(parameter: Tensor) -> int:
+    """How many elements it has: a plain number in a recorded trace, too, where ONNX demands one."""
+    if not is_tracing():
+        return parameter.numel()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", TracerWarning)
+        return int(parameter.numel())
 
 
 class ContextBlock(nn.Module):

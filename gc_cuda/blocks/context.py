@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gc_cuda import _fused, reference
-from gc_cuda._contexts import node_of
-from gc_cuda._parts import Look, Recipe, context_block
+from gc_cuda import reference
+from gc_cuda.blocks import _fused
+from gc_cuda.blocks._parts import Look, Recipe, context_block
 
 
 class ContextBlock(reference.ContextBlock):
@@ -44,9 +44,19 @@ class ContextBlock(reference.ContextBlock):
             ImportError: where the extension is missing or lacks CUDA; it says what to run.
         """
         if isinstance(x, torch.fx.Proxy):
-            return node_of(self, x)
+            return _node_of(self, x)
         return _fused.run(self, _read, reference.ContextBlock.forward, x, strict=True)
 
 
 def _read(look: Look, block: Any) -> Recipe:
     return context_block(look, block, attends=look.child(block, "conv_mask") is not None)
+
+
+def _node_of(block: ContextBlock, x: Any) -> Any:
+    """The call of the block as one node of a torch.fx graph, as torch.fx does it for modules of torch.nn."""
+    path = x.tracer.path_of_module(block)
+    if not path:
+        raise TypeError(
+            f"symbolic_trace needs a model that holds the block, got the {type(block).__name__} itself"
+        )
+    return x.tracer.create_proxy("call_module", path, (x,), {})

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from gc_cuda import _checks, _fused, _values
-from gc_cuda._parts import Look, Unserved, Weights, convolution, plain
-from gc_cuda.functional import attention_pool, broadcast_add
+from gc_cuda import _values
+from gc_cuda.blocks import _fused
+from gc_cuda.blocks._parts import Look, Unserved, Weights, convolution, plain
+from gc_cuda.ops import checks
+from gc_cuda.ops.functional import attention_pool, broadcast_add
 
 MODES = ("gaussian", "embedded_gaussian", "dot_product", "concatenation")
 
@@ -165,8 +167,8 @@ class SimplifiedNonLocalBlock(nn.Module):
         parameters = _fused.parameters(self, _read, x)
         if parameters is not None:
             mask_weight, mask_bias, value, bias = parameters
-            _checks.feature_map(x)
-            _checks.channels(x, mask_weight.shape[1], "as the parameters")
+            checks.feature_map(x)
+            checks.channels(x, mask_weight.shape[1], "as the parameters")
             context = attention_pool(x, mask_weight, mask_bias)
             # As a convolution, whose weight gets a gradient of its own strides.
             return broadcast_add(x, functional.conv2d(context[:, :, None, None], value, bias))

@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gc_cuda import _fused, _values
-from gc_cuda._parts import Look, Recipe, Unserved, activation, gate, squeeze_excite
+from gc_cuda import _values
+from gc_cuda.blocks import _fused
+from gc_cuda.blocks._parts import Look, Recipe, Unserved, activation, gate, squeeze_excite
 
 
 class SEBlock(nn.Module):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from gc_cuda._parts import Kind, Look, Recipe, context_block
+from gc_cuda.blocks._parts import Kind, Look, Recipe, context_block
 
 
 def _read(look: Look, block: Any) -> Recipe:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from gc_cuda._parts import (
+from gc_cuda.blocks._parts import (
     Branch,
     Kind,
     Look,

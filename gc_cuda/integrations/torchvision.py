@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from gc_cuda._parts import Kind, Look, Recipe, mean_over_pixels, squeeze_excite
+from gc_cuda.blocks._parts import Kind, Look, Recipe, mean_over_pixels, squeeze_excite
 
 
 def _read(look: Look, block: Any) -> Recipe:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import gc_cuda
-from gc_cuda import _swap, blocks, reference
+from gc_cuda import blocks, reference
+from gc_cuda.models import swap
 
 CHANNELS = 8
 
@@ -56,7 +57,7 @@ def _accelerated(make: Callable[[], nn.Module]) -> Block:
         assert gc_cuda.accelerate(block).accelerated == [""]
         return block
 
-    return Block(accelerated, lambda block, x: _swap.original(type(block)).forward(block, x))
+    return Block(accelerated, lambda block, x: swap.original(type(block)).forward(block, x))
 
 
 def _mmcv() -> nn.Module:

@@ -176,7 +176,7 @@ def test_asking_costs_little(random):
 
 def test_a_block_is_read_once(kind, random, monkeypatch):
     """While nothing changes, its reader's notes hold: also for another map, another mode, new values."""
-    from gc_cuda import _fused
+    from gc_cuda.blocks import _fused
 
     block = awake(kind.make())
     looks = []

@@ -10,7 +10,7 @@ import torch
 from block_cases import Spy
 
 import gc_cuda
-from gc_cuda import _swap
+from gc_cuda.models import swap
 
 FOLDER = Path(__file__).parent / "old_files"
 NEEDS = {
@@ -62,6 +62,4 @@ def test_it_is_restored(old):
     assert not any(kind.__name__.startswith("Accelerated") for kind in kinds)
     torch.testing.assert_close(module(x), y, rtol=1e-5, atol=1e-5)
     assert gc_cuda.accelerate(module) is not None
-    assert [_swap.original(type(part)) for part in module.modules()] == [
-        _swap.original(kind) for kind in kinds
-    ]
+    assert [swap.original(type(part)) for part in module.modules()] == [swap.original(kind) for kind in kinds]

@@ -8,7 +8,8 @@ from small_net import Net
 from torch import Tensor, nn
 
 import gc_cuda
-from gc_cuda import _swap, blocks
+from gc_cuda import blocks
+from gc_cuda.models import swap
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
@@ -129,5 +130,7 @@ def test_a_bottleneck_with_an_inserted_block():
         pass
 
     bottleneck = Bottleneck(gc_cuda.ContextBlock(8, 1 / 2))
-    bottleneck.__class__ = _swap.derive(Bottleneck, "GC", lambda: lambda self, own, x: own(self, x), ())
+    bottleneck.__class__ = swap.derive(
+        swap.Recipe(Bottleneck, "GC", lambda: lambda self, own, x: own(self, x))
+    )
     assert f"a {Bottleneck.__qualname__} with a block from gc_cuda.insert: {INSTEAD}" in refusal(bottleneck)

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 from torch import nn
 
-from gc_cuda import _extension, _swap, _values
-from gc_cuda._fused import fused_forward, recipe_of
-from gc_cuda._parts import Kind, Unserved
+from gc_cuda import _extension, _values
+from gc_cuda.blocks._fused import Read, recipe_of, run
+from gc_cuda.blocks._parts import Kind, Unserved
 from gc_cuda.integrations import gcnet, mmdet, timm, torchvision
+from gc_cuda.models import swap
 
 _KINDS: dict[str, Kind] = {**gcnet.KINDS, **mmdet.KINDS, **timm.KINDS, **torchvision.KINDS}
 
-_PREFIX = "Accelerated"  # of the names of the classes that are made
+PREFIX = "Accelerated"  # of the names of the classes that are made
 
 ACCELERATED = "accelerated"
 ALREADY = "accelerated before"
@@ -98,7 +99,7 @@ def accelerate(model: nn.Module) -> Report:
     entries = []
     for name, block, kind in found:
         action, reason = _accelerate(block, kind)
-        entries.append(Entry(name, _full_name(_swap.original(type(block))), action, reason))
+        entries.append(Entry(name, _full_name(swap.original(type(block))), action, reason))
     return Report(tuple(entries))
 
 
@@ -111,7 +112,16 @@ def restore(model: nn.Module) -> None:
     _values.module(model, "model")
     for module in model.modules():
         if _is_accelerated(module):
-            module.__class__ = _swap.original(type(module))
+            module.__class__ = swap.original(type(module))
+
+
+def fused_forward(read: Read) -> swap.Forward:
+    """The forward of an accelerated block, which pickles name."""
+
+    def forward(block: Any, own_forward: Callable[..., Any], x: Any) -> Any:
+        return run(block, read, own_forward, x)
+
+    return forward
 
 
 def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module, Kind]]:
@@ -140,14 +150,14 @@ def _accelerate(block: nn.Module, kind: Kind) -> tuple[str, str]:
         return LEFT_ALONE, str(unserved)
     except AttributeError as error:  # another version of the framework
         return LEFT_ALONE, f"it is built differently: {error}"
-    block.__class__ = _swap.derive(type(block), _PREFIX, fused_forward, (kind.read,))
+    block.__class__ = swap.derive(swap.Recipe(type(block), PREFIX, fused_forward, (kind.read,)))
     return ACCELERATED, ""
 
 
 def _is_accelerated(module: nn.Module) -> bool:
     # By name: the module may have been accelerated before gc_cuda was imported anew.
-    recipe = getattr(type(module), "_gc_recipe", None)
-    return recipe is not None and recipe[1] == _PREFIX
+    recipe = swap.recipe_of(type(module))
+    return recipe is not None and recipe.prefix == PREFIX
 
 
 def _full_name(kind: type) -> str:

@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from gc_cuda import _swap, _values
+from gc_cuda import _values
 from gc_cuda.blocks import ContextBlock
 from gc_cuda.integrations import timm, torchvision
+from gc_cuda.models import swap
 
 
 class _Place(NamedTuple):
@@ -66,7 +67,7 @@ def insert(
         block.to(weight.device, weight.dtype).train(bottleneck.training)
         setattr(bottleneck, slot, block)
         if make_forward is not None:
-            bottleneck.__class__ = _swap.derive(type(bottleneck), "GC", make_forward, ())
+            bottleneck.__class__ = swap.derive(swap.Recipe(type(bottleneck), "GC", make_forward))
         names.append(f"{name}.{slot}")
     return names
 
@@ -81,7 +82,7 @@ def _places(model: nn.Module, stage: str) -> Iterator[_Place]:
         ) from None
     found = False
     for name, module in root.named_modules(prefix=stage):
-        kind = _swap.original(type(module))
+        kind = swap.original(type(module))
         for framework in (torchvision, timm):
             bottleneck = framework.bottleneck_class()
             if bottleneck is None or not issubclass(kind, bottleneck):

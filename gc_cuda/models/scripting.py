@@ -1,13 +1,16 @@
 """What ``torch.jit.script`` is told: its compiler reads source text, and ours is not in its language.
 
-It asks a module, anywhere in a model, and a function, called from anywhere, for ``__prepare_scriptable__``
-before it compiles them. So the error says what to do, and does not come from the middle of a file of ours.
+Before it compiles a module anywhere in a model, or a function that is called anywhere, it asks for its
+``__prepare_scriptable__``. So the error says what to do, and does not come from the middle of a file of ours.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, NoReturn
+
+from gc_cuda.models import swap
+from gc_cuda.models.accelerate import PREFIX
 
 _INSTEAD = "torch.jit.trace, which records PyTorch's own operators, or torch.export"
 
@@ -21,14 +24,14 @@ def refuse(*targets: Callable[..., Any]) -> None:
 
 def _of_a_module(self: Any) -> NoReturn:
     kind = type(self)
-    recipe = getattr(kind, "_gc_recipe", None)  # of a class that gc_cuda._swap has made
+    recipe = swap.recipe_of(kind)
     if recipe is None:
         _raise(kind.__qualname__, f"use {_INSTEAD}")
-    original, prefix, *_ = recipe
-    if prefix == "Accelerated":
+    name = recipe.original.__qualname__
+    if recipe.prefix == PREFIX:
         advice = f"restore the model first: gc_cuda.restore(model); or use {_INSTEAD}"
-        _raise(f"an accelerated {original.__qualname__}", advice)
-    _raise(f"a {original.__qualname__} with a block from gc_cuda.insert", f"use {_INSTEAD}")
+        _raise(f"an accelerated {name}", advice)
+    _raise(f"a {name} with a block from gc_cuda.insert", f"use {_INSTEAD}")
 
 
 def _of_a_function(name: str) -> Callable[[], NoReturn]:

@@ -1,4 +1,4 @@
-"""The forward of a block: fused while :mod:`gc_cuda._parts` lets it, else as it is without us."""
+"""The forward of a block: fused while :mod:`gc_cuda.blocks._parts` allows it, else what it is without us."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from gc_cuda import _checks, _extension, _parts
-from gc_cuda._block_function import Policy, as_transform, whole_block
-from gc_cuda._contexts import is_foreign, plain_pytorch_wanted
-from gc_cuda._parts import Look, Recipe, Weights
-from gc_cuda._swap import Forward
-from gc_cuda.functional import explain
+from gc_cuda import _extension
+from gc_cuda.blocks._parts import Look, Recipe, Unserved, Weights
+from gc_cuda.ops import checks
+from gc_cuda.ops.contexts import is_foreign, plain_pytorch_wanted
+from gc_cuda.ops.operands import ACCUMULATION
+from gc_cuda.ops.whole_block import Policy, whole_block
 
 Read = Callable[[Look, Any], Any]  # a Recipe, or Weights
 Groups = Sequence[Sequence[Any]]  # the parameters of the mask, of add and of mul
@@ -30,25 +30,16 @@ class _Known(NamedTuple):
 _known: MutableMapping[nn.Module, _Known] = WeakKeyDictionary()
 
 
-def fused_forward(read: Read) -> Forward:
-    """The forward of an accelerated block."""
-
-    def forward(block: Any, own_forward: Callable[..., Any], x: Any) -> Any:
-        return run(block, read, own_forward, x)
-
-    return forward
-
-
 def run(block: Any, read: Read, own_forward: Callable[..., Any], x: Any, *, strict: bool = False) -> Any:
     """The output of ``block``, whose forward without us is ``own_forward(block, x)``.
 
-    strict: an x that does not fit the parameters is an error in our words, not one of ``own_forward``.
+    strict: an x that does not fit the parameters is an error in our words, and not left to ``own_forward``.
     """
     if plain_pytorch_wanted() or is_foreign(x):
         return own_forward(block, x)
     if not isinstance(x, Tensor):
         if strict:
-            _checks.feature_map(x)
+            checks.feature_map(x)
         return own_forward(block, x)
     given = x
     if torch._C._is_any_autocast_enabled():
@@ -66,18 +57,24 @@ def run(block: Any, read: Read, own_forward: Callable[..., Any], x: Any, *, stri
     mask, add, mul = groups
     weight, bias = mask or (None, None)
     if compiled:  # a check costs no run time then
-        _checks.global_context(x, weight, bias, as_transform(add), as_transform(mul), *policy)
+        checks.operands(x, weight, bias, add, mul, policy.eps)
         return whole_block(x, weight, bias, add, mul, policy)
     try:
         # What fits is a plain tensor; what was made to fit may be a wrapper.
         return whole_block(x, weight, bias, add, mul, policy, unwrapped=fits)
-    except Exception as error:
-        _explain_or_leave(error, strict, x, weight, bias, as_transform(add), as_transform(mul), *policy)
-        return own_forward(block, given)
+    except Exception:
+        try:
+            checks.operands(x, weight, bias, add, mul, policy.eps)
+        except (ValueError, TypeError, ImportError) as explanation:
+            if strict or isinstance(explanation, ImportError):
+                raise explanation from None
+        else:
+            raise
+    return own_forward(block, given)  # which computes it, or says in its own words what is wrong
 
 
 def parameters(block: Any, read: Read, x: Any) -> list[Any] | None:
-    """Those of a block that takes several operations; None where its eager form has to run."""
+    """The parameters of a block that is several operations; None where its eager form has to run."""
     if plain_pytorch_wanted() or is_foreign(x):
         return None
     seen = (_see_compiled if torch.compiler.is_compiling() else _see)(block, read, x)
@@ -88,8 +85,8 @@ def parameters(block: Any, read: Read, x: Any) -> list[Any] | None:
 
 
 def recipe_of(block: Any, read: Read) -> Recipe:
-    """What the block computes; raises Unserved where that is not what its parts compute."""
-    return read(_parts.Look(), block)
+    """What the block computes; raises Unserved if its parts compute something else."""
+    return read(Look(), block)
 
 
 def _see(block: Any, read: Read, x: Any) -> tuple[bool, Groups, Any] | None:
@@ -103,7 +100,7 @@ def _see(block: Any, read: Read, x: Any) -> tuple[bool, Groups, Any] | None:
         _known.pop(block, None)
         try:
             known = _look(block, read)
-        except (_parts.Unserved, AttributeError):  # the latter: a part without what such a part has
+        except (Unserved, AttributeError):  # the latter: a part without what such a part has
             return None
         current = known.notes.current(x)
         if current is None:  # a class that Python gives no version: its block is read anew in every call
@@ -121,7 +118,7 @@ def _look(block: Any, read: Read) -> _Known:
     from gc_cuda._C import Reading
 
     notes = Reading()
-    look = _parts.Look(notes)
+    look = Look(notes)
     look.nothing_on_all_modules()
     recipe = read(look, block)
     for group, names in enumerate(recipe.parameters()):
@@ -132,38 +129,20 @@ def _look(block: Any, read: Read) -> _Known:
 
 def _see_compiled(block: Any, read: Read, x: Any) -> tuple[bool, Groups, Any] | None:
     """The same while torch.compile traces: it guards what the reader looks at."""
-    look = _parts.Look()
+    look = Look()
     try:
         look.nothing_on_all_modules()
         recipe = read(look, block)
-    except (_parts.Unserved, AttributeError):
+    except (Unserved, AttributeError):
         return None
     groups = [[getattr(part, name) for part, name in names] for names in recipe.parameters()]
     return False, groups, _policy(recipe)
 
 
 def _policy(recipe: Recipe | Weights) -> Policy | None:
-    if isinstance(recipe, _parts.Weights):
+    if isinstance(recipe, Weights):
         return None
-    return Policy("avg" if recipe.mask is None else "att", recipe.activation, recipe.gate, recipe.eps)
-
-
-def _explain_or_leave(error: Exception, strict: bool, *arguments: Any) -> None:
-    """After an error of the operator: raise it, or in our words what is wrong with the arguments.
-
-    Returns where it is the arguments' fault and the block's own forward is to say so, or to compute it.
-    """
-    try:
-        explain(*arguments)
-    except (ValueError, TypeError):
-        if strict:
-            raise
-        return
-    raise error
-
-
-def _is_served(x: Tensor) -> bool:
-    return x.dim() == 4 and (x.is_cpu or x.is_cuda or x.is_meta) and _checks.is_served(x.dtype)
+    return Policy.of(recipe.activation, recipe.gate, recipe.eps)
 
 
 def _as_autocast_promotes(x: Tensor) -> Tensor:
@@ -172,7 +151,7 @@ def _as_autocast_promotes(x: Tensor) -> Tensor:
     It changes nothing but a half x under autocast to the other half type, which eager widens to float32.
     """
     kind = "cuda" if x.is_cuda else "cpu"
-    if not torch.is_autocast_enabled(kind) or x.is_meta or not _checks.is_served(x.dtype):
+    if not torch.is_autocast_enabled(kind) or x.is_meta or x.dtype not in ACCUMULATION:
         return x
     dtype = torch.get_autocast_dtype(kind)
     return x if x.dtype == dtype else x.to(torch.promote_types(x.dtype, dtype))
@@ -183,18 +162,18 @@ def _fitted(x: Tensor, groups: Groups, strict: bool) -> Groups | None:
     parameters = [tensor for group in groups for tensor in group if tensor is not None]
     if any(map(is_foreign, parameters)):
         return None
-    if not _is_served(x):
+    if x.dim() != 4 or not (x.is_cpu or x.is_cuda or x.is_meta) or x.dtype not in ACCUMULATION:
         if strict:
-            _checks.feature_map(x)
+            checks.feature_map(x)
         return None
-    odd = [tensor for tensor in parameters if not _checks.fits(tensor, x)]
+    odd = [tensor for tensor in parameters if not checks.fits(tensor, x)]
     if not odd:
         return groups
     if torch.is_autocast_enabled("cuda" if x.is_cuda else "cpu") and all(
         tensor.dtype != torch.float64 for tensor in (x, *odd)
     ):
         # Eager would cast both to the dtype of autocast.
-        return [[t if t is None or _checks.fits(t, x) else t.to(x.dtype) for t in group] for group in groups]
+        return [[t if t is None or checks.fits(t, x) else t.to(x.dtype) for t in group] for group in groups]
     if strict:
         raise TypeError(f"x must be {odd[0].dtype} like the block's parameters, got {x.dtype}")
     return None

@@ -1,9 +1,9 @@
-"""What the public functions demand of their arguments, in the caller's words: name, expected, got.
+"""What the public functions demand of their tensors, in the caller's words: name, expected, got.
 
-For most functions they run first, at the cost of a few attribute reads. The whole block takes up to 15
-tensors: only :func:`unseen_by_the_operator` runs first, and :func:`global_context` after an error, for the
-words. What that rejects the operator rejects by itself (csrc/ops, and gc_cuda/_fake.py for meta
-tensors); tests/ops/test_errors.py holds it to that.
+Most functions run their checks first, at the cost of a few attribute reads. The whole block takes up to 15
+tensors: only :func:`unseen_by_the_operator` runs before it, and the other checks after an error, for the
+words. What they reject the operator rejects by itself (csrc/ops, and gc_cuda/ops/fake.py for meta tensors);
+tests of the errors hold it to that.
 """
 
 from __future__ import annotations
@@ -15,18 +15,11 @@ from torch import Tensor
 
 from gc_cuda import _extension
 from gc_cuda._values import epsilon, one_of
-from gc_cuda.reference import ACTIVATIONS, GATES, POOLING_TYPES, Transform
+from gc_cuda.ops.operands import ACCUMULATION, ACTIVATIONS, GATES, Branch, transform_of
+from gc_cuda.reference import POOLING_TYPES, Transform
 
 if TYPE_CHECKING:
     from typing_extensions import TypeGuard  # typing has it from Python 3.10 on
-
-# The type in which sums over x are kept; the tensors that travel with x may have it too.
-_ACCUMULATION = {
-    torch.float32: torch.float32,
-    torch.float16: torch.float32,
-    torch.bfloat16: torch.float32,
-    torch.float64: torch.float64,
-}
 
 
 def global_context(
@@ -40,12 +33,21 @@ def global_context(
     gate: str,
     eps: float,
 ) -> None:
-    """All that the whole block demands."""
+    """Demand all that :func:`gc_cuda.global_context` does."""
     feature_map(x)
-    agreement(x, mask_weight, add, mul)
-    pooling(pooling_type, mask_weight, mask_bias, x)
-    branches(add, mul, x)
-    policy(activation, gate)
+    pooling(pooling_type, mask_weight, mask_bias)
+    parameters(x, mask_weight, mask_bias, add, mul)
+    one_of(activation, "activation", ACTIVATIONS)
+    one_of(gate, "gate", GATES)
+    epsilon(eps)
+
+
+def operands(
+    x: Tensor, mask_weight: Tensor | None, mask_bias: Tensor | None, add: Branch, mul: Branch, eps: float
+) -> None:
+    """Demand what the operator of the whole block does, but for its numbers of activation and gate."""
+    feature_map(x)
+    parameters(x, mask_weight, mask_bias, transform_of(add), transform_of(mul))
     epsilon(eps)
 
 
@@ -56,7 +58,7 @@ def unseen_by_the_operator(x: Tensor, mask_weight: Tensor | None, pooling_type: 
     if not isinstance(x, Tensor) or not (x.is_cpu or x.is_cuda or x.is_meta):
         feature_map(x)
     if pooling_type != ("avg" if mask_weight is None else "att"):
-        pooling(pooling_type, mask_weight, None, x)
+        pooling(pooling_type, mask_weight, None)
     epsilon(eps)
 
 
@@ -68,7 +70,7 @@ def feature_map(x: Tensor) -> None:
         raise TypeError(f"x must be a dense (torch.strided) tensor, got {x.layout}")
     if _is_nested(x):
         raise TypeError("x must be a dense (torch.strided) tensor, got a nested one")
-    if x.dtype not in _ACCUMULATION:
+    if x.dtype not in ACCUMULATION:
         raise TypeError(f"x must be torch.float32, float16, bfloat16 or float64, got {x.dtype}")
     if x.dim() != 4:
         raise ValueError(f"x must have shape [N, C, H, W], got {_shape(x)}")
@@ -130,7 +132,7 @@ def channels(x: Tensor, count: int, meaning: str) -> None:
         raise ValueError(f"x must have {count} channels ({meaning}), got shape {_shape(x)}")
 
 
-def agreement(x: Tensor, mask_weight: Tensor | None, add: Transform | None, mul: Transform | None) -> None:
+def _agreement(x: Tensor, mask_weight: Tensor | None, add: Transform | None, mul: Transform | None) -> None:
     """Demand of x the channels and the dtype of the parameters, where two or more of them agree on another:
     then x is the odd one out, and what is said of the first parameter would lead astray.
 
@@ -152,7 +154,7 @@ def agreement(x: Tensor, mask_weight: Tensor | None, add: Transform | None, mul:
     arguments = " and ".join(dict.fromkeys(name.partition(".")[0] for name in said))
     if x.shape[1] != c and all(other == c for other, _ in others):
         channels(x, c, f"as {arguments}")
-    if dtype not in (x.dtype, _ACCUMULATION[x.dtype]) and all(other == dtype for _, other in others):
+    if dtype not in (x.dtype, ACCUMULATION[x.dtype]) and all(other == dtype for _, other in others):
         raise TypeError(f"x must be {dtype} like {arguments}, got {x.dtype}")
 
 
@@ -160,8 +162,8 @@ def _is_plain(tensor: Tensor | None) -> TypeGuard[Tensor]:
     return isinstance(tensor, Tensor) and tensor.layout is torch.strided and not _is_nested(tensor)
 
 
-def pooling(pooling_type: str, weight: Tensor | None, bias: Tensor | None, x: Tensor) -> None:
-    """Demand a known pooling, with a mask weight and perhaps a bias for "att", without them for "avg"."""
+def pooling(pooling_type: str, weight: Tensor | None, bias: Tensor | None) -> None:
+    """Demand a pooling that there is, and a mask for "att" alone."""
     one_of(pooling_type, "pooling_type", POOLING_TYPES)
     if pooling_type == "avg":
         for name, tensor in (("mask_weight", weight), ("mask_bias", bias)):
@@ -170,25 +172,33 @@ def pooling(pooling_type: str, weight: Tensor | None, bias: Tensor | None, x: Te
                     f'{name} must be None for pooling_type "avg", which has no mask, got '
                     f'{_described(tensor)}; leave it out, or use pooling_type "att"'
                 )
-        return
-    if weight is None:
+    elif weight is None:
         raise ValueError(
             'mask_weight must be given for pooling_type "att", got None; pass the C weights of the mask, or '
             'use pooling_type "avg"'
         )
-    mask_weight(weight, x)
+
+
+def parameters(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    add: Transform | None,
+    mul: Transform | None,
+) -> None:
+    """Demand parameters of the whole block that fit the feature map."""
+    _agreement(x, weight, add, mul)
+    if weight is not None:
+        mask_weight(weight, x)
+    elif bias is not None:
+        raise ValueError(f"mask_bias must be None without a mask_weight, got {_described(bias)}")
     if bias is not None:
         mask_bias(bias, x)
-
-
-def branches(add: Transform | None, mul: Transform | None, x: Tensor) -> None:
-    """Demand a Transform for add, mul or both."""
     if add is None and mul is None:
         raise ValueError("add or mul must be given, got None for both; pass a Transform for one of them")
-    if add is not None:
-        _transform(add, "add", x)
-    if mul is not None:
-        _transform(mul, "mul", x)
+    for name, branch in (("add", add), ("mul", mul)):
+        if branch is not None:
+            _transform(branch, name, x)
 
 
 def _transform(branch: Transform, name: str, x: Tensor) -> None:
@@ -196,7 +206,9 @@ def _transform(branch: Transform, name: str, x: Tensor) -> None:
     if not isinstance(branch, (tuple, list)):
         raise TypeError(f"{name} must be a gc_cuda.Transform or None, got {type(branch).__name__}")
     if len(branch) != len(Transform._fields):
-        raise TypeError(f"{name} must have the tensors {_FIELDS}, got {len(branch)} of them")
+        raise TypeError(
+            f"{name} must have the tensors {', '.join(Transform._fields)}, got {len(branch)} of them"
+        )
     w1, b1, norm_weight, norm_bias, w2, b2 = branch
     if (norm_weight is None) != (norm_bias is None):
         raise TypeError(
@@ -204,31 +216,21 @@ def _transform(branch: Transform, name: str, x: Tensor) -> None:
             f"{type(norm_weight).__name__} and {type(norm_bias).__name__}"
         )
     for tensor, field in zip(branch, Transform._fields):
-        if not _travels(tensor, x) and not (tensor is None and field in _NORM):
+        if tensor is not None or field not in ("norm_weight", "norm_bias"):
             _companion(tensor, f"{name}.{field}", x)
     c, p = x.shape[1], b1.numel()
     if p == 0:
         raise ValueError(f"{name}.b1 must have at least one element (a hidden unit), got shape {_shape(b1)}")
-    if not (_is_matrix(w1, p, c) and _is_matrix(w2, c, p)):
-        _matrix(w1, f"{name}.w1", p, c, "P of b1, C of x")
-        _matrix(w2, f"{name}.w2", c, p, "C of x, P of b1")
+    _matrix(w1, f"{name}.w1", p, c, "P of b1, C of x")
+    _matrix(w2, f"{name}.w2", c, p, "C of x, P of b1")
     if norm_weight is not None and norm_bias is not None:
         _vector(norm_weight, f"{name}.norm_weight", p, "P of b1")
         _vector(norm_bias, f"{name}.norm_bias", p, "P of b1")
-    if b2.numel() != c:
-        _vector(b2, f"{name}.b2", c, "C of x")
-
-
-_FIELDS = ", ".join(Transform._fields)
-_NORM = ("norm_weight", "norm_bias")
-
-
-def _is_matrix(tensor: Tensor, rows: int, columns: int) -> bool:
-    return tensor.shape[:2] == (rows, columns) and tensor.numel() == rows * columns
+    _vector(b2, f"{name}.b2", c, "C of x")
 
 
 def _matrix(tensor: Tensor, name: str, rows: int, columns: int, meaning: str) -> None:
-    if not _is_matrix(tensor, rows, columns):
+    if tensor.shape[:2] != (rows, columns) or tensor.numel() != rows * columns:
         raise ValueError(
             f"{name} must have shape {[rows, columns]} ({meaning}) or {[rows, columns, 1, 1]}, "
             f"got {_shape(tensor)}"
@@ -240,23 +242,6 @@ def _vector(tensor: Tensor, name: str, count: int, meaning: str) -> None:
         raise ValueError(f"{name} must have {count} elements ({meaning}), got shape {_shape(tensor)}")
 
 
-def policy(activation: str, gate: str) -> None:
-    """Demand an activation and a gate that there are."""
-    one_of(activation, "activation", ACTIVATIONS)
-    one_of(gate, "gate", GATES)
-
-
-def _travels(tensor: Tensor | None, x: Tensor) -> bool:
-    """What :func:`_companion` demands."""
-    return (
-        isinstance(tensor, Tensor)
-        and fits(tensor, x)
-        and tensor.device == x.device
-        and tensor.layout is torch.strided
-        and not _is_nested(tensor)
-    )
-
-
 def _companion(tensor: Tensor | None, name: str, x: Tensor) -> None:
     """Demand a dense tensor on x's device, in x's dtype or that of its sums."""
     if not isinstance(tensor, Tensor):
@@ -265,8 +250,8 @@ def _companion(tensor: Tensor | None, name: str, x: Tensor) -> None:
         raise TypeError(f"{name} must be a dense (torch.strided) tensor, got {tensor.layout}")
     if _is_nested(tensor):
         raise TypeError(f"{name} must be a dense (torch.strided) tensor, got a nested one")
-    if tensor.dtype != x.dtype and tensor.dtype != _ACCUMULATION[x.dtype]:
-        wide = _ACCUMULATION[x.dtype]
+    if not fits(tensor, x):
+        wide = ACCUMULATION[x.dtype]
         also = "" if wide == x.dtype else f", or {wide}"
         raise TypeError(f"{name} must be {x.dtype} like x{also}, got {tensor.dtype}")
     if tensor.device != x.device:
@@ -278,14 +263,9 @@ def _is_nested(tensor: Tensor) -> bool:
     return not torch.compiler.is_compiling() and tensor.is_nested
 
 
-def is_served(dtype: torch.dtype) -> bool:
-    """Whether a feature map may have it."""
-    return dtype in _ACCUMULATION
-
-
 def fits(tensor: Tensor, x: Tensor) -> bool:
     """Whether the dtype of ``tensor`` may travel with ``x``."""
-    return tensor.dtype == x.dtype or tensor.dtype == _ACCUMULATION.get(x.dtype)
+    return tensor.dtype == x.dtype or tensor.dtype == ACCUMULATION.get(x.dtype)
 
 
 def _described(value: object) -> str:

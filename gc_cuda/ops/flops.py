@@ -1,7 +1,7 @@
-"""How many operations the operators are worth to torch.utils.flop_counter, which counts products as 2 each.
+"""What torch.utils.flop_counter counts for the operators: 2 for each product.
 
-They are those that PyTorch's convolutions and matrix products would have for the same; sums, softmax,
-norms and broadcasts do not count there either.
+It counts the products that PyTorch's convolutions and matrix products would have for the same; it does not
+count sums, softmax, norms and broadcasts there either.
 """
 
 from __future__ import annotations
@@ -77,9 +77,7 @@ _FORMULAS: dict[str, Callable[..., int]] = {
 
 
 def register() -> None:
-    """Enter every formula of this file for its operator, in place of those that an earlier import
-    in this process has entered.
-    """
+    """Enter every formula of this file for its operator, in place of what an earlier import entered."""
     for name, formula in _FORMULAS.items():
         operator = getattr(torch.ops.gc_cuda, name)
         for known in (operator, operator.default):

@@ -1,18 +1,15 @@
-"""Where plain PyTorch has to run in place of the operators.
+"""Where plain PyTorch has to run in place of the operators: for whatever understands only PyTorch's own.
 
-What records a call, or transforms it, or means more by a tensor than its numbers, often understands only
-PyTorch's own operators.
+That is often so for what records a call or transforms it, or for a tensor that means more than its numbers.
 """
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.jit._trace import TracerWarning, is_tracing
 
 
 def plain_pytorch_wanted() -> bool:
@@ -93,27 +90,3 @@ if hasattr(torch.compiler, "_is_exporting_flag"):
     _is_exporting = _by_flag
 else:
     _is_exporting = getattr(torch.compiler, "is_exporting", _without_is_exporting)
-
-
-def node_of(module: nn.Module, x: Any) -> Any:
-    """The call of ``module`` as one node of a torch.fx graph, as torch.fx does it for modules of torch.nn."""
-    path = x.tracer.path_of_module(module)
-    if not path:
-        raise TypeError(
-            f"symbolic_trace needs a model that holds the block, got the {type(module).__name__} itself"
-        )
-    return x.tracer.create_proxy("call_module", path, (x,), {})
-
-
-def constant_count(parameter: Tensor) -> int:
-    """How many elements it has: a plain number in a recorded trace too, where ONNX demands one."""
-    if not is_tracing():
-        return parameter.numel()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", TracerWarning)
-        return int(parameter.numel())
-
-
-def promoted(one: torch.dtype, other: torch.dtype) -> torch.dtype:
-    """torch.promote_types, which torch.export would write into the graph as an operator."""
-    return one if one == other else torch.promote_types(one, other)

@@ -28,16 +28,17 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from gc_cuda import _checks, _extension, _fake, _flops, reference
-from gc_cuda._block_function import Policy, present, whole_block
-from gc_cuda._contexts import differentiable_wanted, is_foreign, plain_pytorch_wanted
-from gc_cuda._double_backward import differentiable_gradients
-from gc_cuda._saved import save, saved
+from gc_cuda import _extension, reference
+from gc_cuda.ops import checks, fake, flops
+from gc_cuda.ops.autograd import differentiable_gradients, save, saved
+from gc_cuda.ops.contexts import differentiable_wanted, is_foreign, plain_pytorch_wanted
+from gc_cuda.ops.operands import tensors_of
+from gc_cuda.ops.whole_block import Policy, whole_block
 from gc_cuda.reference import Transform
 
 if _extension.build_config() is not None:
-    _fake.register()
-    _flops.register()
+    fake.register()
+    flops.register()
 
 
 def softmax_pool(x: Tensor, logits: Tensor) -> Tensor:
@@ -55,8 +56,8 @@ def softmax_pool(x: Tensor, logits: Tensor) -> Tensor:
     if _plain_pytorch_wanted(x, logits):
         return reference.softmax_pool(x, logits)
     _extension.require()
-    _checks.feature_map(x)
-    _checks.logits(logits, x)
+    checks.feature_map(x)
+    checks.logits(logits, x)
     return _SoftmaxPool.apply(x, logits)
 
 
@@ -76,10 +77,10 @@ def attention_pool(x: Tensor, mask_weight: Tensor, mask_bias: Tensor | None = No
     if _plain_pytorch_wanted(x, mask_weight, mask_bias):
         return reference.attention_pool(x, mask_weight, mask_bias)
     _extension.require()
-    _checks.feature_map(x)
-    _checks.mask_weight(mask_weight, x)
+    checks.feature_map(x)
+    checks.mask_weight(mask_weight, x)
     if mask_bias is not None:
-        _checks.mask_bias(mask_bias, x)
+        checks.mask_bias(mask_bias, x)
     return _AttentionPool.apply(x, mask_weight, mask_bias)
 
 
@@ -88,7 +89,7 @@ def average_pool(x: Tensor) -> Tensor:
     if _plain_pytorch_wanted(x):
         return reference.average_pool(x)
     _extension.require()
-    _checks.feature_map(x)
+    checks.feature_map(x)
     return _AveragePool.apply(x)
 
 
@@ -105,8 +106,8 @@ def broadcast_add(x: Tensor, term: Tensor) -> Tensor:
     if _plain_pytorch_wanted(x, term):
         return reference.broadcast_add(x, term)
     _extension.require()
-    _checks.feature_map(x)
-    _checks.per_channel(term, "term", x)
+    checks.feature_map(x)
+    checks.per_channel(term, "term", x)
     return _Broadcast.apply(x, None, term)
 
 
@@ -123,8 +124,8 @@ def broadcast_mul(x: Tensor, scale: Tensor) -> Tensor:
     if _plain_pytorch_wanted(x, scale):
         return reference.broadcast_mul(x, scale)
     _extension.require()
-    _checks.feature_map(x)
-    _checks.per_channel(scale, "scale", x)
+    checks.feature_map(x)
+    checks.per_channel(scale, "scale", x)
     return _Broadcast.apply(x, scale, None)
 
 
@@ -142,9 +143,9 @@ def broadcast_mul_add(x: Tensor, scale: Tensor, term: Tensor) -> Tensor:
     if _plain_pytorch_wanted(x, scale, term):
         return reference.broadcast_mul_add(x, scale, term)
     _extension.require()
-    _checks.feature_map(x)
-    _checks.per_channel(scale, "scale", x)
-    _checks.per_channel(term, "term", x)
+    checks.feature_map(x)
+    checks.per_channel(scale, "scale", x)
+    checks.per_channel(term, "term", x)
     return _Broadcast.apply(x, scale, term)
 
 
@@ -215,25 +216,21 @@ def global_context(
             eps=eps,
         )
     _extension.require()
-    tensors = x, mask_weight, mask_bias, add, mul
-    policy = Policy(pooling_type, activation, gate, eps)
+    arguments = x, mask_weight, mask_bias, add, mul, pooling_type, activation, gate, eps
     if torch.compiler.is_compiling():  # a check costs no run time then
-        _checks.global_context(*tensors, *policy)
-        return whole_block(x, mask_weight, mask_bias, present(add), present(mul), policy)
+        checks.global_context(*arguments)
+        policy = Policy.of(activation, gate, eps)
+        return whole_block(x, mask_weight, mask_bias, tensors_of(add), tensors_of(mul), policy)
     try:
-        _checks.unseen_by_the_operator(x, mask_weight, pooling_type, eps)
-        return whole_block(x, mask_weight, mask_bias, present(add), present(mul), policy)
+        checks.unseen_by_the_operator(x, mask_weight, pooling_type, eps)
+        policy = Policy.of(activation, gate, eps)
+        return whole_block(x, mask_weight, mask_bias, tensors_of(add), tensors_of(mul), policy)
     except Exception:
-        explain(*tensors, *policy)
+        try:
+            checks.global_context(*arguments)
+        except (ValueError, TypeError, ImportError) as explanation:
+            raise explanation from None
         raise
-
-
-def explain(*arguments: Any) -> None:
-    """After an error of the whole block: raise what is wrong with its arguments, if it is their fault."""
-    try:
-        _checks.global_context(*arguments)
-    except (ValueError, TypeError, ImportError) as explanation:
-        raise explanation from None
 
 
 def _tensors(branch: Any) -> tuple[Any, ...]:
@@ -307,17 +304,17 @@ class _Broadcast(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor | None, term: Tensor | None) -> Tensor:
         _, needs_scale, _ = ctx.needs_input_grad
-        # x matters to nothing but the gradient of scale; the gradients of an addition need nothing at all.
-        ctx.places = needs_scale, scale is not None
-        ctx.save_for_backward(*[tensor for tensor, kept in zip((x, scale), ctx.places) if kept])
+        # Only the gradient of scale reads x; the gradients of an addition read nothing at all.
+        ctx.is_kept = needs_scale, scale is not None
+        ctx.save_for_backward(*[tensor for tensor, kept in zip((x, scale), ctx.is_kept) if kept])
         ctx.term_shape = None if term is None else term.shape
         ctx.term_dtype = None if term is None else term.dtype
         return torch.ops.gc_cuda.broadcast.default(x, _flat(scale), _flat(term))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        there = iter(ctx.saved_tensors)
-        x, scale = (next(there) if kept else None for kept in ctx.places)
+        tensors = iter(ctx.saved_tensors)
+        x, scale = (next(tensors) if kept else None for kept in ctx.is_kept)
         needed = ctx.needs_input_grad
         if differentiable_wanted(grad):
             grad_x, grad_scale, grad_term = _differentiable_broadcast_gradients(grad, x, scale, needed)

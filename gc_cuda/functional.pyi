@@ -1,0 +1,1 @@
+from gc_cuda.ops.functional import *  # noqa: F403  (gc_cuda/_paths.py)

@@ -1,0 +1,143 @@
+"""Fake (meta) kernels: the shapes, dtypes and strides that the operators return, for torch.compile.
+
+That of the whole block demands what the real ones do, as one meta tensor among others is enough to get here.
+Registration needs the operators, which the extension defines: hence :func:`register`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._prims_common import suggest_memory_format
+
+from gc_cuda.ops import checks
+from gc_cuda.ops.operands import ACCUMULATION, ACTIVATIONS, GATES, STATISTICS, Branch, Kept, in_places
+
+
+def _feature_map_like(x: Tensor) -> Tensor:
+    # The kernels read NCHW if x is that, else the layout that x suggests, and write what they read.
+    layout = torch.contiguous_format if x.is_contiguous() else suggest_memory_format(x)
+    return torch.empty_like(x, memory_format=layout)
+
+
+def _per_channel(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.new_empty((x.shape[0], x.shape[1]), dtype=dtype)
+
+
+def _state(x: Tensor) -> Tensor:
+    return x.new_empty((x.shape[0], STATISTICS + x.shape[1]), dtype=ACCUMULATION[x.dtype])
+
+
+def _dense_like(tensor: Tensor) -> Tensor:
+    # A contiguous tensor's strides stay as they are: those of dimensions of one element are not unique.
+    layout = torch.preserve_format if tensor.is_contiguous() else torch.contiguous_format
+    return torch.empty_like(tensor, memory_format=layout)
+
+
+def softmax_pool(x: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+    return _per_channel(x, x.dtype), _state(x)
+
+
+def softmax_pool_backward(
+    grad_context: Tensor, x: Tensor, logits: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    return _feature_map_like(x), _dense_like(logits)
+
+
+def attention_pool(x: Tensor, mask_weight: Tensor, mask_bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    n, _, h, w = x.shape
+    return _per_channel(x, x.dtype), x.new_empty((n, h * w), dtype=ACCUMULATION[x.dtype]), _state(x)
+
+
+def attention_pool_backward(
+    grad_context: Tensor, x: Tensor, mask_weight: Tensor, logits: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    return _feature_map_like(x), _dense_like(mask_weight)
+
+
+def pixel_sum(x: Tensor, mean: bool) -> Tensor:
+    return _per_channel(x, x.dtype)
+
+
+def broadcast(x: Tensor, scale: Tensor | None, term: Tensor | None) -> Tensor:
+    return _feature_map_like(x)
+
+
+def broadcast_mul_backward(grad: Tensor, x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return _feature_map_like(x), _per_channel(x, scale.dtype), _per_channel(x, scale.dtype)
+
+
+def global_context(
+    x: Tensor,
+    mask_weight: Tensor | None,
+    mask_bias: Tensor | None,
+    add: Branch,
+    mul: Branch,
+    eps: float,
+    activation: int,
+    gate: int,
+) -> Tensor:
+    checks.operands(x, mask_weight, mask_bias, add, mul, eps)
+    for name, number, numbers in (("activation", activation, ACTIVATIONS), ("gate", gate, GATES)):
+        if number not in numbers.values():
+            raise ValueError(f"{name} must be one of 0 to {len(numbers) - 1}, got {number}")
+    return _feature_map_like(x)
+
+
+def global_context_kept(
+    x: Tensor, mask_weight: Tensor | None, mask_bias: Tensor | None, add: Branch, mul: Branch, *policy: Any
+) -> tuple[Tensor, Tensor]:
+    out = global_context(x, mask_weight, mask_bias, add, mul, *policy)
+    sizes = Kept.sizes(x, attends=mask_weight is not None, add=add, mul=mul)
+    return out, x.new_empty(sum(sizes), dtype=ACCUMULATION[x.dtype])
+
+
+def global_context_backward(
+    grad: Tensor,
+    x: Tensor | None,
+    mask_weight: Tensor | None,
+    mask_bias: Tensor | None,
+    add: Branch,
+    mul: Branch,
+    kept: Tensor,
+    activation: int,
+    gate: int,
+    needed: Sequence[bool],
+) -> list[Tensor]:
+    needs_x, *needs_parameters = needed
+    gradients = [_feature_map_like(grad if x is None else x)] if needs_x else []
+    parameters = mask_weight, mask_bias, *in_places(add), *in_places(mul)
+    for parameter, wanted in zip(parameters, needs_parameters):
+        if wanted and parameter is not None:
+            gradients.append(_dense_like(parameter))
+    return gradients
+
+
+_KERNELS = (
+    softmax_pool,
+    softmax_pool_backward,
+    attention_pool,
+    attention_pool_backward,
+    pixel_sum,
+    broadcast,
+    broadcast_mul_backward,
+    global_context,
+    global_context_kept,
+    global_context_backward,
+)
+
+
+def register() -> None:
+    """Attach every kernel of this file to the operator of its name, in place of what an earlier import has
+    attached: the namespace of the operators outlives a module.
+    """
+    held = torch.ops.gc_cuda.__dict__
+    if "_fakes" in held:
+        held.pop("_fakes")._destroy()
+    library = torch.library.Library("gc_cuda", "FRAGMENT")
+    for kernel in _KERNELS:
+        torch.library.register_fake(f"gc_cuda::{kernel.__name__}", kernel, lib=library)
+    held["_fakes"] = library
