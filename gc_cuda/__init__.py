@@ -47,16 +47,8 @@ __all__ = [
 
 _paths.register()
 scripting.refuse(
-    swap.Derived,
-    reference.ContextBlock,
-    blocks.NonLocalBlock,
-    blocks.SEBlock,
-    blocks.SimplifiedNonLocalBlock,
-    attention_pool,
-    average_pool,
-    broadcast_add,
-    broadcast_mul,
-    broadcast_mul_add,
-    global_context,
-    softmax_pool,
+    *(swap.Derived, reference.ContextBlock),
+    *(blocks.NonLocalBlock, blocks.SEBlock, blocks.SimplifiedNonLocalBlock),
+    *(attention_pool, average_pool, softmax_pool),
+    *(broadcast_add, broadcast_mul, broadcast_mul_add, global_context),
 )

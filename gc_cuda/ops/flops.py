@@ -16,63 +16,38 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula
 Shape = Sequence[int]
 
 
-def _branches(x: Shape, *branches: Sequence[Shape]) -> int:
-    """Both products of every transform."""
+def _pool(products: int) -> Callable[..., int]:
+    """So many products for each element of x."""
+    return lambda x, *args, **kwargs: 2 * products * prod(x)
+
+
+def _pool_backward(products: int) -> Callable[..., int]:
+    return lambda grad, x, *args, **kwargs: 2 * products * prod(x)
+
+
+def _transforms(x: Shape, *branches: Sequence[Shape]) -> int:
+    """The two matrix products of each branch."""
     return sum(4 * x[0] * x[1] * prod(branch[1]) for branch in branches if branch)
 
 
-def softmax_pool(x: Shape, *args: Any, **kwargs: Any) -> int:
-    return 2 * prod(x)
-
-
-def softmax_pool_backward(grad: Shape, x: Shape, *args: Any, **kwargs: Any) -> int:
-    return 4 * prod(x)
-
-
-def attention_pool(x: Shape, *args: Any, **kwargs: Any) -> int:
-    return 4 * prod(x)
-
-
-def attention_pool_backward(grad: Shape, x: Shape, *args: Any, **kwargs: Any) -> int:
-    return 8 * prod(x)
-
-
-def global_context(
-    x: Shape,
-    mask_weight: Shape | None,
-    mask_bias: Shape | None,
-    add: Sequence[Shape],
-    mul: Sequence[Shape],
-    *args: Any,
-    **kwargs: Any,
-) -> int:
+def _block(x: Shape, mask_weight: Any, mask_bias: Any, add: Any, mul: Any, *args: Any, **kwargs: Any) -> int:
     pooling = 0 if mask_weight is None else 4 * prod(x)
-    return pooling + _branches(x, add, mul)
+    return pooling + _transforms(x, add, mul)
 
 
-def global_context_backward(
-    grad: Shape,
-    x: Shape | None,
-    mask_weight: Shape | None,
-    mask_bias: Shape | None,
-    add: Sequence[Shape],
-    mul: Sequence[Shape],
-    *args: Any,
-    **kwargs: Any,
-) -> int:
-    """Where every gradient is needed."""
-    pooling = 0 if mask_weight is None else 8 * prod(grad)
-    return pooling + 2 * _branches(grad, add, mul)
+def _block_backward(grad: Shape, x: Shape | None, *operands: Any, **kwargs: Any) -> int:
+    """Where every gradient is needed: twice what the forward pass takes."""
+    return 2 * _block(grad, *operands)
 
 
 _FORMULAS: dict[str, Callable[..., int]] = {
-    "softmax_pool": softmax_pool,
-    "softmax_pool_backward": softmax_pool_backward,
-    "attention_pool": attention_pool,
-    "attention_pool_backward": attention_pool_backward,
-    "global_context": global_context,
-    "global_context_kept": global_context,
-    "global_context_backward": global_context_backward,
+    "softmax_pool": _pool(1),
+    "softmax_pool_backward": _pool_backward(2),
+    "attention_pool": _pool(2),
+    "attention_pool_backward": _pool_backward(4),
+    "global_context": _block,
+    "global_context_kept": _block,
+    "global_context_backward": _block_backward,
 }
 
 
