@@ -97,6 +97,10 @@ def _watched() -> bool:
     return torch.compiler.is_compiling() or torch._C._len_torch_function_stack() > 0
 
 
+# Places among the inputs of the Function.
+_X, _MASK_WEIGHT, _MASK_BIAS, _BRANCHES = 2, 3, 4, 5
+
+
 class _WholeBlock(Function):
     """Its inputs are the policy, the number of add's tensors, x, mask_weight, mask_bias, and the tensors of
     add and of mul.
@@ -118,12 +122,13 @@ class _WholeBlock(Function):
     ) -> Tensor | tuple[Tensor, Tensor]:
         add, mul = branches[:add_count], branches[add_count:]
         out, kept = _operator("global_context_kept")(x, mask_weight, mask_bias, add, mul, *policy)
-        _, _, needs_x, needs_weight, needs_bias, *needs_branches = ctx.needs_input_grad
+        needs = ctx.needs_input_grad
+        needs_context = needs[_X] or needs[_MASK_WEIGHT]
         attends = mask_weight is not None
-        bias = mask_bias if needs_bias else None
+        bias = mask_bias if needs[_MASK_BIAS] else None
         # If nothing else needs a gradient, x and the parameters need not outlive the call.
-        only_bias = not (needs_x or needs_weight or any(needs_branches))
-        reads_x = bool(mul) or (attends and (needs_x or needs_weight))
+        only_bias = not (needs_context or any(needs[_BRANCHES:]))
+        reads_x = len(mul) > 0 or (attends and needs_context)
         counts = add_count, len(mul)
         ctx.call = policy, counts, attends, only_bias, reads_x
         if only_bias:
@@ -157,12 +162,11 @@ class _WholeBlock(Function):
         branches = [row[i] for i in order]
         add_count, _ = counts
         operands = _Operands(x, mask_weight, mask_bias, branches[:add_count], branches[add_count:], kept)
-        _, _, *needed = ctx.needs_input_grad
-        needs_x, *_ = needed
+        needed = ctx.needs_input_grad[_X:]
         gradients: list[Tensor | None] = [None] * len(needed)
         if grad is not None:
             gradients = (_differentiable if differentiable else _fused)(ctx, grad, operands, policy, needed)
-        if grad_kept is not None and needs_x and not torch.compiler.is_compiling():
+        if grad_kept is not None and ctx.needs_input_grad[_X] and not torch.compiler.is_compiling():
             of_x, *others = gradients
             through_context = _spread(context_in(grad_kept, ctx.size), ctx.size)
             of_x = (through_context if of_x is None else of_x + through_context).to(ctx.dtype)
@@ -197,9 +201,8 @@ def _differentiable(
     ctx: Any, grad: Tensor, operands: _Operands, policy: Policy, needed: Sequence[bool]
 ) -> list[Tensor | None]:
     """The same by plain PyTorch, so that it can be differentiated again."""
-    needs_x, *_ = needed
     if operands.x is None:
-        return _differentiable_without_x(ctx, grad, operands, policy, needs_x)
+        return _differentiable_without_x(ctx, grad, operands, policy)
     add_count = len(operands.add)
 
     def definition(x: Tensor, mask_weight: Tensor | None, *branches: Tensor) -> Tensor:
@@ -219,11 +222,11 @@ def _differentiable(
 
 
 def _differentiable_without_x(
-    ctx: Any, grad: Tensor, operands: _Operands, policy: Policy, needs_x: bool
+    ctx: Any, grad: Tensor, operands: _Operands, policy: Policy
 ) -> list[Tensor | None]:
     """For out = x + t(context), where the context is the mean of x, or where x needs no gradient."""
     context = context_in(operands.kept, ctx.size)
-    if not needs_x:
+    if not ctx.needs_input_grad[_X]:
         context = context.detach()
     words = policy.words()
 
