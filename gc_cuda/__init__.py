@@ -1,8 +1,11 @@
 """Fused global context block (GCNet) for PyTorch: CUDA and CPU kernels, one read of the map per pass.
 
-``ContextBlock`` is the module and ``global_context`` the function behind it; ``softmax_pool``,
-``attention_pool``, ``average_pool`` and the ``broadcast_*`` functions are its parts; ``reference`` has the
-same in plain PyTorch. ``python -m gc_cuda`` reports the build.
+``ContextBlock`` is the module, and ``global_context`` the function that it calls. ``softmax_pool``,
+``attention_pool``, ``average_pool`` and the ``broadcast_*`` functions compute its parts. ``reference`` has
+the same in plain PyTorch. ``python -m gc_cuda`` reports the build.
+
+The operators from Python are in ``ops``, the modules in ``blocks``, and what is done to whole models in
+``models``; ``integrations`` knows the blocks of other frameworks.
 """
 
 __version__ = "0.1.0"

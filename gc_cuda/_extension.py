@@ -1,7 +1,7 @@
 """The compiled module gc_cuda._C: loaded once, with a helpful word where it cannot be.
 
-Loading it registers the operators torch.ops.gc_cuda, once in a process. Importing this module never fails: a
-machine without the compiled part still has ``gc_cuda.reference`` and the report of ``python -m gc_cuda``.
+To load it registers the operators torch.ops.gc_cuda, once in a process. The import of this file never fails:
+a machine without the compiled part still has ``gc_cuda.reference`` and the report of ``python -m gc_cuda``.
 
 A binary that is not this package's own could compute something else than the package says, so it is not used:
 one of another folder, version or torch, and in a checkout one that was built of other sources.
@@ -53,7 +53,7 @@ class _Loaded(NamedTuple):
 
 
 def _load() -> tuple[dict[str, str] | None, str, Exception | None]:
-    """The build configuration, or else what is wrong and the exception behind it."""
+    """The build configuration, or else what is wrong and the exception that says so."""
     spec = importlib.util.find_spec("gc_cuda._C")
     if spec is None or spec.origin is None:
         return None, _not_built(_built_elsewhere()), None
@@ -119,7 +119,7 @@ def _state(binary: str) -> _Loaded:
 
 
 def _remember(binary: str) -> None:
-    # The operators' namespace lives as long as the process; a module may be taken from sys.modules.
+    # The operators' namespace lives as long as the process; a module can be removed from sys.modules.
     torch.ops.gc_cuda.__dict__.setdefault("_loaded", _state(binary))
 
 

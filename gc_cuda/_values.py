@@ -1,4 +1,4 @@
-"""What constructors and functions demand of the arguments that are no tensors: name, expected, got."""
+"""What constructors and functions demand of arguments other than tensors: name, expected, got."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def one_of(value: object, name: str, choices: Iterable[str]) -> None:
 
 
 def is_one_of(value: object, choices: Iterable[str]) -> bool:
-    """Whether it is; also for what cannot be hashed, or compared by ==, as an array."""
+    """Whether it is one; the value may be what cannot be hashed or compared by ==, such as an array."""
     return isinstance(value, str) and value in choices
 
 
@@ -63,7 +63,7 @@ def epsilon(value: object, name: str = "eps") -> None:
 
 
 def module(value: object, name: str) -> None:
-    """Demand a module, and not its class."""
+    """Demand a module and not a class."""
     if not isinstance(value, nn.Module):
         got = f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
         raise TypeError(f"{name} must be a torch.nn.Module, got {got}")
@@ -80,7 +80,7 @@ def module_class(value: object, name: str) -> None:
 
 
 def names(value: object, name: str) -> list[str]:
-    """Demand several names, and give them; one alone would be taken for its letters."""
+    """Demand several names, and return them; a string alone would be taken for its letters."""
     if isinstance(value, str) or not isinstance(value, Iterable):
         raise TypeError(f"{name} must be a list or tuple of names, got {_typed(value)}")
     found = list(value)

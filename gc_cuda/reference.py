@@ -205,9 +205,9 @@ class ContextBlock(nn.Module):
         eps: of the layer norms.
 
     Raises:
-        AssertionError: for an unknown pooling or fusion, or fusion types that are no list or tuple.
+        AssertionError: for an unknown pooling or fusion, or fusion types that are not a list or tuple.
         ValueError: when no hidden unit is left, or for a number out of range.
-        TypeError: for in_channels that are no integer, or a ratio or eps that is no number.
+        TypeError: for in_channels that are not an integer, or a ratio or eps that is not a number.
     """
 
     _abbr_ = "context_block"  # the attribute name under which mmdetection's backbones hold the block

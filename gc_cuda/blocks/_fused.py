@@ -80,7 +80,8 @@ def parameters(block: Any, read: Read, x: Any) -> list[Any] | None:
     seen = (_see_compiled if torch.compiler.is_compiling() else _see)(block, read, x)
     if seen is None:
         return None
-    flat = [tensor for group in seen[1] for tensor in group]
+    _, groups, _ = seen
+    flat = [tensor for group in groups for tensor in group]
     return None if any(map(is_foreign, flat)) else flat
 
 
@@ -100,10 +101,10 @@ def _see(block: Any, read: Read, x: Any) -> tuple[bool, Groups, Any] | None:
         _known.pop(block, None)
         try:
             known = _look(block, read)
-        except (Unserved, AttributeError):  # the latter: a part without what such a part has
+        except (Unserved, AttributeError):  # the latter if a part lacks what such a part has
             return None
         current = known.notes.current(x)
-        if current is None:  # a class that Python gives no version: its block is read anew in every call
+        if current is None:  # Python gives the class no version: its blocks are read anew in every call
             places = recipe_of(block, read).parameters()
             current = False, *([getattr(part, name) for part, name in group] for group in places)
         _known[block] = known
@@ -128,7 +129,7 @@ def _look(block: Any, read: Read) -> _Known:
 
 
 def _see_compiled(block: Any, read: Read, x: Any) -> tuple[bool, Groups, Any] | None:
-    """The same while torch.compile traces: it guards what the reader looks at."""
+    """The same while torch.compile traces, which guards what the reader looks at."""
     look = Look()
     try:
         look.nothing_on_all_modules()
@@ -148,7 +149,7 @@ def _policy(recipe: Recipe | Weights) -> Policy | None:
 def _as_autocast_promotes(x: Tensor) -> Tensor:
     """x in the dtype of the eager block's output: x plus what a convolution gives under autocast.
 
-    It changes nothing but a half x under autocast to the other half type, which eager widens to float32.
+    It changes only a half x under autocast to the other half type, which eager widens to float32.
     """
     kind = "cuda" if x.is_cuda else "cpu"
     if not torch.is_autocast_enabled(kind) or x.is_meta or x.dtype not in ACCUMULATION:
@@ -158,7 +159,7 @@ def _as_autocast_promotes(x: Tensor) -> Tensor:
 
 
 def _fitted(x: Tensor, groups: Groups, strict: bool) -> Groups | None:
-    """The parameters as they may travel with x; None where x and they are not served together."""
+    """The parameters in dtypes that may travel with x; None if x and they are not served together."""
     parameters = [tensor for group in groups for tensor in group if tensor is not None]
     if any(map(is_foreign, parameters)):
         return None

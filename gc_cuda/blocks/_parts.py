@@ -1,14 +1,14 @@
 """When a block may run fused: the one rule, for our own blocks and for accelerated ones.
 
-A fused block computes with its parts' parameters and calls none of them. That is right only while calling
-each part would do nothing but its class's own forward on its own parameters. Here is what has to be true of
-a part for that: its class, its options, no hook on it or on all modules, no forward of its own. A reader (one
-a kind of block; those of other frameworks' blocks are in :mod:`gc_cuda.integrations`) goes through the parts
-by these functions and returns a :class:`Recipe`, or raises :class:`Unserved`: then the block runs as it did
-without us, which calls its parts.
+A fused block computes with the parameters of its parts and calls none of them. That is right only while a
+call of each part would do nothing but its class's own forward on its own parameters. The functions here
+demand what makes it so: the part's class and options, no hook on it or on all modules, no forward of its own.
+Every kind of block has a reader (those of other frameworks' blocks are in :mod:`gc_cuda.integrations`). It
+goes through the parts with these functions and returns a :class:`Recipe`, or raises :class:`Unserved`: then
+the block runs as it does without us, and calls its parts.
 
-The reader sees the block through a :class:`Look`, which takes notes (csrc/reading.h), so that the next call
-only asks whether they still hold. While torch.compile traces, there are no notes, and it guards what the
+The reader sees the block through a :class:`Look`, which takes notes (csrc/python/reading.h), so that the next
+call only asks whether they still hold. While torch.compile traces, nothing is noted: it guards what the
 reader looks at.
 """
 
@@ -61,17 +61,17 @@ def _names(branch: Branch | None) -> Names:
 
 
 class Weights(NamedTuple):
-    """Of a block that is no Recipe: the parameters that it computes with."""
+    """The parameters with which a block of several operations computes."""
 
     places: Names
 
     def parameters(self) -> tuple[Names, Names, Names]:
-        """As those of a Recipe."""
+        """In the first of the groups that a Recipe has."""
         return self.places, (), ()
 
 
 class Kind(NamedTuple):
-    """A class that is served: its reader, and the methods that must be its own for that to be true."""
+    """A class that is served: its reader, and the methods that must be its own for the reader to be right."""
 
     read: Callable[[Look, Any], Recipe]
     methods: tuple[str, ...] = ("forward",)
@@ -90,7 +90,7 @@ class Look:
         return getattr(module, name)
 
     def child(self, module: Any, name: str) -> Any:
-        """A part, or None where there is none."""
+        """A part, or None if the module has None in its place."""
         if self.notes is not None:
             self.notes.child(module, name)
         return getattr(module, name)
@@ -104,8 +104,8 @@ class Look:
     def plain(self, module: Any, where: str) -> None:
         """Demand that calling the module does nothing but its class's forward.
 
-        Hooks would not run; the old weight norm, spectral norm and pruning, units of FSDP and offloading are
-        hooks, too.
+        Hooks would not run. The old weight norm, spectral norm and pruning are hooks, too, and so are units
+        of FSDP and offloading.
         """
         if self.notes is not None:
             self.notes.part(module)
@@ -127,7 +127,7 @@ class Look:
             raise Unserved(f"{where} is compiled by itself")
 
     def nothing_on_all_modules(self) -> None:
-        """Demand that there are no hooks on all modules, and that calling a module is what it was."""
+        """Demand that there is no hook on all modules, and that nobody has replaced nn.Module.__call__."""
         for hooks in _HOOKS_ON_ALL_MODULES:
             if hooks:
                 raise Unserved("there is a hook on all modules")
@@ -144,7 +144,7 @@ _HOOKS_ON_ALL_MODULES = (
     all_modules._global_backward_pre_hooks,
     all_modules._global_backward_hooks,
 )
-# What calling PyTorch's own modules runs, as it was when gc_cuda was imported.
+# The methods that a call of PyTorch's own modules runs, as they were when gc_cuda was imported.
 _METHODS: dict[type, dict[str, Any]] = {
     kind: {"forward": kind.forward}
     for kind in (
@@ -329,7 +329,7 @@ def name_of(module: Any) -> tuple[str, str]:
 
 
 def _has(module: Any, name: str) -> bool:
-    """Whether there is such a parameter, without looking it up: a parametrization would compute it."""
+    """Whether the module has such a parameter, without a look-up: a parametrization would compute it."""
     if name in module._parameters:
         return module._parameters.get(name) is not None
     return parametrize.is_parametrized(module, name) or getattr(module, name, None) is not None

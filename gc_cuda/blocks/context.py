@@ -31,7 +31,7 @@ class ContextBlock(reference.ContextBlock):
         eps: of the layer norms.
 
     Raises:
-        AssertionError: for an unknown pooling or fusion, or fusion types that are no list or tuple.
+        AssertionError: for an unknown pooling or fusion, or fusion types that are not a list or tuple.
         ValueError: when no hidden unit is left.
     """
 
@@ -40,7 +40,7 @@ class ContextBlock(reference.ContextBlock):
 
         Raises:
             ValueError: for a shape or device that does not fit the parameters.
-            TypeError: for a dtype that does not, or for what is no dense tensor.
+            TypeError: for a dtype that does not, or for what is not a dense tensor.
             ImportError: where the extension is missing or lacks CUDA; it says what to run.
         """
         if isinstance(x, torch.fx.Proxy):

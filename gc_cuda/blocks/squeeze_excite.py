@@ -26,7 +26,7 @@ class SEBlock(nn.Module):
         gate_layer: nn.Sigmoid or nn.Hardsigmoid.
 
     Raises:
-        TypeError: for a number that is no integer, or what is no class of modules.
+        TypeError: for a number that is not an integer, or what is not a class of modules.
         ValueError: for another activation or gate, or a number below 1.
     """
 

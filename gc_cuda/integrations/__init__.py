@@ -1,5 +1,5 @@
-"""One file for each framework; none of them is imported by gc_cuda before it is needed.
+"""One file for each framework; gc_cuda imports no framework before its user does.
 
-``gc_cuda.integrations.mmcv`` is for importing: it registers the block with mmcv. The others describe their
-frameworks' blocks for :func:`gc_cuda.accelerate` and :func:`gc_cuda.insert`, and import no framework.
+To import ``gc_cuda.integrations.mmcv`` registers the block with mmcv. The other files describe the blocks of
+their frameworks for :func:`gc_cuda.accelerate` and :func:`gc_cuda.insert`.
 """

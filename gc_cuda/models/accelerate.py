@@ -1,4 +1,4 @@
-"""One line for a model that is there: its global context and squeeze-and-excitation blocks run fused."""
+"""One line for an existing model: its global context and squeeze-and-excitation blocks run fused."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def accelerate(model: nn.Module) -> Report:
         The blocks by name, what was done with each, and why nothing was; print it.
 
     Raises:
-        TypeError: for what is no module.
+        TypeError: for what is not a module.
         ImportError: where the extension is missing, or lacks CUDA and the blocks are on a GPU; nothing was
             changed then, and it says what to run.
     """
@@ -107,7 +107,7 @@ def restore(model: nn.Module) -> None:
     """Undo :func:`accelerate`: every block is of its own class again.
 
     Raises:
-        TypeError: for what is no module.
+        TypeError: for what is not a module.
     """
     _values.module(model, "model")
     for module in model.modules():
@@ -150,14 +150,15 @@ def _accelerate(block: nn.Module, kind: Kind) -> tuple[str, str]:
         return LEFT_ALONE, str(unserved)
     except AttributeError as error:  # another version of the framework
         return LEFT_ALONE, f"it is built differently: {error}"
-    block.__class__ = swap.derive(swap.Recipe(type(block), PREFIX, fused_forward, (kind.read,)))
+    block.__class__ = swap.derive(swap.Derivation(type(block), PREFIX, fused_forward, (kind.read,)))
     return ACCELERATED, ""
 
 
 def _is_accelerated(module: nn.Module) -> bool:
-    # By name: the module may have been accelerated before gc_cuda was imported anew.
-    recipe = swap.recipe_of(type(module))
-    return recipe is not None and recipe.prefix == PREFIX
+    # By the prefix, not by fused_forward: gc_cuda may have been imported anew after it accelerated the
+    # module.
+    derivation = swap.derivation_of(type(module))
+    return derivation is not None and derivation.prefix == PREFIX
 
 
 def _full_name(kind: type) -> str:

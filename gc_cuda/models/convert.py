@@ -28,9 +28,9 @@ def convert_state_dict(
 ) -> dict[str, Tensor]:
     """The state dict with the parameters of its global context blocks named and shaped for another framework.
 
-    It may be that of a block or of a whole model: everything that is no parameter of a block keeps its name,
+    It may be that of a block or of a whole model: whatever is not a parameter of a block keeps its name,
     and what comes before one in a name does, too. The tensors are the same or views of the same. A layer norm
-    is [P, 1, 1] in mmcv and [P] in timm. Its eps is no part of a checkpoint: 1e-5 in mmcv and GCNet, 1e-6 in
+    is [P, 1, 1] in mmcv and [P] in timm. A checkpoint does not have its eps: 1e-5 in mmcv and GCNet, 1e-6 in
     timm, so that a ``gc_cuda.ContextBlock`` for timm's parameters wants ``eps=1e-6``.
 
     Args:
@@ -43,7 +43,7 @@ def convert_state_dict(
 
     Raises:
         ValueError: for an unknown framework, or where no parameter of a block is found.
-        TypeError: for what is no mapping of names, or a parameter of a block that is no tensor.
+        TypeError: for what is not a mapping of names, or a parameter of a block that is not a tensor.
     """
     _values.one_of(source, "source", FRAMEWORKS)
     _values.one_of(target, "target", FRAMEWORKS)

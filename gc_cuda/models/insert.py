@@ -1,4 +1,4 @@
-"""Global context blocks into the residual blocks of a ResNet that is there already."""
+"""Global context blocks are put into the residual blocks of an existing ResNet."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def insert(
     Raises:
         ValueError: for a stage that is not there or has no bottleneck that is known, or one that has a block
             or another attention already; nothing was changed then.
-        TypeError: for a model that is no module, or stages that are no names.
+        TypeError: for a model that is not a module, or stages that are not names.
     """
     _values.module(model, "model")
     stages = _values.names(stages, "stages")
@@ -67,7 +67,7 @@ def insert(
         block.to(weight.device, weight.dtype).train(bottleneck.training)
         setattr(bottleneck, slot, block)
         if make_forward is not None:
-            bottleneck.__class__ = swap.derive(swap.Recipe(type(bottleneck), "GC", make_forward))
+            bottleneck.__class__ = swap.derive(swap.Derivation(type(bottleneck), "GC", make_forward))
         names.append(f"{name}.{slot}")
     return names
 

@@ -24,11 +24,11 @@ def refuse(*targets: Callable[..., Any]) -> None:
 
 def _of_a_module(self: Any) -> NoReturn:
     kind = type(self)
-    recipe = swap.recipe_of(kind)
-    if recipe is None:
+    derivation = swap.derivation_of(kind)
+    if derivation is None:
         _raise(kind.__qualname__, f"use {_INSTEAD}")
-    name = recipe.original.__qualname__
-    if recipe.prefix == PREFIX:
+    name = derivation.original.__qualname__
+    if derivation.prefix == PREFIX:
         advice = f"restore the model first: gc_cuda.restore(model); or use {_INSTEAD}"
         _raise(f"an accelerated {name}", advice)
     _raise(f"a {name} with a block from gc_cuda.insert", f"use {_INSTEAD}")

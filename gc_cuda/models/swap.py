@@ -19,7 +19,7 @@ from torch import nn
 Forward = Callable[[Any, Callable[..., Any], Any], Any]
 
 
-class Recipe(NamedTuple):
+class Derivation(NamedTuple):
     """How a class is made; it must pickle, as classes and functions of a module's top level do."""
 
     original: type[nn.Module]
@@ -29,29 +29,29 @@ class Recipe(NamedTuple):
 
 
 class Derived:
-    """What the made classes share: deepcopy and pickle, which name a class by its recipe."""
+    """What the made classes share: deepcopy and pickle, which name a class by its derivation."""
 
-    _gc_recipe: Recipe
+    _gc_derivation: Derivation
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # Protocol 2 is the first to keep the class apart from the state.
         reduced: Any = super().__reduce_ex__(max(int(protocol), 2))
         _make_new, _its_arguments, *state = reduced
-        return _new, tuple(self._gc_recipe), *state
+        return _new, tuple(self._gc_derivation), *state
 
 
-_made: dict[Recipe, type[nn.Module]] = {}
+_made: dict[Derivation, type[nn.Module]] = {}
 
 
-def derive(recipe: Recipe) -> type[nn.Module]:
-    """The subclass by that recipe; the same in every call."""
-    if recipe not in _made:
-        _made[recipe] = _make(recipe)
-    return _made[recipe]
+def derive(derivation: Derivation) -> type[nn.Module]:
+    """The subclass by that derivation; the same in every call."""
+    if derivation not in _made:
+        _made[derivation] = _make(derivation)
+    return _made[derivation]
 
 
-def _make(recipe: Recipe) -> type[nn.Module]:
-    original, prefix, make, arguments = recipe
+def _make(derivation: Derivation) -> type[nn.Module]:
+    original, prefix, make, arguments = derivation
     forward = make(*arguments)
     of_x = list(inspect.signature(original.forward).parameters)[1]  # the name of the argument after self
 
@@ -67,7 +67,7 @@ def _make(recipe: Recipe) -> type[nn.Module]:
     members = {
         "__module__": original.__module__,
         "__doc__": original.__doc__,
-        "_gc_recipe": recipe,
+        "_gc_derivation": derivation,
         "forward": call,
     }
     metaclass: Any = type(original)
@@ -75,17 +75,17 @@ def _make(recipe: Recipe) -> type[nn.Module]:
     return made
 
 
-def recipe_of(kind: type) -> Recipe | None:
-    """The recipe of a made class, also if another import of gc_cuda in this process made it; else None."""
-    return getattr(kind, "_gc_recipe", None)
+def derivation_of(kind: type) -> Derivation | None:
+    """The derivation of a made class, even if an earlier import of gc_cuda made it; else None."""
+    return getattr(kind, "_gc_derivation", None)
 
 
 def original(kind: type[nn.Module]) -> type[nn.Module]:
     """The class that a made one was made of; any other is its own."""
-    recipe = recipe_of(kind)
-    return kind if recipe is None else recipe.original
+    derivation = derivation_of(kind)
+    return kind if derivation is None else derivation.original
 
 
-def _new(*recipe: Any) -> nn.Module:
-    made = derive(Recipe(*recipe))
+def _new(*derivation: Any) -> nn.Module:
+    made = derive(Derivation(*derivation))
     return made.__new__(made)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gc_cuda import _extension
 from gc_cuda._values import epsilon, one_of
-from gc_cuda.ops.operands import ACCUMULATION, ACTIVATIONS, GATES, Branch, transform_of
+from gc_cuda.ops.operands import ACCUMULATION, ACTIVATIONS, GATES, Tensors, transform_of
 from gc_cuda.reference import POOLING_TYPES, Transform
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def global_context(
 
 
 def operands(
-    x: Tensor, mask_weight: Tensor | None, mask_bias: Tensor | None, add: Branch, mul: Branch, eps: float
+    x: Tensor, mask_weight: Tensor | None, mask_bias: Tensor | None, add: Tensors, mul: Tensors, eps: float
 ) -> None:
     """Demand what the operator of the whole block does, but for its numbers of activation and gate."""
     feature_map(x)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
 from gc_cuda.ops import checks
-from gc_cuda.ops.operands import ACCUMULATION, ACTIVATIONS, GATES, STATISTICS, Branch, Kept, in_places
+from gc_cuda.ops.operands import ACCUMULATION, ACTIVATIONS, GATES, STATISTICS, Kept, Tensors, in_places
 
 
 def _feature_map_like(x: Tensor) -> Tensor:
@@ -24,11 +24,13 @@ def _feature_map_like(x: Tensor) -> Tensor:
 
 
 def _per_channel(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x.new_empty((x.shape[0], x.shape[1]), dtype=dtype)
+    n, c, _, _ = x.shape
+    return x.new_empty((n, c), dtype=dtype)
 
 
 def _state(x: Tensor) -> Tensor:
-    return x.new_empty((x.shape[0], STATISTICS + x.shape[1]), dtype=ACCUMULATION[x.dtype])
+    n, c, _, _ = x.shape
+    return x.new_empty((n, STATISTICS + c), dtype=ACCUMULATION[x.dtype])
 
 
 def _dense_like(tensor: Tensor) -> Tensor:
@@ -74,8 +76,8 @@ def global_context(
     x: Tensor,
     mask_weight: Tensor | None,
     mask_bias: Tensor | None,
-    add: Branch,
-    mul: Branch,
+    add: Tensors,
+    mul: Tensors,
     eps: float,
     activation: int,
     gate: int,
@@ -88,7 +90,7 @@ def global_context(
 
 
 def global_context_kept(
-    x: Tensor, mask_weight: Tensor | None, mask_bias: Tensor | None, add: Branch, mul: Branch, *policy: Any
+    x: Tensor, mask_weight: Tensor | None, mask_bias: Tensor | None, add: Tensors, mul: Tensors, *policy: Any
 ) -> tuple[Tensor, Tensor]:
     out = global_context(x, mask_weight, mask_bias, add, mul, *policy)
     sizes = Kept.sizes(x, attends=mask_weight is not None, add=add, mul=mul)
@@ -100,8 +102,8 @@ def global_context_backward(
     x: Tensor | None,
     mask_weight: Tensor | None,
     mask_bias: Tensor | None,
-    add: Branch,
-    mul: Branch,
+    add: Tensors,
+    mul: Tensors,
     kept: Tensor,
     activation: int,
     gate: int,

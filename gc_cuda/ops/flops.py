@@ -27,7 +27,8 @@ def _pool_backward(products: int) -> Callable[..., int]:
 
 def _transforms(x: Shape, *branches: Sequence[Shape]) -> int:
     """The two matrix products of each branch."""
-    return sum(4 * x[0] * x[1] * prod(branch[1]) for branch in branches if branch)
+    n, c, *_ = x
+    return sum(4 * n * c * prod(b1) for _, b1, *_ in filter(None, branches))
 
 
 def _block(x: Shape, mask_weight: Any, mask_bias: Any, add: Any, mul: Any, *args: Any, **kwargs: Any) -> int:

@@ -8,7 +8,7 @@ the number of threads. On the CPU the bits do not depend on where a tensor lies 
 alignment of x alone may change them.
 
 Every function raises ValueError for a shape or device that does not fit, TypeError for a dtype that does not
-or for what is no dense tensor, and ImportError, saying what to run, where the extension is missing or lacks
+or for what is not a dense tensor, and ImportError, saying what to run, if the extension is missing or lacks
 CUDA.
 
 Saved for the backward pass are x and small vectors, never the output. Differentiating twice
@@ -200,7 +200,7 @@ def global_context(
     Raises:
         ValueError: for a shape or device that does not fit, an unknown pooling_type, activation or gate, a
             mask_weight that is missing or of no use, no branch at all, or a negative eps.
-        TypeError: for a dtype that does not fit, or for what is no dense tensor or no Transform.
+        TypeError: for a dtype that does not fit, or for what is not a dense tensor or Transform.
         ImportError: where the extension is missing or lacks CUDA; it says what to run.
     """
     if _plain_pytorch_wanted(x, mask_weight, mask_bias, *_tensors(add), *_tensors(mul)):

@@ -23,22 +23,22 @@ GATES = {"sigmoid": 0, "hardsigmoid": 1}
 
 # The tensors of a branch as the operators take them: all of a Transform, or those without a layer norm, or
 # none where the block has no such branch.
-Branch = Sequence[Tensor]
+Tensors = Sequence[Tensor]
 WITHOUT_NORM = ("w1", "b1", "w2", "b2")
 NAMES: dict[int, tuple[str, ...]] = {len(names): names for names in ((), WITHOUT_NORM, Transform._fields)}
 
 
-def tensors_of(transform: Transform | None) -> Branch:
+def tensors_of(transform: Transform | None) -> Tensors:
     """The tensors of a branch. A None where a tensor is due stays, and the operator rejects it.
 
     Raises:
-        TypeError: for what is not a Transform.
+        TypeError, ValueError: for what is not a Transform.
     """
     if transform is None:
         return ()
-    if not isinstance(transform, (tuple, list)) or len(transform) != 6 or transform[0] is None:
-        raise TypeError(f"no Transform: {type(transform).__name__}")
     w1, b1, norm_weight, norm_bias, w2, b2 = transform
+    if not isinstance(transform, (tuple, list)) or w1 is None:
+        raise TypeError(f"not a Transform: {type(transform).__name__}")
     if norm_weight is None and norm_bias is None:
         return w1, b1, w2, b2
     return w1, b1, norm_weight, norm_bias, w2, b2  # type: ignore[return-value]
@@ -52,7 +52,7 @@ def in_places(branch: Sequence[Any], absent: Any = None) -> tuple[Any, ...]:
     return tuple(branch) or (absent,) * len(Transform._fields)
 
 
-def transform_of(branch: Branch) -> Transform | None:
+def transform_of(branch: Tensors) -> Transform | None:
     """The inverse of :func:`tensors_of`."""
     return Transform(*in_places(branch)) if branch else None
 
@@ -70,7 +70,7 @@ class Kept(NamedTuple):
     scale: int  # [N, C]; none without mul
 
     @classmethod
-    def sizes(cls, x: Tensor, *, attends: bool, add: Branch, mul: Branch) -> Kept:
+    def sizes(cls, x: Tensor, *, attends: bool, add: Tensors, mul: Tensors) -> Kept:
         n, c, h, w = x.shape
         hidden = [b1.numel() for _, b1, *_ in filter(None, (add, mul))]
         return cls(

@@ -13,7 +13,7 @@ from gc_cuda import reference
 from gc_cuda._extension import compiled_module
 from gc_cuda.ops.autograd import differentiable_gradients, save, saved
 from gc_cuda.ops.contexts import differentiable_wanted
-from gc_cuda.ops.operands import ACTIVATIONS, GATES, NAMES, Branch, context_in, in_places, transform_of
+from gc_cuda.ops.operands import ACTIVATIONS, GATES, NAMES, Tensors, context_in, in_places, transform_of
 
 
 class Policy(NamedTuple):
@@ -40,8 +40,8 @@ class _Operands(NamedTuple):
     x: Tensor | None
     mask_weight: Tensor | None
     mask_bias: Tensor | None  # where it needs a gradient
-    add: Branch
-    mul: Branch
+    add: Tensors
+    mul: Tensors
     kept: Tensor
 
 
@@ -67,8 +67,8 @@ def whole_block(
     x: Tensor,
     mask_weight: Tensor | None,
     mask_bias: Tensor | None,
-    add: Branch,
-    mul: Branch,
+    add: Tensors,
+    mul: Tensors,
     policy: Policy,
     *,
     unwrapped: bool = False,
@@ -80,7 +80,9 @@ def whole_block(
     if torch.is_grad_enabled():
         apply = _apply_unwrapped if unwrapped else _WholeBlock.apply
         out = apply(policy, len(add), x, mask_weight, mask_bias, *add, *mul)
-        return out[0] if isinstance(out, tuple) else out
+        if isinstance(out, tuple):
+            out, _kept = out
+        return out
     # A Function of 11 arguments would take as long as the operator does on a small map.
     return _operator("global_context")(x, mask_weight, mask_bias, add, mul, *policy)
 

@@ -131,6 +131,6 @@ def test_a_bottleneck_with_an_inserted_block():
 
     bottleneck = Bottleneck(gc_cuda.ContextBlock(8, 1 / 2))
     bottleneck.__class__ = swap.derive(
-        swap.Recipe(Bottleneck, "GC", lambda: lambda self, own, x: own(self, x))
+        swap.Derivation(Bottleneck, "GC", lambda: lambda self, own, x: own(self, x))
     )
     assert f"a {Bottleneck.__qualname__} with a block from gc_cuda.insert: {INSTEAD}" in refusal(bottleneck)
