@@ -10,6 +10,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ import torch
 import gc_cuda
 from gc_cuda import _paths
 
+PACKAGE = Path(gc_cuda.__file__).parent
 OLD_FILES = sorted((Path(__file__).parent / "old_files").glob("*.pt"))
 # What the documentation names, by the module in which it does.
 PUBLIC = {
@@ -44,6 +46,13 @@ PUBLIC = {
 SETTLED = {*PUBLIC, "gc_cuda._pages"}  # the latter has the public function keep_pages
 
 
+def ours(path: str) -> ModuleType:
+    """The module; an editable install lends those of another checkout."""
+    module = importlib.import_module(path)
+    assert PACKAGE in Path(module.__file__).parents
+    return module
+
+
 def named_in(pickled: bytes) -> set[tuple[str, str]]:
     """The module and name of everything of ours that a pickle of protocol 2 looks up."""
     looked_up = [
@@ -63,7 +72,7 @@ OLD_NAMES = set().union(*(named_in(content(path)) for path in OLD_FILES))
 
 @pytest.mark.parametrize("path", PUBLIC)
 def test_a_public_path_gives_the_same_objects(path):
-    module = importlib.import_module(path)
+    module = ours(path)
     for name in PUBLIC[path]:
         value = getattr(module, name)
         if path != "gc_cuda" and name in gc_cuda.__all__ and not path.startswith("gc_cuda.reference"):
@@ -71,7 +80,7 @@ def test_a_public_path_gives_the_same_objects(path):
         where = getattr(value, "__module__", path)
         if where.startswith("gc_cuda."):
             assert where in SETTLED, f"{name} says that it is of {where}"
-            assert getattr(importlib.import_module(where), name) is value
+            assert getattr(ours(where), name) is value
 
 
 def test_every_path_can_be_the_first_import():
@@ -83,7 +92,7 @@ for path, names in {paths!r}.items():
     for name in [name for name in sys.modules if name.split(".")[0] == "gc_cuda"]:
         del sys.modules[name]
     module = importlib.import_module(path)
-    assert sys.modules[path] is module
+    assert sys.modules[path] is module and module.__file__.startswith({str(PACKAGE)!r})
     for name in names:
         scope = {{}}
         exec(f"from {{path}} import {{name}}", scope)
@@ -101,14 +110,14 @@ def test_a_path_is_the_module_of_its_room(name):
     assert importlib.import_module(f"gc_cuda.{name}") is room
     assert importlib.import_module(room.__name__) is room
     if not name.startswith("_"):
-        stub = Path(gc_cuda.__file__).parent / f"{name}.pyi"
+        stub = PACKAGE / f"{name}.pyi"
         assert stub.read_text().startswith(f"from {room.__name__} import *")
 
 
 def test_old_pickles_name_what_is_there():
     assert {("gc_cuda._recipe", "fused_forward"), ("gc_cuda._swap", "_new")} < OLD_NAMES
     for module, name in OLD_NAMES - {("gc_cuda.integrations.mmcv", "ContextBlock")}:
-        assert callable(getattr(importlib.import_module(module), name))
+        assert callable(getattr(ours(module), name))
 
 
 @pytest.mark.parametrize("path", OLD_FILES, ids=lambda path: path.stem)

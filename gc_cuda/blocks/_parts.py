@@ -101,18 +101,20 @@ class Look:
             self.notes.all_children(module)
         return list(module.children())
 
-    def plain(self, module: Any, where: str) -> None:
-        """Demand that calling the module does nothing but its class's forward.
+    def plain(self, module: Any, where: str, kind: type[nn.Module] | None = None) -> None:
+        """Demand that calling the module does nothing but its class's forward; of this kind, if one is given.
 
         Hooks would not run. The old weight norm, spectral norm and pruning are hooks, too, and so are units
         of FSDP and offloading.
         """
+        own_class = _class_of(module)
+        if kind is not None and own_class is not kind:
+            raise Unserved(f"{where} is a {type(module).__name__}, not a {kind.__name__}")
         if self.notes is not None:
             self.notes.part(module)
-        kind = _class_of(module)
-        for name, method in _METHODS.get(kind, {}).items():
-            if getattr(kind, name) is not method:
-                raise Unserved(f"{name} of {kind.__name__} was replaced")
+        for name, method in _METHODS.get(own_class, {}).items():
+            if getattr(own_class, name) is not method:
+                raise Unserved(f"{name} of {own_class.__name__} was replaced")
         for name in ("forward", "_conv_forward", "_call_impl"):
             if name in module.__dict__:
                 raise Unserved(f"{where} has a {name} of its own")
@@ -155,16 +157,9 @@ _METHODS: dict[type, dict[str, Any]] = {
 _METHODS[nn.Conv2d] = {"forward": nn.Conv2d.forward, "_conv_forward": nn.Conv2d._conv_forward}
 
 
-def plain(look: Look, module: Any, where: str, kind: type[nn.Module] | None = None) -> None:
-    """Demand that calling the module does nothing but its class's forward; of this class, if one is given."""
-    if kind is not None and _class_of(module) is not kind:
-        raise Unserved(f"{where} is {_article(module)}, not a {kind.__name__}")
-    look.plain(module, where)
-
-
 def convolution(look: Look, module: Any, where: str, *, bias: bool = True) -> nn.Module:
     """Demand a 1x1 convolution, with a bias unless that is not needed."""
-    plain(look, module, where, nn.Conv2d)
+    look.plain(module, where, nn.Conv2d)
     if (
         look.attribute(module, "kernel_size") != (1, 1)
         or look.attribute(module, "stride") != (1, 1)
@@ -179,14 +174,14 @@ def convolution(look: Look, module: Any, where: str, *, bias: bool = True) -> nn
 
 def mean_over_pixels(look: Look, module: Any, where: str) -> None:
     """Demand adaptive average pooling to one pixel."""
-    plain(look, module, where, nn.AdaptiveAvgPool2d)
+    look.plain(module, where, nn.AdaptiveAvgPool2d)
     if look.attribute(module, "output_size") not in (1, (1, 1), [1, 1]):
         raise Unserved(f"{where} does not pool to one pixel")
 
 
 def softmax(look: Look, module: Any, where: str, dim: int) -> None:
     """Demand a softmax over that dimension."""
-    plain(look, module, where, nn.Softmax)
+    look.plain(module, where, nn.Softmax)
     if look.attribute(module, "dim") != dim:
         raise Unserved(f"{where} is not over dimension {dim}")
 
@@ -218,14 +213,14 @@ def activation(look: Look, module: Any, where: str) -> str:
     name = _ACTIVATIONS.get(name_of(module))
     if name is None:
         raise Unserved(f"activation {type(module).__name__}")
-    plain(look, module, where)
+    look.plain(module, where)
     return name
 
 
 def gate(look: Look, module: Any, where: str) -> str:
     """The name of a gate that is served."""
     if name_of(module) == _MMCV_HARD_SIGMOID:
-        plain(look, module, where)
+        look.plain(module, where)
         constants = tuple(
             look.attribute(module, name) for name in ("bias", "divisor", "min_value", "max_value")
         )
@@ -235,7 +230,7 @@ def gate(look: Look, module: Any, where: str) -> str:
     name = _GATES.get(name_of(module))
     if name is None:
         raise Unserved(f"gate {type(module).__name__}")
-    plain(look, module, where)
+    look.plain(module, where)
     return name
 
 
@@ -248,7 +243,7 @@ def normalization(
     """Demand a layer norm over the hidden units, of one of the classes, with weight and bias."""
     if name_of(module) not in kinds:
         raise Unserved(f"norm {type(module).__name__}")
-    plain(look, module, where)
+    look.plain(module, where)
     if not _has(module, "weight") or not _has(module, "bias"):
         raise Unserved(f"{where} has no weight or no bias")
     if any(one != 1 for one in look.attribute(module, "normalized_shape")[1:]):
@@ -261,7 +256,7 @@ def context_transform(look: Look, transform: Any, where: str) -> Branch | None:
     """GCNet's transform: a Sequential of convolution, layer norm, ReLU, convolution; or None."""
     if transform is None:
         return None
-    plain(look, transform, where, nn.Sequential)
+    look.plain(transform, where, nn.Sequential)
     parts = look.children(transform)
     if len(parts) != 4:
         raise Unserved(f"{where} is no Sequential of four modules")
@@ -333,7 +328,3 @@ def _has(module: Any, name: str) -> bool:
     if name in module._parameters:
         return module._parameters.get(name) is not None
     return parametrize.is_parametrized(module, name) or getattr(module, name, None) is not None
-
-
-def _article(module: Any) -> str:
-    return f"a {type(module).__name__}"

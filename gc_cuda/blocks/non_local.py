@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from gc_cuda import _values
 from gc_cuda.blocks import _fused
-from gc_cuda.blocks._parts import Look, Unserved, Weights, convolution, plain
+from gc_cuda.blocks._parts import Look, Unserved, Weights, convolution
 from gc_cuda.ops import checks
 from gc_cuda.ops.functional import attention_pool, broadcast_add
 
@@ -134,7 +134,7 @@ class NonLocalBlock(nn.Module):
 
 def _read_projection(look: Look, block: Any) -> Weights:
     project = look.child(block, "concat_project")
-    plain(look, project, "concat_project", nn.Sequential)
+    look.plain(project, "concat_project", nn.Sequential)
     parts = look.children(project)
     if len(parts) != 1:
         raise Unserved("concat_project is more than a convolution")

@@ -17,7 +17,6 @@ from gc_cuda.blocks._parts import (
     gate,
     mean_over_pixels,
     name_of,
-    plain,
 )
 
 _CONV_MODULE = ("mmcv.cnn.bricks.conv_module", "ConvModule")
@@ -29,7 +28,7 @@ def _read(look: Look, block: Any) -> Recipe:
     for name, module in (("conv1", first), ("conv2", last)):
         if name_of(module) != _CONV_MODULE:
             raise Unserved(f"{name} is a {type(module).__name__}, not a ConvModule")
-        plain(look, module, name)
+        look.plain(module, name)
         if (
             look.attribute(module, "order") != ("conv", "norm", "act")
             or look.attribute(module, "with_norm")

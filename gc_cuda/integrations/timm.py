@@ -19,7 +19,6 @@ from gc_cuda.blocks._parts import (
     name_of,
     normalization,
     one_eps,
-    plain,
     squeeze_excite,
 )
 
@@ -55,9 +54,9 @@ def _mlp(look: Look, mlp: Any, where: str) -> Branch | None:
         return None
     if name_of(mlp) not in _MLP:
         raise Unserved(f"{where} is a {type(mlp).__name__}, not a ConvMlp")
-    plain(look, mlp, where)
+    look.plain(mlp, where)
     drop = look.child(mlp, "drop")
-    plain(look, drop, f"{where}.drop")
+    look.plain(drop, f"{where}.drop")
     if type(drop) is not nn.Identity and look.attribute(drop, "p") != 0:
         raise Unserved(f"{where} has dropout")
     norm = normalization(look, look.child(mlp, "norm"), f"{where}.norm", _LAYER_NORM)
@@ -74,7 +73,7 @@ def _read_se_module(look: Look, block: Any) -> Recipe:
     norm = look.child(block, "bn")
     if type(norm) is not nn.Identity:
         raise Unserved(f"norm {type(norm).__name__}")
-    plain(look, norm, "bn")
+    look.plain(norm, "bn")
     return squeeze_excite(look, block, "fc1", "act", "fc2", "gate")
 
 
