@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from gc_cuda import _extension
-from gc_cuda.blocks._parts import Look, Recipe, Unserved, Weights
+from gc_cuda.blocks import _parts  # whose classes are looked up in it: a reload makes new ones
+from gc_cuda.blocks._parts import Look, Recipe, Weights
 from gc_cuda.ops import checks
 from gc_cuda.ops.contexts import is_foreign, plain_pytorch_wanted
 from gc_cuda.ops.operands import ACCUMULATION
-from gc_cuda.ops.whole_block import Policy, whole_block
+from gc_cuda.ops.whole_block import Policy, policy_of, whole_block
 
 Read = Callable[[Look, Any], Any]  # a Recipe, or Weights
 Groups = Sequence[Sequence[Any]]  # the parameters of the mask, of add and of mul
@@ -87,7 +88,7 @@ def parameters(block: Any, read: Read, x: Any) -> list[Any] | None:
 
 def recipe_of(block: Any, read: Read) -> Recipe:
     """What the block computes; raises Unserved if its parts compute something else."""
-    return read(Look(), block)
+    return read(_parts.Look(), block)
 
 
 def _see(block: Any, read: Read, x: Any) -> tuple[bool, Groups, Any] | None:
@@ -101,7 +102,7 @@ def _see(block: Any, read: Read, x: Any) -> tuple[bool, Groups, Any] | None:
         _known.pop(block, None)
         try:
             known = _look(block, read)
-        except (Unserved, AttributeError):  # the latter if a part lacks what such a part has
+        except (_parts.Unserved, AttributeError):  # the latter if a part lacks what such a part has
             return None
         current = known.notes.current(x)
         if current is None:  # Python gives the class no version: its blocks are read anew in every call
@@ -119,7 +120,7 @@ def _look(block: Any, read: Read) -> _Known:
     from gc_cuda._C import Reading
 
     notes = Reading()
-    look = Look(notes)
+    look = _parts.Look(notes)
     look.nothing_on_all_modules()
     recipe = read(look, block)
     for group, names in enumerate(recipe.parameters()):
@@ -130,20 +131,20 @@ def _look(block: Any, read: Read) -> _Known:
 
 def _see_compiled(block: Any, read: Read, x: Any) -> tuple[bool, Groups, Any] | None:
     """The same while torch.compile traces, which guards what the reader looks at."""
-    look = Look()
+    look = _parts.Look()
     try:
         look.nothing_on_all_modules()
         recipe = read(look, block)
-    except (Unserved, AttributeError):
+    except (_parts.Unserved, AttributeError):
         return None
     groups = [[getattr(part, name) for part, name in names] for names in recipe.parameters()]
     return False, groups, _policy(recipe)
 
 
 def _policy(recipe: Recipe | Weights) -> Policy | None:
-    if isinstance(recipe, Weights):
+    if isinstance(recipe, _parts.Weights):
         return None
-    return Policy.of(recipe.activation, recipe.gate, recipe.eps)
+    return policy_of(recipe.activation, recipe.gate, recipe.eps)
 
 
 def _as_autocast_promotes(x: Tensor) -> Tensor:

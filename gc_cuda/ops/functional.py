@@ -33,7 +33,7 @@ from gc_cuda.ops import checks, fake, flops
 from gc_cuda.ops.autograd import differentiable_gradients, save, saved
 from gc_cuda.ops.contexts import differentiable_wanted, is_foreign, plain_pytorch_wanted
 from gc_cuda.ops.operands import tensors_of
-from gc_cuda.ops.whole_block import Policy, whole_block
+from gc_cuda.ops.whole_block import policy_of, whole_block
 from gc_cuda.reference import Transform
 
 if _extension.build_config() is not None:
@@ -210,11 +210,11 @@ def global_context(
     arguments = x, mask_weight, mask_bias, add, mul, pooling_type, activation, gate, eps
     if torch.compiler.is_compiling():  # a check costs no run time then
         checks.global_context(*arguments)
-        policy = Policy.of(activation, gate, eps)
+        policy = policy_of(activation, gate, eps)
         return whole_block(x, mask_weight, mask_bias, tensors_of(add), tensors_of(mul), policy)
     try:
         checks.unseen_by_the_operator(x, mask_weight, pooling_type, eps)
-        policy = Policy.of(activation, gate, eps)
+        policy = policy_of(activation, gate, eps)
         return whole_block(x, mask_weight, mask_bias, tensors_of(add), tensors_of(mul), policy)
     except Exception:
         try:

@@ -23,15 +23,15 @@ class Policy(NamedTuple):
     activation: int
     gate: int
 
-    @classmethod
-    def of(cls, activation: str, gate: str, eps: float) -> Policy:
-        return cls(eps, ACTIVATIONS[activation], GATES[gate])
-
     def words(self) -> dict[str, Any]:
         """The same as arguments of the reference."""
         (activation,) = (name for name, number in ACTIVATIONS.items() if number == self.activation)
         (gate,) = (name for name, number in GATES.items() if number == self.gate)
         return {"activation": activation, "gate": gate, "eps": self.eps}
+
+
+def policy_of(activation: str, gate: str, eps: float) -> Policy:
+    return Policy(eps, ACTIVATIONS[activation], GATES[gate])
 
 
 class _Operands(NamedTuple):
