@@ -204,8 +204,8 @@ def global_context(
         ImportError: where the extension is missing or lacks CUDA; it says what to run.
     """
     if _plain_pytorch_wanted(x, mask_weight, mask_bias, *_tensors(add), *_tensors(mul)):
-        policy: Any = {"pooling_type": pooling_type, "activation": activation, "gate": gate, "eps": eps}
-        return reference.global_context(x, mask_weight, mask_bias, add, mul, **policy)
+        options: Any = {"pooling_type": pooling_type, "activation": activation, "gate": gate, "eps": eps}
+        return reference.global_context(x, mask_weight, mask_bias, add, mul, **options)
     _extension.require()
     arguments = x, mask_weight, mask_bias, add, mul, pooling_type, activation, gate, eps
     if torch.compiler.is_compiling():  # a check costs no run time then

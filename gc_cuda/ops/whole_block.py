@@ -34,15 +34,9 @@ def policy_of(activation: str, gate: str, eps: float) -> Policy:
     return Policy(eps, ACTIVATIONS[activation], GATES[gate])
 
 
-class _Operands(NamedTuple):
-    """The tensors that the backward operator takes besides the gradient, in its order."""
-
-    x: Tensor | None
-    mask_weight: Tensor | None
-    mask_bias: Tensor | None  # where it needs a gradient
-    add: Tensors
-    mul: Tensors
-    kept: Tensor
+# What the backward operator takes after the gradient: x, mask_weight and mask_bias, each None where it reads
+# none, the tensors of add and of mul, and what is kept. To make a class of it would take longer.
+_Operands = tuple[Any, ...]
 
 
 class _Split(NamedTuple):
@@ -163,11 +157,13 @@ class _WholeBlock(Function):
         row = [*weights, *biases]
         branches = [row[i] for i in order]
         add_count, _ = counts
-        operands = _Operands(x, mask_weight, mask_bias, branches[:add_count], branches[add_count:], kept)
+        operands = x, mask_weight, mask_bias, branches[:add_count], branches[add_count:], kept
         needed = ctx.needs_input_grad[_X:]
         gradients: list[Tensor | None] = [None] * len(needed)
-        if grad is not None:
-            gradients = (_differentiable if differentiable else _fused)(ctx, grad, operands, policy, needed)
+        if grad is not None and differentiable:
+            gradients = _differentiable(ctx, grad, operands, policy)
+        elif grad is not None:
+            gradients = _fused(grad, operands, policy, needed)
         if grad_kept is not None and ctx.needs_input_grad[_X] and not torch.compiler.is_compiling():
             of_x, *others = gradients
             through_context = _spread(context_in(grad_kept, ctx.size), ctx.size)
@@ -180,10 +176,9 @@ class _WholeBlock(Function):
 _apply_unwrapped = super(Function, _WholeBlock).apply
 
 
-def _fused(
-    ctx: Any, grad: Tensor, operands: _Operands, policy: Policy, needed: Sequence[bool]
-) -> list[Tensor | None]:
-    answers = _answers(needed, len(operands.add)) if _watched() else needed
+def _fused(grad: Tensor, operands: _Operands, policy: Policy, needed: Sequence[bool]) -> list[Tensor | None]:
+    _, _, _, add, _, _ = operands
+    answers = _answers(needed, len(add)) if _watched() else needed
     run = _operator("global_context_backward")
     given = run(grad, *operands, policy.activation, policy.gate, answers)
     if len(given) == len(needed):
@@ -199,35 +194,31 @@ def _answers(needed: Sequence[bool], add_count: int) -> list[bool]:
     return [of_x, of_weight, of_bias, *in_places(of_add, False), *in_places(of_mul, False)]
 
 
-def _differentiable(
-    ctx: Any, grad: Tensor, operands: _Operands, policy: Policy, needed: Sequence[bool]
-) -> list[Tensor | None]:
+def _differentiable(ctx: Any, grad: Tensor, operands: _Operands, policy: Policy) -> list[Tensor | None]:
     """The same by plain PyTorch, so that it can be differentiated again."""
-    if operands.x is None:
-        return _differentiable_without_x(ctx, grad, operands, policy)
-    add_count = len(operands.add)
+    x, mask_weight, mask_bias, add, mul, kept = operands
+    if x is None:
+        return _differentiable_without_x(ctx, grad, kept, mask_bias, add, policy)
 
     def definition(x: Tensor, mask_weight: Tensor | None, *branches: Tensor) -> Tensor:
         return reference.global_context(
             x,
             mask_weight,
-            add=transform_of(branches[:add_count]),
-            mul=transform_of(branches[add_count:]),
+            add=transform_of(branches[: len(add)]),
+            mul=transform_of(branches[len(add) :]),
             pooling_type="avg" if mask_weight is None else "att",
             **policy.words(),
         )
 
-    of_x, of_weight, *of_branches = differentiable_gradients(
-        definition, grad, operands.x, operands.mask_weight, *operands.add, *operands.mul
-    )
-    return [of_x, of_weight, _zero(operands.mask_bias), *of_branches]
+    of_x, of_weight, *of_branches = differentiable_gradients(definition, grad, x, mask_weight, *add, *mul)
+    return [of_x, of_weight, _zero(mask_bias), *of_branches]
 
 
 def _differentiable_without_x(
-    ctx: Any, grad: Tensor, operands: _Operands, policy: Policy
+    ctx: Any, grad: Tensor, kept: Tensor, mask_bias: Tensor | None, add: Tensors, policy: Policy
 ) -> list[Tensor | None]:
     """For out = x + t(context), where the context is the mean of x, or where x needs no gradient."""
-    context = context_in(operands.kept, ctx.size)
+    context = context_in(kept, ctx.size)
     if not ctx.needs_input_grad[_X]:
         context = context.detach()
     words = policy.words()
@@ -238,9 +229,9 @@ def _differentiable_without_x(
         return reference.transform(context, branch, words["eps"], words["activation"])
 
     grad_term = grad.sum((2, 3), dtype=context.dtype)
-    grad_context, *grad_add = differentiable_gradients(definition, grad_term, context, *operands.add)
+    grad_context, *grad_add = differentiable_gradients(definition, grad_term, context, *add)
     grad_x = None if grad_context is None else (grad + _spread(grad_context, ctx.size)).to(ctx.dtype)
-    return [grad_x, None, _zero(operands.mask_bias), *grad_add]
+    return [grad_x, None, _zero(mask_bias), *grad_add]
 
 
 def _zero(mask_bias: Tensor | None) -> Tensor | None:
