@@ -1,5 +1,5 @@
-// What an operator asks of a device. The operators' bodies (ops/*.h) are templates over a Device; cpu/device.h and
-// cuda/device.h each have one. A Device is a struct of
+// What an operator asks of a device. The operators' bodies (ops/*.h) are templates over a Device; cpu/device.cpp and
+// cuda/device.cpp each have one. A Device is a struct of
 //
 //   static Tensor empty_output(const FeatureMap& x)           memory for an output like x
 //   struct Counters(int64_t count, const FeatureMap& x)       get(): what the blocks of a launch meet by, zero at first

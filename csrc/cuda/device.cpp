@@ -1,22 +1,13 @@
-#include "cuda/device.h"
+// The CUDA device (csrc/backend.h): passes on tensors become planned launches on the current stream. No synchronisation;
+// every buffer but the counters (launch/counters.cpp) comes from torch's allocator. Of csrc/cuda, only this file,
+// transform.h and tensors.h know torch, and launch/ what it asks torch for.
+#include <initializer_list>
+#include <optional>
 
-#include "cuda/launch/planned.h"
+#include "cuda/transform.h"
 #include "ops/operators.h"
 
 namespace gc::cuda {
-
-ElementType element_type(at::ScalarType type) {
-  switch (type) {
-    case at::kDouble:
-      return ElementType::kDouble;
-    case at::kHalf:
-      return ElementType::kHalf;
-    case at::kBFloat16:
-      return ElementType::kBFloat16;
-    default:
-      return ElementType::kFloat;  // check_feature_map lets nothing else pass
-  }
-}
 
 namespace {
 
@@ -84,101 +75,143 @@ void launch_pool(const FeatureMap& x, const Plan& plan, PoolForwardArgs args, Le
   C10_CUDA_CHECK(launch_pool_forward(plan, args, stream_of(x)));
 }
 
-}  // namespace
+// Passes that pool. A map with more channels than a block holds takes a launch of pixel_dot before.
 
-PoolForward::PoolForward(const FeatureMap& x, Weighting weighting) : x_(x) {
-  if (x.images() == 0) return;
-  plan_ = plan_for(kind_of(weighting), x, {x.data()});
-  if (plan_.holds_channels) return;
-  dots_ = plan_for(KernelKind::kPixelDot, x, {x.data()});
-  plan_ = plan_for(KernelKind::kPoolLogits, x, {x.data()});
-}
-
-void PoolForward::launch(const PoolForwardCall& call, Lent lent) const {
-  if (x_.images() == 0) return;
-  PoolForwardArgs args{};
-  if (dots_) {
-    launch_dots(x_, *dots_, call.mask_weight, 0, call.mask_bias, nullptr, call.logits);
-    args.given_logits = wide(call.logits);
-  } else {
-    args.mask_weight = call.mask_weight;
-    args.mask_bias = call.mask_bias;
-    args.given_logits = call.given_logits;
-    args.logits = call.logits;
+class PoolForward {
+ public:
+  PoolForward(const FeatureMap& x, Weighting weighting) : x_(x) {
+    if (x.images() == 0) return;
+    plan_ = plan_for(kind_of(weighting), x, {x.data()});
+    if (plan_.holds_channels) return;
+    dots_ = plan_for(KernelKind::kPixelDot, x, {x.data()});
+    plan_ = plan_for(KernelKind::kPoolLogits, x, {x.data()});
   }
-  args.factor = call.factor;
-  args.context = {call.context, false};
-  args.state = call.state;
-  launch_pool(x_, plan_, args, lent);
-}
-
-PoolBackward::PoolBackward(const FeatureMap& x, PoolGradient gradient, const void* grad_x, const void* grad) : x_(x) {
-  if (x.images() == 0) return;
-  plan_ = plan_for(kind_of(gradient), x, {x.data(), grad_x, grad});
-  if (plan_.holds_channels) return;
-  dots_ = plan_for(KernelKind::kPixelDot, x, {x.data()});
-  plan_ = plan_for(kind_of(gradient), x, {x.data(), grad_x, grad}, /*dots_given=*/true);
-}
-
-void PoolBackward::launch(const PoolBackwardCall& call, Lent lent) const {
-  if (x_.images() == 0) return;
-  PoolBackwardArgs args{};
-  if (dots_) {
-    launch_dots(x_, *dots_, call.grad_context, x_.channels(), {}, call.state, lent.workspace);
-    args.dots = lent.workspace;
-  }
-  args.x = x_.data();
-  args.grad = call.grad;
-  args.scale = call.scale;
-  args.grad_context = call.grad_context;
-  args.mask_weight = call.mask_weight;
-  args.logits = call.logits;
-  args.state = call.state;
-  args.grad_x = call.grad_x;
-  args.grad_logits = call.grad_logits;
-  args.grad_weight = call.grad_weight;
-  args.partial_weight = after(lent.workspace, dots_elements(), x_.accumulation_bytes());
-  args.tickets = lent.counters;
-  C10_CUDA_CHECK(launch_pool_backward(plan_, args, stream_of(x_)));
-}
-
-BroadcastBackward::BroadcastBackward(const FeatureMap& x, const FeatureMap& grad, bool with_products,
-                                     const void* grad_x)
-    : x_(x), grad_(grad), with_products_(with_products) {
-  if (x.images() == 0) return;
-  plan_ = with_products ? plan_for(KernelKind::kBroadcastMulBackward, x, {x.data(), grad.data(), grad_x})
-                        : plan_for(KernelKind::kPoolUniform, grad, {grad.data()});
-}
-
-void BroadcastBackward::launch(const BroadcastBackwardCall& call, Lent lent) const {
-  if (x_.images() == 0) return;
-  if (!with_products_) {
+  Wanted wanted() const { return {plan_.workspace, plan_.tickets}; }
+  void launch(const PoolForwardCall& call, Lent lent) const {
+    if (x_.images() == 0) return;
     PoolForwardArgs args{};
-    args.factor = 1;
-    args.context = call.grad_term;
-    return launch_pool(grad_, plan_, args, lent);
+    if (dots_) {
+      launch_dots(x_, *dots_, call.mask_weight, 0, call.mask_bias, nullptr, call.logits);
+      args.given_logits = wide(call.logits);
+    } else {
+      args.mask_weight = call.mask_weight;
+      args.mask_bias = call.mask_bias;
+      args.given_logits = call.given_logits;
+      args.logits = call.logits;
+    }
+    args.factor = call.factor;
+    args.context = {call.context, false};
+    args.state = call.state;
+    launch_pool(x_, plan_, args, lent);
   }
-  BroadcastMulBackwardArgs args{};
-  args.grad = grad_.data();
-  args.x = x_.data();
-  args.scale = call.scale;
-  args.grad_x = call.grad_x;
-  args.grad_scale = call.grad_scale;
-  args.grad_term = call.grad_term;
-  args.partial_sums = lent.workspace;
-  args.tickets = lent.counters;
-  C10_CUDA_CHECK(launch_broadcast_mul_backward(plan_, args, stream_of(x_)));
-}
 
-void Device::broadcast(const FeatureMap& x, const BroadcastCall& call) {
-  if (x.images() == 0) return;
-  BroadcastArgs args{};
-  args.x = x.data();
-  args.scale = call.scale;
-  args.term = call.term;
-  args.out = call.out;
-  C10_CUDA_CHECK(launch_broadcast(plan_for(KernelKind::kBroadcast, x, {args.x, args.out}), args, stream_of(x)));
-}
+ private:
+  const FeatureMap& x_;
+  std::optional<Plan> dots_;
+  Plan plan_{};
+};
+
+class PoolBackward {
+ public:
+  // grad_x, grad: their addresses; null where there is none.
+  PoolBackward(const FeatureMap& x, PoolGradient gradient, const void* grad_x, const void* grad) : x_(x) {
+    if (x.images() == 0) return;
+    plan_ = plan_for(kind_of(gradient), x, {x.data(), grad_x, grad});
+    if (plan_.holds_channels) return;
+    dots_ = plan_for(KernelKind::kPixelDot, x, {x.data()});
+    plan_ = plan_for(kind_of(gradient), x, {x.data(), grad_x, grad}, /*dots_given=*/true);
+  }
+  Wanted wanted() const { return {plan_.workspace + dots_elements(), plan_.tickets}; }
+  void launch(const PoolBackwardCall& call, Lent lent) const {
+    if (x_.images() == 0) return;
+    PoolBackwardArgs args{};
+    if (dots_) {
+      launch_dots(x_, *dots_, call.grad_context, x_.channels(), {}, call.state, lent.workspace);
+      args.dots = lent.workspace;
+    }
+    args.x = x_.data();
+    args.grad = call.grad;
+    args.scale = call.scale;
+    args.grad_context = call.grad_context;
+    args.mask_weight = call.mask_weight;
+    args.logits = call.logits;
+    args.state = call.state;
+    args.grad_x = call.grad_x;
+    args.grad_logits = call.grad_logits;
+    args.grad_weight = call.grad_weight;
+    args.partial_weight = after(lent.workspace, dots_elements(), x_.accumulation_bytes());
+    args.tickets = lent.counters;
+    C10_CUDA_CHECK(launch_pool_backward(plan_, args, stream_of(x_)));
+  }
+
+ private:
+  int64_t dots_elements() const { return dots_ ? x_.images() * x_.pixels() : 0; }
+
+  const FeatureMap& x_;
+  std::optional<Plan> dots_;
+  Plan plan_{};
+};
+
+// Without products and grad_x it is a sum over pixels, which is pool_forward's.
+class BroadcastBackward {
+ public:
+  BroadcastBackward(const FeatureMap& x, const FeatureMap& grad, bool with_products, const void* grad_x)
+      : x_(x), grad_(grad), with_products_(with_products) {
+    if (x.images() == 0) return;
+    plan_ = with_products ? plan_for(KernelKind::kBroadcastMulBackward, x, {x.data(), grad.data(), grad_x})
+                          : plan_for(KernelKind::kPoolUniform, grad, {grad.data()});
+  }
+  Wanted wanted() const { return {plan_.workspace, plan_.tickets}; }
+  void launch(const BroadcastBackwardCall& call, Lent lent) const {
+    if (x_.images() == 0) return;
+    if (!with_products_) {
+      PoolForwardArgs args{};
+      args.factor = 1;
+      args.context = call.grad_term;
+      return launch_pool(grad_, plan_, args, lent);
+    }
+    BroadcastMulBackwardArgs args{};
+    args.grad = grad_.data();
+    args.x = x_.data();
+    args.scale = call.scale;
+    args.grad_x = call.grad_x;
+    args.grad_scale = call.grad_scale;
+    args.grad_term = call.grad_term;
+    args.partial_sums = lent.workspace;
+    args.tickets = lent.counters;
+    C10_CUDA_CHECK(launch_broadcast_mul_backward(plan_, args, stream_of(x_)));
+  }
+
+ private:
+  const FeatureMap &x_, &grad_;
+  bool with_products_;
+  Plan plan_{};
+};
+
+struct Device {
+  using PoolForward = cuda::PoolForward;
+  using PoolBackward = cuda::PoolBackward;
+  using BroadcastBackward = cuda::BroadcastBackward;
+  using TransformForward = cuda::TransformForward;
+  using TransformBackward = cuda::TransformBackward;
+
+  struct Counters : cuda::Counters {
+    Counters(int64_t count, const FeatureMap& x) : cuda::Counters(count, x.tensor().device().index(), stream_of(x)) {}
+  };
+
+  static Tensor empty_output(const FeatureMap& x) { return at::empty(x.tensor().sizes(), x.like()); }
+  static void broadcast(const FeatureMap& x, const BroadcastCall& call) {
+    if (x.images() == 0) return;
+    BroadcastArgs args{};
+    args.x = x.data();
+    args.scale = call.scale;
+    args.term = call.term;
+    args.out = call.out;
+    C10_CUDA_CHECK(launch_broadcast(plan_for(KernelKind::kBroadcast, x, {args.x, args.out}), args, stream_of(x)));
+  }
+};
+
+}  // namespace
 
 }  // namespace gc::cuda
 

@@ -1,4 +1,4 @@
-"""The CUDA device on the CPU: csrc/cuda/device.cpp and transform.cpp with torch, launches in the harness.
+"""The CUDA device on the CPU: csrc/cuda/device.cpp with torch, launches in the harness.
 
 They become the operators' kernels for CPU tensors in a process of their own, in which tests of the functions
 run as they do for the CPU path: what a pass plans and hands to the kernels is what a GPU would get. All is
@@ -21,7 +21,7 @@ from torch.utils.cpp_extension import include_paths, library_paths
 BINDING = HOST / "binding"
 ASAN = "-fsanitize=address"
 BUILD = hostbuild.Build("binding", ("-O1", "-g1", "-fPIC", ASAN))
-SOURCES = [ROOT / "csrc" / "cuda" / f"{name}.cpp" for name in ("device", "transform", "launch/planned")]
+SOURCES = [ROOT / "csrc" / "cuda" / f"{name}.cpp" for name in ("device", "launch/planned")]
 SOURCES += [BINDING / "device.cpp", BINDING / "dry.cpp"]
 # The language that torch's headers are written in.
 CPP = 20 if tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 12) else 17
