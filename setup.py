@@ -6,8 +6,10 @@ What the package is called and needs stands in pyproject.toml.
 Environment: FORCE_CUDA, CUDA_HOME, TORCH_CUDA_ARCH_LIST (see gc_cuda/_toolkit.py) and MAX_JOBS.
 """
 
+import functools
 import importlib.util
 import os
+import platform
 import re
 import sys
 from pathlib import Path
@@ -53,6 +55,7 @@ if decision.toolkit is not None:
     os.environ["CUDA_HOME"] = decision.toolkit.home
     os.environ["TORCH_CUDA_ARCH_LIST"] = decision.arch_list
 
+from torch.utils import cpp_extension  # noqa: E402
 from torch.utils.cpp_extension import (  # noqa: E402
     BuildExtension,
     CppExtension,
@@ -98,6 +101,37 @@ def cpp_library():
         return []
     paths = (line.split(maxsplit=5)[5] for line in maps if "/libstdc++.so" in line)
     return sorted({path for path in paths if Path(path).exists()})[:1]
+
+
+# One file holds the CPU's kernels for one instruction set, and gets these flags besides those of all files.
+FILE_FLAGS = {}
+if platform.machine() == "x86_64":  # Windows calls it AMD64, and its compiler has other flags
+    avx2 = "-mavx2 -mfma -mf16c"
+    avx512 = f"{avx2} -mavx512f -mavx512bw -mavx512dq -mavx512vl"
+    FILE_FLAGS = {
+        f"capability_{name.lower()}.o": f"{flags} -DCPU_CAPABILITY={name} -DCPU_CAPABILITY_{name}"
+        for name, flags in {"AVX2": avx2, "AVX512": avx512}.items()
+    }
+
+
+def with_file_flags(write_ninja_file):
+    """Adds FILE_FLAGS to torch's build.ninja, which gives all C++ files one list of flags."""
+
+    @functools.wraps(write_ninja_file)
+    def write(path, *args, **kwargs):
+        write_ninja_file(path, *args, **kwargs)
+        text = Path(path).read_text()
+        for name, flags in FILE_FLAGS.items():
+            rule = rf"\g<0>\n  post_cflags = $post_cflags {flags}"
+            text, found = re.subn(rf"^build .*/{name}: compile .*$", rule, text, flags=re.MULTILINE)
+            if found != 1:
+                sys.exit(f"gc_cuda: torch {torch.__version__} writes a build.ninja without a rule for {name}")
+        Path(path).write_text(text)
+
+    return write
+
+
+cpp_extension._write_ninja_file = with_file_flags(cpp_extension._write_ninja_file)
 
 
 def extension():
@@ -156,6 +190,21 @@ class BuildExt(BuildExtension):
         print(f"gc_cuda {VERSION}: building for {decision.describe()}{tail}", file=sys.stderr, flush=True)
         write_build_facts()
         super().run()
+
+    def build_extension(self, ext):
+        """Links the files that have flags of their own last.
+
+        Of an inline function that several files hold, the linker takes the first: never the one that needs a
+        newer processor than the rest of the library does.
+        """
+        compile_all = self.compiler.compile
+
+        def compile_in_order(*args, **kwargs):
+            objects = compile_all(*args, **kwargs)
+            return sorted(objects, key=lambda path: Path(path).name in FILE_FLAGS)
+
+        self.compiler.compile = compile_in_order
+        super().build_extension(ext)
 
 
 # The licence is given here because old and new setuptools agree on no form of it in pyproject.toml.

@@ -62,9 +62,9 @@ inline constexpr int64_t kPieceColumns = 128;
 inline constexpr int64_t kPieceBytes = 64 * 1024;
 inline constexpr int64_t kMaxChunks = 32;
 
-inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+static inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-inline Plan make_plan(const Shape& shape, int64_t element_bytes) {
+static inline Plan make_plan(const Shape& shape, int64_t element_bytes) {
   const int64_t pixel_bytes = shape.channels * element_bytes;
   int64_t tile = shape.channels_last ? std::max<int64_t>(kContiguousTileBytes / pixel_bytes, 16)
                                      : std::max(kTileBytes / pixel_bytes, kMinTilePixels);
@@ -82,7 +82,7 @@ inline Plan make_plan(const Shape& shape, int64_t element_bytes) {
   return plan;
 }
 
-inline Rows make_rows(const Shape& shape) {
+static inline Rows make_rows(const Shape& shape) {
   Rows rows;
   rows.per_image = shape.channels_last ? shape.pixels : shape.channels;
   rows.width = shape.channels_last ? shape.channels : shape.pixels;
@@ -103,7 +103,7 @@ struct Pieces {
   int64_t count() const { return chunks * blocks; }
 };
 
-inline Pieces make_pieces(int64_t rows, int64_t columns, int64_t element_bytes) {
+static inline Pieces make_pieces(int64_t rows, int64_t columns, int64_t element_bytes) {
   const int64_t width = std::min(columns, kPieceColumns);
   const int64_t chunk_rows = std::max(kPieceBytes / (width * element_bytes), divide_up(rows, kMaxChunks));
   return {chunk_rows, divide_up(rows, chunk_rows), divide_up(columns, kPieceColumns)};
