@@ -7,8 +7,8 @@
 
 namespace gc::cpu {
 
-// The best set that both this build and this machine have. ATEN_CPU_CAPABILITY=default|avx2|avx512 chooses a lower one,
-// as it does for PyTorch's own kernels.
+// The best set that both this build and this machine have. ATEN_CPU_CAPABILITY=default|avx2|avx512 chooses another, as
+// it does for PyTorch's own kernels.
 const KernelSet& kernel_set();
 
 template <typename T>
@@ -20,7 +20,7 @@ const Kernels<T>& kernels() {
   if constexpr (std::is_same_v<T, at::BFloat16>) return set.bfloat16;
 }
 
-// Calls body(T{}) with the T of a type that check_feature_map lets pass.
+// Calls body(T{}) with the T of a type that check_feature_map has let pass.
 template <typename Body>
 auto dispatch(at::ScalarType type, const Body& body) {
   switch (type) {

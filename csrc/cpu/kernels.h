@@ -1,8 +1,9 @@
-// What the torch side of the CPU path (binding.cpp) and its vector side (vec/*.h) agree on: arguments on raw pointers,
-// and one table of functions per instruction set. Each function works through a range of independent items, so that the
-// caller may hand ranges to as many threads as it likes; no result depends on how the ranges are cut.
+// What the torch side of the CPU path (binding.cpp, block_*.cpp) and its vector side (simd/*.h) agree on: arguments on
+// raw pointers, and one table of functions for each instruction set. Each function works through a range of independent
+// items, so that the caller may hand ranges to as many threads as it likes; no result depends on where the ranges end.
 //
-// Names: N images, C channels, S pixels. T is x's type; acc_t<T> the accumulation type.
+// Names: N images, C channels, S pixels; README.md has the words for parts of the work. T is x's type and acc_t<T> its
+// accumulation type.
 #pragma once
 
 #include <c10/util/BFloat16.h>
@@ -19,24 +20,24 @@ namespace gc::cpu {
 template <typename T>
 using acc_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
-using Weights = Weighting;
-
 template <typename T>
 struct PoolArgs {
   Shape shape;
   Plan plan;
-  Weights weights;
+  Weighting weighting;
   bool divide_by_z;             // false: context is the plain weighted sum
   const T* x;                   // [N, C, S] or [N, S, C]
   const acc_t<T>* mask_weight;  // [C], kMask only
   acc_t<T> mask_bias;
-  acc_t<T>* logits;    // [N, S], written (kMask), read (kLogits) or null
+  acc_t<T>* logits;    // [N, S]: written (kMask), read (kLogits) or null (kUniform)
   acc_t<T>* partials;  // [N, splits, 2 + C]: m, z and the sum relative to m; the state itself where splits == 1
   acc_t<T>* state;     // [N, 2 + C]
   T* context;          // [N, C] or null
 };
 
-// a = softmax(logits), dl = a * (grad_context . (x - context)), grad_mask_weight = sum_s dl * x
+// a                = softmax(logits)
+// dl[s]            = a[s] * (grad_context . (x[:, s] - context))
+// grad_mask_weight = sum_s dl[s] * x[:, s]
 template <typename T>
 struct PoolBackwardArgs {
   Shape shape;
@@ -47,48 +48,53 @@ struct PoolBackwardArgs {
   const acc_t<T>* state;         // [N, 2 + C]
   acc_t<T>* attention;           // [N, S]: a
   acc_t<T>* grad_logits;         // [N, S]: dl
-  acc_t<T>* grad_logits_sums;    // [N, splits]: sums of the dl
-  acc_t<T>* grad_mask_weight;    // [N, splits, C], partial sums, or null
+  acc_t<T>* grad_logits_sums;    // [N, splits]: partial sums of dl
+  acc_t<T>* grad_mask_weight;    // [N, splits, C]: partial sums, or null
 };
 
-// grad_x = grad * scale + a * grad_context + dl * mask_weight
+// grad_x[c, s] = grad[c, s] * scale[c] + a[s] * grad_context[c] + dl[s] * mask_weight[c]
 template <typename T>
 struct GradXArgs {
   Shape shape;
-  const T* grad;                 // like x: what reaches grad_x past the pooling; null without mask_weight
-  const acc_t<T>* scale;         // [N, C], or null for 1; for grad only
-  const acc_t<T>* attention;     // [N, S]
+  const T* grad;                 // like x: what reaches grad_x past the pooling; null: nothing does
+  const acc_t<T>* scale;         // [N, C], or null: 1. Only grad needs it
+  const acc_t<T>* attention;     // [N, S]: a
   const acc_t<T>* grad_context;  // [N, C]
-  const acc_t<T>* grad_logits;   // [N, S]; for mask_weight only
-  const acc_t<T>* mask_weight;   // [C] or null
+  const acc_t<T>* grad_logits;   // [N, S]: dl. Only mask_weight needs it
+  const acc_t<T>* mask_weight;   // [C], or null: the logits do not depend on x, and grad is null as well
   T* grad_x;                     // like x
   bool stream;                   // write past the caches
 };
 
+// out[c, s] = x[c, s] * scale[c] + term[c]
 template <typename T>
 struct BroadcastArgs {
   Shape shape;
   const T* x;             // [N, C, S] or [N, S, C]
-  const acc_t<T>* scale;  // [N, C] or null
-  const acc_t<T>* term;   // [N, C] or null
+  const acc_t<T>* scale;  // [N, C], or null: 1
+  const acc_t<T>* term;   // [N, C], or null: 0
   T* out;                 // like x
   bool stream;            // write past the caches
 };
 
-// All three results, or without grad_x one or both of the others; absent ones are null, and what only they need.
+// grad_x[c, s]  = grad[c, s] * scale[c]
+// grad_scale[c] = sum_s grad[c, s] * x[c, s]
+// grad_term[c]  = sum_s grad[c, s]
+//
+// All three, or without grad_x one or both of the sums. What is not wanted is null, and so is what only that needs.
 template <typename T>
 struct BroadcastBackwardArgs {
   Shape shape;
   Plan plan;
   const T* grad;          // like x
-  const T* x;             // [N, C, S] or [N, S, C]; for grad_scale
-  const acc_t<T>* scale;  // [N, C]; for grad_x
+  const T* x;             // [N, C, S] or [N, S, C]. Only grad_scale needs it
+  const acc_t<T>* scale;  // [N, C]. Only grad_x needs it
   T* grad_x;              // like x
-  acc_t<T>* grad_scale;   // [N, splits, C], partial sums
-  acc_t<T>* grad_term;    // [N, splits, C], partial sums
+  acc_t<T>* grad_scale;   // [N, splits, C]: partial sums
+  acc_t<T>* grad_term;    // [N, splits, C]: partial sums
 };
 
-// out[n] = weight in[n] + bias, or the sigmoid of it. W is the type of the weight.
+// out[n] = gate(weight in[n] + bias). W is the type of the weight.
 template <typename W>
 struct LinearArgs {
   const W* weight;       // [rows, columns]
@@ -99,11 +105,14 @@ struct LinearArgs {
   int64_t rows;
   int64_t columns;
   int64_t in_stride;
-  Gate gate;  // of out
+  Gate gate;  // may be none
 };
 
-// grad_weight = sum_n grad[n] (x) in[n], grad_bias = sum_n grad[n], grad_in[n] = weight^T grad[n]; any may be absent
-// (null), and what only it needs.
+// grad_weight[row, column] = sum_n grad[n, row] * in[n, column]
+// grad_bias[row]           = sum_n grad[n, row]
+// grad_in[n, column]       = sum_row weight[row, column] * grad[n, row]
+//
+// Any of them may be null, and so may what only that one needs.
 template <typename W>
 struct LinearBackwardArgs {
   const W* weight;       // [rows, columns]
@@ -111,7 +120,7 @@ struct LinearBackwardArgs {
   const acc_t<W>* in;    // [images, in_stride], of which `columns` count
   W* grad_weight;        // [rows, columns]
   acc_t<W>* grad_bias;   // [rows]
-  acc_t<W>* grad_in;     // [chunks, images, columns], partial sums
+  acc_t<W>* grad_in;     // [chunks, images, columns]: partial sums
   int64_t images;
   int64_t rows;
   int64_t columns;
@@ -119,12 +128,16 @@ struct LinearBackwardArgs {
   Pieces pieces;
 };
 
-// normalized = (hidden - mean) * inverse_deviation, activated = act(weight * normalized + bias), image by image;
-// without a norm, normalized is hidden and activated = act(hidden)
+// Of each image:
+//
+//   normalized = (hidden - mean) * inverse_deviation
+//   activated  = activation(weight * normalized + bias)
+//
+// Without a norm, normalized = hidden and activated = activation(hidden).
 template <typename A>
 struct NormalizeArgs {
-  A* hidden;             // [images, width]; becomes normalized
-  A* inverse_deviation;  // [images]
+  A* hidden;             // [images, width]: becomes normalized
+  A* inverse_deviation;  // [images]: written, 1 without a norm
   const A* weight;       // [width], or null: no norm
   const A* bias;         // [width]
   A* activated;          // [images, width]
@@ -139,15 +152,15 @@ struct NormalizeBackwardArgs {
   const A* inverse_deviation;  // [images]
   const A* weight;             // [width], or null: no norm
   const A* bias;               // [width]
-  A* grad;                     // [images, width]: of activated; becomes that of hidden
-  A* grad_weight;              // [width], with a norm
-  A* grad_bias;                // [width], with a norm
+  A* grad;                     // [images, width]: the gradient of activated becomes that of hidden
+  A* grad_weight;              // [width]: written with a norm
+  A* grad_bias;                // [width]: written with a norm
   int64_t images;
   int64_t width;
   Activation activation;
 };
 
-// out[group][i] = sum over the group's members, always in the same order
+// out[group, i] = sum_member in[group, member, i], always in the same order
 template <typename A>
 struct ReduceArgs {
   const A* in;  // [groups, members, width]
@@ -159,25 +172,25 @@ struct ReduceArgs {
 
 template <typename T>
 struct Kernels {
-  // Units are (image, split) pairs, image by image: N * splits of them.
-  void (*pool)(const PoolArgs<T>&, int64_t unit_begin, int64_t unit_end);
+  // Splits are numbered through all images: there are N * plan.splits.
+  void (*pool)(const PoolArgs<T>&, int64_t split_begin, int64_t split_end);
   void (*pool_merge)(const PoolArgs<T>&, int64_t image_begin, int64_t image_end);
-  void (*pool_backward)(const PoolBackwardArgs<T>&, int64_t unit_begin, int64_t unit_end);
-  void (*pool_backward_balance)(const PoolBackwardArgs<T>&, int64_t unit_begin, int64_t unit_end);
-  void (*broadcast_backward)(const BroadcastBackwardArgs<T>&, int64_t unit_begin, int64_t unit_end);
-  // Units of make_rows, image by image.
-  void (*broadcast)(const BroadcastArgs<T>&, int64_t unit_begin, int64_t unit_end);
-  void (*grad_x)(const GradXArgs<T>&, int64_t unit_begin, int64_t unit_end);
-  // Elements are those of the result: groups * width of them.
+  void (*pool_backward)(const PoolBackwardArgs<T>&, int64_t split_begin, int64_t split_end);
+  void (*pool_backward_balance)(const PoolBackwardArgs<T>&, int64_t split_begin, int64_t split_end);
+  void (*broadcast_backward)(const BroadcastBackwardArgs<T>&, int64_t split_begin, int64_t split_end);
+  // Strips are numbered through all images: there are N * make_strips(shape).count().
+  void (*broadcast)(const BroadcastArgs<T>&, int64_t strip_begin, int64_t strip_end);
+  void (*grad_x)(const GradXArgs<T>&, int64_t strip_begin, int64_t strip_end);
+  // Elements are those of the result: there are groups * width.
   void (*reduce)(const ReduceArgs<acc_t<T>>&, int64_t element_begin, int64_t element_end);
 
-  // Of the transform. Units are groups of kLinearRows rows, and pieces of the weight, chunk by chunk.
+  // Of the transform. Groups have kLinearRows rows; pieces of the weight are numbered through all chunks.
   void (*linear)(const LinearArgs<T>&, int64_t group_begin, int64_t group_end);
   void (*linear_backward)(const LinearBackwardArgs<T>&, int64_t piece_begin, int64_t piece_end);
   void (*normalize)(const NormalizeArgs<acc_t<T>>&, int64_t image_begin, int64_t image_end);
   void (*activate)(const NormalizeArgs<acc_t<T>>&, int64_t image_begin, int64_t image_end);  // from normalized
   void (*normalize_backward)(const NormalizeBackwardArgs<acc_t<T>>&);
-  // grad[i], of what left the gate as scale[i], becomes that of what entered it.
+  // grad[i], the gradient of what left the gate as scale[i], becomes that of what entered the gate.
   void (*gate_backward)(Gate gate, const acc_t<T>* scale, acc_t<T>* grad, int64_t count);
   void (*widen)(const T* in, acc_t<T>* out, int64_t count);
   void (*narrow)(const acc_t<T>* in, T* out, int64_t count);

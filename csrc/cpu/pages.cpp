@@ -23,14 +23,14 @@ constexpr int64_t kPagesPerThread = 8;           // at least; clearing them take
 constexpr int64_t kThereNanoseconds = 20'000;    // a page that was there already takes less, a new one more
 constexpr int64_t kSlowNanoseconds = 1'000'000;  // what small pages in place of a huge one take
 
-// Of this thread on a processor: waiting for one is not the page's fault.
+// The time that this thread has spent on a processor: waiting for one is not the page's fault.
 int64_t thread_nanoseconds() {
   timespec now{};
   clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
   return static_cast<int64_t>(now.tv_sec) * 1'000'000'000 + now.tv_nsec;
 }
 
-// The huge pages that lie wholly in a block: its neighbours keep theirs.
+// The huge pages that lie wholly in an allocation: its neighbours keep theirs.
 class HugePages {
  public:
   HugePages(const void* data, int64_t bytes)
@@ -46,7 +46,8 @@ class HugePages {
   }
 
  private:
-  // Up to the first page that takes longer than `patience`; returns the one after it. No more once one was slow.
+  // Asks up to the first page that takes longer than `patience`, and returns the one after it. Once a page was slow,
+  // nobody asks for more.
   int64_t ask(int64_t first, int64_t last, int64_t patience) {
     int64_t before = thread_nanoseconds();
     for (int64_t i = first; i < last; ++i) {

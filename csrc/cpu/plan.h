@@ -1,6 +1,9 @@
-// How the pixels of an image are cut on the CPU: tiles that stay in cache between two readings, and splits, each a run
-// of whole tiles that one thread works through. Everything here follows from the shape alone, never from the number of
-// threads: that keeps results bitwise the same on any machine with the same instruction set.
+// How the CPU's work is cut: into tiles and splits, strips, chunks and pieces (README.md says what each is). Everything
+// here follows from the shape alone, never from the number of threads: that keeps results bitwise the same on any
+// machine with the same instruction set.
+//
+// The functions are static. Some of the files that call them are compiled for a newer processor than the others, which
+// must never be handed their copy of a function.
 #pragma once
 
 #include <algorithm>
@@ -19,8 +22,6 @@ struct Plan {
   int64_t tile;    // pixels per tile
   int64_t tiles;   // per image; the last one may be short
   int64_t splits;  // per image
-
-  int64_t split_begin(int64_t split) const { return split * tiles / splits * tile; }
 };
 
 inline constexpr int64_t kMaxTilePixels = 1024;
@@ -36,28 +37,29 @@ inline constexpr int64_t kContiguousTileBytes = 32 * 1024;
 // Work of one split, at least: below it, the merge costs more than another thread gains.
 inline constexpr int64_t kMinSplitBytes = 64 * 1024;
 
-// How an output like x is written, row by row as it lies in memory: a row is a channel's pixels, or a pixel's channels
+// How an output like x is written: strip by strip, each a few neighbouring rows of an image or, where rows are very
+// long, the same range of their columns. A row is contiguous in memory: a channel's pixels, or a pixel's channels
 // (channels_last).
-struct Rows {
-  int64_t per_image;
-  int64_t width;
-  int64_t strip;   // elements of a row that are written at once; the last strip may be shorter
-  int64_t strips;  // per row
-  int64_t group;   // rows of a unit; the last group may be smaller
-  int64_t groups;  // per image
+struct Strips {
+  int64_t image_rows;
+  int64_t image_columns;
+  int64_t rows;     // of a strip; the last ones may have fewer
+  int64_t columns;  // of a strip; the last ones may have fewer
+  int64_t down;     // strips below each other
+  int64_t across;   // strips beside each other
 
-  int64_t units() const { return strips * groups; }  // per image: all groups of a strip, then those of the next
+  int64_t count() const { return down * across; }  // per image: all that are below each other, then those beside them
 };
 
-// What is written needs two vectors along the rows, too: of one strip they stay in the second-level cache for all rows.
-inline constexpr int64_t kStripElements = 64 * 1024;
-inline constexpr int64_t kUnitElements = 8 * 1024;
-inline constexpr int64_t kUnitRows = 8;
+// What is written needs two vectors along the rows, too: those of a strip stay in the second-level cache for all rows.
+inline constexpr int64_t kMaxStripColumns = 64 * 1024;
+inline constexpr int64_t kStripElements = 8 * 1024;
+inline constexpr int64_t kMinStripRows = 8;
 
-// The rows of a linear map that are fetched together, for all images.
+// The rows of a linear map's weight that are fetched together, for all images.
 inline constexpr int64_t kLinearRows = 16;
-// A piece of its weight in the backward pass: so many columns of a chunk of rows. It is read once for each few images,
-// so it stays in the second-level cache.
+// A piece of the weight in the backward pass is so many columns of a chunk of rows. It is read again for every few
+// images, so it stays in the second-level cache.
 inline constexpr int64_t kPieceColumns = 128;
 inline constexpr int64_t kPieceBytes = 64 * 1024;
 inline constexpr int64_t kMaxChunks = 32;
@@ -82,25 +84,38 @@ static inline Plan make_plan(const Shape& shape, int64_t element_bytes) {
   return plan;
 }
 
-static inline Rows make_rows(const Shape& shape) {
-  Rows rows;
-  rows.per_image = shape.channels_last ? shape.pixels : shape.channels;
-  rows.width = shape.channels_last ? shape.channels : shape.pixels;
-  const int64_t even = divide_up(rows.width, divide_up(rows.width, kStripElements));
-  rows.strip = std::min(divide_up(even, 32) * 32, rows.width);
-  rows.strips = divide_up(rows.width, rows.strip);
-  rows.group = std::min(std::max(kUnitElements / rows.strip, kUnitRows), rows.per_image);
-  rows.groups = divide_up(rows.per_image, rows.group);
-  return rows;
+// The pixels [begin, end) of an image. Splits are numbered through all images.
+struct Split {
+  int64_t image;
+  int64_t begin;
+  int64_t end;
+};
+
+static inline Split split_at(const Shape& shape, const Plan& plan, int64_t split) {
+  const auto first_pixel = [&](int64_t k) { return k * plan.tiles / plan.splits * plan.tile; };
+  const int64_t k = split % plan.splits;
+  return {split / plan.splits, first_pixel(k), std::min(first_pixel(k + 1), shape.pixels)};
+}
+
+static inline Strips make_strips(const Shape& shape) {
+  Strips strips;
+  strips.image_rows = shape.channels_last ? shape.pixels : shape.channels;
+  strips.image_columns = shape.channels_last ? shape.channels : shape.pixels;
+  const int64_t even = divide_up(strips.image_columns, divide_up(strips.image_columns, kMaxStripColumns));
+  strips.columns = std::min(divide_up(even, 32) * 32, strips.image_columns);
+  strips.across = divide_up(strips.image_columns, strips.columns);
+  strips.rows = std::min(std::max(kStripElements / strips.columns, kMinStripRows), strips.image_rows);
+  strips.down = divide_up(strips.image_rows, strips.rows);
+  return strips;
 }
 
 // How a [rows, columns] weight is cut in the backward pass. Every chunk of rows has partial sums of its own.
 struct Pieces {
   int64_t chunk_rows;
   int64_t chunks;
-  int64_t blocks;  // of kPieceColumns columns
+  int64_t per_chunk;  // of kPieceColumns columns each
 
-  int64_t count() const { return chunks * blocks; }
+  int64_t count() const { return chunks * per_chunk; }
 };
 
 static inline Pieces make_pieces(int64_t rows, int64_t columns, int64_t element_bytes) {

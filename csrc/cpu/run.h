@@ -1,4 +1,4 @@
-// The cut of each kernel's work over threads: run(args) does all of it.
+// How each kernel's work is given to threads: run(args) does all of it.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -19,7 +19,7 @@ void parallel(int64_t count, int64_t elements, const Body& body) {
   at::parallel_for(0, count, std::max<int64_t>(1, divide_up(kGrainElements, std::max<int64_t>(1, elements))), body);
 }
 
-// Calls body(unit_begin, unit_end) on ranges of the (image, split) pairs.
+// Calls body(split_begin, split_end) on ranges of all images' splits.
 template <typename Body>
 void parallel_splits(const Shape& shape, const Plan& plan, const Body& body) {
   parallel(shape.images * plan.splits, shape.channels * shape.pixels / plan.splits, body);
@@ -31,7 +31,7 @@ void run(const PoolArgs<T>& args) {
   const Shape& shape = args.shape;
   parallel_splits(shape, args.plan, [&](int64_t begin, int64_t end) { k.pool(args, begin, end); });
   if (args.plan.splits > 1) {
-    // Partials are few and still in cache: a fraction of the work that as many elements of x are.
+    // Partial results are few and still in cache: they take a fraction of the time of as many elements of x.
     parallel(shape.images, divide_up(args.plan.splits * shape.channels, 8),
              [&](int64_t begin, int64_t end) { k.pool_merge(args, begin, end); });
   }
@@ -47,21 +47,21 @@ void run(const PoolBackwardArgs<T>& args) {
   }
 }
 
-// Calls body(unit_begin, unit_end) on ranges of all images' units.
+// Calls body(strip_begin, strip_end) on ranges of all images' strips.
 template <typename Body>
-void parallel_rows(const Shape& shape, const Body& body) {
-  const Rows rows = make_rows(shape);
-  parallel(shape.images * rows.units(), rows.group * rows.strip, body);
+void parallel_strips(const Shape& shape, const Body& body) {
+  const Strips strips = make_strips(shape);
+  parallel(shape.images * strips.count(), strips.rows * strips.columns, body);
 }
 
 template <typename T>
 void run(const GradXArgs<T>& args) {
-  parallel_rows(args.shape, [&](int64_t begin, int64_t end) { kernels<T>().grad_x(args, begin, end); });
+  parallel_strips(args.shape, [&](int64_t begin, int64_t end) { kernels<T>().grad_x(args, begin, end); });
 }
 
 template <typename T>
 void run(const BroadcastArgs<T>& args) {
-  parallel_rows(args.shape, [&](int64_t begin, int64_t end) { kernels<T>().broadcast(args, begin, end); });
+  parallel_strips(args.shape, [&](int64_t begin, int64_t end) { kernels<T>().broadcast(args, begin, end); });
 }
 
 template <typename T>
@@ -70,14 +70,14 @@ void run(const BroadcastBackwardArgs<T>& args) {
                   [&](int64_t begin, int64_t end) { kernels<T>().broadcast_backward(args, begin, end); });
 }
 
-// T has the accumulation type of the sums; which of its types is the same.
+// The sums are in T's accumulation type. Any T that has it will do.
 template <typename T>
 void run(const ReduceArgs<acc_t<T>>& args) {
   parallel(args.groups * args.width, args.members,
            [&](int64_t begin, int64_t end) { kernels<T>().reduce(args, begin, end); });
 }
 
-// [groups, members, width] -> [groups, width], members added in the same order whoever does it.
+// [groups, members, width] -> [groups, width]; the members are added in the same order however many threads there are.
 template <typename T>
 void add_members(const acc_t<T>* members_of_groups, acc_t<T>* sums, int64_t groups, int64_t members, int64_t width) {
   ReduceArgs<acc_t<T>> args{};

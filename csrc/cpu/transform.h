@@ -1,4 +1,5 @@
-// The transforms of the whole block: the steps that both branches take together.
+// The transforms of the whole block, which both branches take together: memory for what they need, and linear maps as
+// shares of one parallel region.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -11,7 +12,8 @@
 
 namespace gc::cpu {
 
-// Part of a parallel step: calls(begin, end) on ranges of 0..count, `elements` of work to each item.
+// One of the computations of a parallel region: calls(begin, end) does a range of its `count` items, each of which is
+// about as much work as `elements` of x.
 struct Share {
   int64_t count;
   int64_t elements;
@@ -20,7 +22,7 @@ struct Share {
 
 using Shares = c10::SmallVector<Share, 2>;
 
-// All shares in one parallel region, one after the other in its range.
+// Does all shares in one parallel region, which counts their items one after the other.
 inline void run_together(const Shares& shares) {
   int64_t total = 0, elements = 0;
   for (const Share& share : shares) {
@@ -46,13 +48,22 @@ auto with_weight(const at::Tensor& weight, const Body& body) {
   return body(weight.data_ptr<acc_t<T>>());
 }
 
-// out = weight in + bias as a share of a step
+// out = gate(weight in + bias)
 template <typename T>
 Share linear_share(const at::Tensor& weight, const acc_t<T>* bias, const acc_t<T>* in, int64_t in_stride, acc_t<T>* out,
                    int64_t images, int64_t rows, int64_t columns, Gate gate) {
   return with_weight<T>(weight, [&](auto* data) {
     using W = std::remove_pointer_t<decltype(data)>;
-    const LinearArgs<W> args{data, bias, in, out, images, rows, columns, in_stride, gate};
+    LinearArgs<W> args{};
+    args.weight = data;
+    args.bias = bias;
+    args.in = in;
+    args.out = out;
+    args.images = images;
+    args.rows = rows;
+    args.columns = columns;
+    args.in_stride = in_stride;
+    args.gate = gate;
     return Share{divide_up(rows, kLinearRows), kLinearRows * columns * images,
                  [args](int64_t begin, int64_t end) { kernels<W>().linear(args, begin, end); }};
   });
@@ -62,25 +73,26 @@ inline Pieces make_pieces(const at::Tensor& weight, int64_t rows) {
   return make_pieces(rows, weight.numel() / rows, weight.element_size());
 }
 
-// The gradients of weight (where defined), of the bias and of in (where not null; of in a part per chunk) as a share of
-// a step
+// The gradients of weight (where defined), of the bias and of in (where not null), the latter as a partial sum of each
+// chunk.
 template <typename T>
 Share linear_backward_share(const at::Tensor& weight, const acc_t<T>* grad, const acc_t<T>* in, int64_t in_stride,
                             const at::Tensor& grad_weight, acc_t<T>* grad_bias, acc_t<T>* grad_in, int64_t images,
                             int64_t rows) {
   return with_weight<T>(weight, [&](auto* data) {
     using W = std::remove_pointer_t<decltype(data)>;
-    const LinearBackwardArgs<W> args{data,
-                                     grad,
-                                     in,
-                                     grad_weight.defined() ? grad_weight.data_ptr<W>() : nullptr,
-                                     grad_bias,
-                                     grad_in,
-                                     images,
-                                     rows,
-                                     weight.numel() / rows,
-                                     in_stride,
-                                     make_pieces(weight, rows)};
+    LinearBackwardArgs<W> args{};
+    args.weight = data;
+    args.grad = grad;
+    args.in = in;
+    args.grad_weight = grad_weight.defined() ? grad_weight.data_ptr<W>() : nullptr;
+    args.grad_bias = grad_bias;
+    args.grad_in = grad_in;
+    args.images = images;
+    args.rows = rows;
+    args.columns = weight.numel() / rows;
+    args.in_stride = in_stride;
+    args.pieces = make_pieces(weight, rows);
     return Share{args.pieces.count(), divide_up(weight.numel(), args.pieces.count()) * images,
                  [args](int64_t begin, int64_t end) { kernels<W>().linear_backward(args, begin, end); }};
   });

@@ -1,5 +1,5 @@
 // What every operator demands of its arguments before a pointer is taken, on any device. For most public functions
-// gc_cuda/_checks.py has said the same before, in the user's words; for the whole block it says so only after one of
+// gc_cuda/ops/checks.py has said the same before, in the user's words; for the whole block it says so only after one of
 // these has failed: what passes here is computed.
 #pragma once
 

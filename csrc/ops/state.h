@@ -7,7 +7,7 @@
 namespace gc {
 
 // Where each part begins in one tensor of the accumulation type. No gaps, so that all of it is written and two calls
-// keep the same bits. gc_cuda/ops/_fake.py has the same sizes.
+// keep the same bits. gc_cuda/ops/operands.py has the same sizes.
 struct Kept {
   int64_t state = 0;          // [N, C + kStatistics]
   int64_t logits;             // [N, S]; none for average pooling

@@ -249,7 +249,7 @@ class Reading {
 }  // namespace
 
 void bind_reading(pybind11::module_& module) {
-  py::class_<Reading>(module, "Reading", "What the reader of a block has seen; see gc_cuda/_parts.py.")
+  py::class_<Reading>(module, "Reading", "What the reader of a block has seen; see gc_cuda/blocks/_parts.py.")
       .def(py::init<>())
       .def("part", &Reading::part, "Calling the module does nothing but its class's forward.")
       .def("attribute", &Reading::attribute, "The module's attribute of that name was looked at.")

@@ -1,6 +1,6 @@
 // Sums whose rounding error hardly grows with the number of terms: after kChain additions a sum moves up one level,
-// where kChain such sums are added before they move up in turn. A term meets about kChain roundings on each level,
-// where a single chain would round as often as there are terms.
+// where kChain such sums are added before their sum moves up in turn. A term meets about kChain roundings on each
+// level; in a single chain it would meet as many as there are terms.
 #pragma once
 
 #include "cpu/simd/lanes.h"
@@ -17,7 +17,7 @@ inline void move_up(int64_t terms, const Move& move) {
   for (int level = 0; level < kLevels - 1 && terms % kChain == 0; ++level, terms /= kChain) move(level);
 }
 
-// The sum of a few vectors or numbers that stay at hand.
+// A sum of numbers or vectors, few enough to stay at hand.
 template <typename Sum>
 class Cascade {
  public:
@@ -40,7 +40,7 @@ class Cascade {
   int64_t terms_ = 0;
 };
 
-// `width` sums in memory. Its own storage is no std::vector: that would be one class for all instruction sets.
+// `width` sums in memory. It does not store them in a std::vector, which would be one class for all instruction sets.
 template <typename A>
 class Sums {
  public:
@@ -49,14 +49,14 @@ class Sums {
   Sums& operator=(const Sums&) = delete;
   ~Sums() { delete[] upper_; }
 
-  // New sums. Terms are added to out[0 .. width), where the sums are found after finish().
+  // Begins new sums. The caller adds terms to out[0 .. width), where finish() leaves the sums.
   void start(A* out) {
     out_ = out;
     terms_ = 0;
     clear(0);
   }
 
-  // To be called when one term has been added to each number of `out`.
+  // The caller has added one term to each number of `out`.
   void added() {
     if (++terms_ == kChain) prepare_upper();
     move_up(terms_, [&](int from) {
@@ -80,7 +80,7 @@ class Sums {
   A* level(int k) const { return k == 0 ? out_ : upper_ + (k - 1) * width_; }
   int used() const { return terms_ >= kChain ? kLevels : (terms_ > 0 ? 1 : 0); }
 
-  // Sums of few terms, as those of a small map, need no more than `out`.
+  // Sums of few terms, as those of a small map are, need nothing but `out`.
   void prepare_upper() {
     if (!upper_) upper_ = new A[(kLevels - 1) * width_];
     for (int k = 1; k < kLevels; ++k) clear(k);

@@ -1,11 +1,10 @@
-// The gradient of x behind attention pooling: grad_x = grad * scale + a * grad_context + dl * mask_weight. a and dl are
-// numbers of the pixels, the other three of the channels. Every element of grad is read once, of grad_x written once.
+// The last step of the backward pass of attention pooling:
 //
-// It needs no x, so it is a pass of its own: tiles of x are narrow in NCHW, and so would be the rows of grad and
-// grad_x.
+//   grad_x[c, s] = grad[c, s] * scale[c] + a[s] * grad_context[c] + dl[s] * mask_weight[c]
+//
+// Every element of grad is read once and every element of grad_x is written once. x is not needed, so this is a pass of
+// its own: it writes whole rows. Tiles of x are narrow in NCHW, and so would be the rows written along with them.
 #pragma once
-
-#include <tuple>
 
 #include "cpu/simd/rows.h"
 
@@ -13,40 +12,43 @@ namespace gc::cpu {
 inline namespace CPU_CAPABILITY {
 
 template <typename T>
-void grad_x(const GradXArgs<T>& args, int64_t unit_begin, int64_t unit_end) {
+void grad_x(const GradXArgs<T>& args, int64_t strip_begin, int64_t strip_end) {
   using A = acc_t<T>;
   const int64_t channels = args.shape.channels, pixels = args.shape.pixels;
+  WriteArgs<T> write{};
+  write.shape = args.shape;
+  write.in = args.grad;
+  write.out = args.grad_x;
+  write.stream = args.stream;
+  write.strip_begin = strip_begin;
+  write.strip_end = strip_end;
   const Factor<A> attention{args.attention, pixels};
   const Factor<A> grad_logits{args.grad_logits, pixels};
   const Factor<A> grad_context{args.grad_context, channels};
   const Factor<A> mask_weight{args.mask_weight, 0};
   const Factor<A> scale{args.scale, channels};
-  const auto write = [&](const auto& of_pixel, const auto& of_channel, const auto& combine) {
-    constexpr size_t kPixel = std::tuple_size_v<std::decay_t<decltype(of_pixel)>>;
-    constexpr size_t kChannel = std::tuple_size_v<std::decay_t<decltype(of_channel)>>;
-    write_units(WriteArgs<T, kPixel, kChannel>{args.shape, of_pixel, of_channel, args.grad, args.grad_x, args.stream},
-                unit_begin, unit_end, combine);
-  };
-  if (!args.mask_weight) {  // softmax_pool: without a grad
-    write(Factors<A, 1>{attention}, Factors<A, 1>{grad_context},
-          [](const auto& pixel, const auto& channel, const auto&) { return pixel[0].times(channel[0]); });
+  if (!args.mask_weight) {  // softmax_pool, which has no grad either
+    write_like_x(write, Factors<A, 1>{attention}, Factors<A, 1>{grad_context},
+                 [](const auto& pixel, const auto& channel, const auto&) { return pixel[0].times(channel[0]); });
     return;
   }
+  const Factors<A, 2> of_pixel{attention, grad_logits};
+  const Factors<A, 2> of_channel{grad_context, mask_weight};
   const auto pooled = [](const auto& pixel, const auto& channel) {
     return pixel[0].times(channel[0]).plus_product(pixel[1], channel[1]);
   };
-  const Factors<A, 2> of_pixel{attention, grad_logits};
   if (!args.grad) {
-    write(of_pixel, Factors<A, 2>{grad_context, mask_weight},
-          [=](const auto& pixel, const auto& channel, const auto&) { return pooled(pixel, channel); });
+    write_like_x(write, of_pixel, of_channel,
+                 [=](const auto& pixel, const auto& channel, const auto&) { return pooled(pixel, channel); });
   } else if (!args.scale) {
-    write(of_pixel, Factors<A, 2>{grad_context, mask_weight},
-          [=](const auto& pixel, const auto& channel, const auto& grad) { return pooled(pixel, channel).plus(grad); });
+    write_like_x(write, of_pixel, of_channel, [=](const auto& pixel, const auto& channel, const auto& grad) {
+      return pooled(pixel, channel).plus(grad);
+    });
   } else {
-    write(of_pixel, Factors<A, 3>{grad_context, mask_weight, scale},
-          [=](const auto& pixel, const auto& channel, const auto& grad) {
-            return pooled(pixel, channel).plus_product(grad, channel[2]);
-          });
+    write_like_x(write, of_pixel, Factors<A, 3>{grad_context, mask_weight, scale},
+                 [=](const auto& pixel, const auto& channel, const auto& grad) {
+                   return pooled(pixel, channel).plus_product(grad, channel[2]);
+                 });
   }
 }
 

@@ -1,6 +1,7 @@
-// One vector type for every dtype: a run of T in memory, held as one or two vectors of the accumulation type.
+// One vector type for every dtype: Lanes<T> holds neighbouring elements of type T as one or two at::vec vectors of the
+// accumulation type.
 //
-// This folder is compiled once per instruction set (see ../capability_*.cpp). Everything in it lives in an inline
+// This folder is compiled once for each instruction set (see ../capability_*.cpp). Everything in it lives in an inline
 // namespace named after the instruction set, as in at::vec, so that the linker never mixes two of them up.
 #pragma once
 
@@ -12,18 +13,19 @@
 namespace gc::cpu {
 inline namespace CPU_CAPABILITY {
 
-// g++ leaves the longer conversions of at::vec as calls, which hand vectors over in memory.
+// Inlines a function and all that it calls: g++ leaves the longer conversions of at::vec as calls, which hand vectors
+// over in memory.
 #ifdef __GNUC__
 #define GC_INLINE __attribute__((always_inline, flatten)) inline
-// A function of its own with everything it calls inside: its sums stay in registers wherever it is called from.
+// Makes a function of its own, with all that it calls inlined: its sums stay in registers wherever it is called.
 #define GC_FLATTEN __attribute__((noinline, flatten))
 #else
 #define GC_INLINE inline
 #define GC_FLATTEN inline
 #endif
 
-// For loops over arrays of vectors: unless they are unrolled early, g++ makes a memset of those that set sums to zero,
-// and then keeps the sums in memory.
+// Unrolls a loop over an array of vectors early: otherwise g++ makes a memset of a loop that sets sums to zero, and
+// then keeps the sums in memory.
 #if defined(__clang__)
 #define GC_UNROLL _Pragma("clang loop unroll(full)")
 #elif defined(__GNUC__)
@@ -32,8 +34,8 @@ inline namespace CPU_CAPABILITY {
 #define GC_UNROLL
 #endif
 
-// The same for sums that are many at once. Where vectors are arrays (SSE2), g++ takes these apart into single numbers
-// once the loops are gone.
+// The same for loops over many sums at once. Where vectors are arrays (SSE2) these loops must stay: without them g++
+// takes the arrays apart into single numbers.
 #if defined(CPU_CAPABILITY_DEFAULT) && !defined(__aarch64__)
 #define GC_UNROLL_SUMS
 #else
@@ -43,7 +45,7 @@ inline namespace CPU_CAPABILITY {
 template <typename A>
 using Vec = at::vec::Vectorized<A>;
 
-// Stores past the caches, to whole aligned vectors; end with stream_fence.
+// Stores a vector past the caches, to where it is aligned. A kernel that does so ends with stream_fence.
 #if defined(CPU_CAPABILITY_AVX512)
 inline constexpr int64_t kStreamBytes = 64;
 GC_INLINE void stream(float* p, const Vec<float>& v) { _mm512_stream_ps(p, v); }
@@ -71,7 +73,7 @@ GC_INLINE void stream(T* p, const Vec<T>& v) {
 inline void stream_fence() {}
 #endif
 
-// Elements from p on, at most `count`, before the first that can be streamed to.
+// How many elements from p on, at most `count`, lie before the first that can be streamed to.
 template <typename T>
 inline int64_t until_aligned(const T* p, int64_t count) {
   const int64_t past = reinterpret_cast<uintptr_t>(p) % kStreamBytes;
@@ -79,7 +81,7 @@ inline int64_t until_aligned(const T* p, int64_t count) {
 }
 
 template <bool kPartial, bool kStream, typename T>
-GC_INLINE void store_run(const Vec<T>& raw, T* p, int count) {
+GC_INLINE void store_vector(const Vec<T>& raw, T* p, int count) {
   if constexpr (kStream && !kPartial) {
     stream(p, raw);
   } else if constexpr (kPartial) {
@@ -108,7 +110,7 @@ struct Lanes {
   }
 
   // How many of `count` elements fall into vector i.
-  static constexpr int part(int count, int i) {
+  static constexpr int count_in(int i, int count) {
     const int left = count - i * kVecWidth;
     return left < 0 ? 0 : (left < kVecWidth ? left : kVecWidth);
   }
@@ -120,7 +122,7 @@ struct Lanes {
     return lanes;
   }
 
-  // kPartial: only `count` elements are there; the other lanes are zero.
+  // kPartial: there are only `count` elements, and the other lanes become zero.
   template <bool kPartial>
   static GC_INLINE Lanes load(const T* p, int count = kWidth) {
     Lanes lanes;
@@ -141,7 +143,7 @@ struct Lanes {
     GC_UNROLL
     for (int i = 0; i < kVecs; ++i) {
       if constexpr (kPartial) {
-        const int n = part(count, i);
+        const int n = count_in(i, count);
         lanes.v[i] = n > 0 ? V::loadu(p + i * kVecWidth, n) : V(A(0));
       } else {
         lanes.v[i] = V::loadu(p + i * kVecWidth);
@@ -161,14 +163,14 @@ struct Lanes {
   // kStream: past the caches.
   template <bool kPartial, bool kStream = false>
   GC_INLINE void store(T* p, int count = kWidth) const {
-    store_run<kPartial, kStream>(narrowed(), p, count);
+    store_vector<kPartial, kStream>(narrowed(), p, count);
   }
 
   // p[i] = lane i, for the first `count` lanes
   void store_wide(A* p, int count) const {
     GC_UNROLL
     for (int i = 0; i < kVecs; ++i) {
-      const int n = part(count, i);
+      const int n = count_in(i, count);
       if (n > 0) v[i].store(p + i * kVecWidth, n);
     }
   }
@@ -177,7 +179,7 @@ struct Lanes {
   void add_to(A* p, int count) const {
     GC_UNROLL
     for (int i = 0; i < kVecs; ++i) {
-      const int n = part(count, i);
+      const int n = count_in(i, count);
       if (n > 0) (V::loadu(p + i * kVecWidth, n) + v[i]).store(p + i * kVecWidth, n);
     }
   }
@@ -186,7 +188,7 @@ struct Lanes {
     GC_UNROLL
     for (int i = 0; i < kVecs; ++i) v[i] = v[i] + other.v[i];
   }
-  // As one vector of the accumulation type, whose lanes add up to the same.
+  // One vector of the accumulation type whose lanes add up to the same.
   V sum() const {
     V total = v[0];
     GC_UNROLL
@@ -221,7 +223,7 @@ struct Lanes {
     for (int i = 0; i < kVecs; ++i) lanes.v[i] = v[i] - other;
     return lanes;
   }
-  // The first `count` lanes of `begin`, and then those of `end`.
+  // The first `count` lanes are those of `begin`, the others those of `end`.
   static GC_INLINE Lanes joined(const Lanes& begin, const Lanes& end, int count) {
     Lanes lanes;
     GC_UNROLL
@@ -248,28 +250,29 @@ inline void prefetch_row(const T* row, int64_t width) {
   for (int64_t j = 0; j < width; j += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(row + j);
 }
 
-// Calls body(index, count, std::bool_constant<partial>) for each run of `width` elements; only the last may be partial.
+// Calls body(index, count, std::bool_constant<partial>) for each vector of kWidth elements; only the last one may be
+// partial.
 template <int kWidth, typename Body>
-inline void for_each_run(int64_t begin, int64_t end, const Body& body) {
+inline void for_each_vector(int64_t begin, int64_t end, const Body& body) {
   int64_t j = begin;
   for (; j + kWidth <= end; j += kWidth) body(j, kWidth, std::false_type{});
   if (j < end) body(j, static_cast<int>(end - j), std::true_type{});
 }
 
-// The same in blocks of kRuns runs, then run by run: body(index, std::integral_constant<runs>, count of the last run,
-// std::bool_constant<whether that is partial>).
-template <int kRuns, int kWidth, typename Body>
-inline void for_each_block(int64_t end, const Body& body) {
+// The same for kVectors vectors at a time, then for one at a time: body(index, std::integral_constant<vectors>, count
+// of the last vector, std::bool_constant<whether that is partial>).
+template <int kVectors, int kWidth, typename Body>
+inline void for_each_vectors(int64_t end, const Body& body) {
   int64_t j = 0;
-  for (; j + kRuns * kWidth <= end; j += kRuns * kWidth) {
-    body(j, std::integral_constant<int, kRuns>{}, kWidth, std::false_type{});
+  for (; j + kVectors * kWidth <= end; j += kVectors * kWidth) {
+    body(j, std::integral_constant<int, kVectors>{}, kWidth, std::false_type{});
   }
-  for_each_run<kWidth>(
+  for_each_vector<kWidth>(
       j, end, [&](int64_t i, int count, auto partial) { body(i, std::integral_constant<int, 1>{}, count, partial); });
 }
 
 // Calls body(index, std::integral_constant<count>) for groups of kCount, a power of two, then for the rest in ever
-// smaller ones.
+// smaller groups.
 template <int kCount, typename Body>
 inline void for_each_group(int64_t begin, int64_t end, const Body& body) {
   for (; begin + kCount <= end; begin += kCount) body(begin, std::integral_constant<int, kCount>{});

@@ -1,23 +1,31 @@
-// Pooling over pixels: context[c] = sum_s a[s] * x[c, s], with a = softmax(logits) or uniform, and its backward pass.
+// Pooling over pixels, and its backward pass. Forward, with a = softmax(logits), a = 1 for the sum or a = 1 / S for the
+// mean:
 //
-// Forward, per split: for each tile, the logits (one sum over channels), the running maximum m and sum z, and the sums
-// over pixels from the tile that is now in cache, rescaled whenever m grows: x is read from memory once. The splits of
-// an image are merged in their order.
+//   context[c] = sum_s a[s] * x[c, s]
 //
-// Backward, with G the gradient of the context, per tile: a[s] = exp(l[s] - m) / z, dl[s] = a[s] * (G . (x[:, s] -
-// context)), then grad_mask_weight += dl * x: one read of x. What follows, grad_x, needs x no more: see grad_x.h.
+// For each tile of a split: the logits (one sum over channels), the largest logit m so far and the sum z, and the sums
+// over the pixels of the tile, which is in cache now. They are rescaled whenever m grows, so x is read from memory
+// once. The splits of an image are merged in their order.
 //
-// A pixel that has all the weight is the context, and its dl is an exact 0: see tile.h, where G . (x - context) is
-// summed. The rounding of two large numbers, G . x and G . context, would be left otherwise, times mask_weight in
-// grad_x.
+// Backward, with G the gradient of the context:
 //
-// The dl of an image sum to zero but for the rounding of the context, an error of a[s] * G . (error of the context).
-// The sum shows how large it is, so it is taken out of each dl in proportion to a. In grad_mask_weight, what remains
-// of the sum, times the mean of x, would be the largest error: that is summed over x - context instead, the same by
-// definition, and free of it.
+//   a[s]                = exp(l[s] - m) / z
+//   dl[s]               = a[s] * (G . (x[:, s] - context))
+//   grad_mask_weight[c] = sum_s dl[s] * x[c, s]
 //
-// An image whose logits are all -inf has z = 0 and becomes NaN by the division, as in PyTorch; +inf and NaN logits do
-// so by themselves. No pixel is skipped for a zero weight: 0 * inf stays NaN.
+// This too reads x once. grad_x comes after it and does not need x (grad_x.h).
+//
+// A pixel that has all the weight is the context, and its dl is an exact 0, as G . (x - context) is one sum (tile.h).
+// As the difference of two large numbers, G . x and G . context, it would leave their rounding, and grad_x would have
+// that times mask_weight.
+//
+// The dl of an image add up to zero but for the rounding of the context, which adds a[s] * G . (error of the context)
+// to each. Their sum shows how large that is, and is taken out of each dl in proportion to a. In grad_mask_weight, what
+// remains of that sum times the mean of x would be the largest error. So it is summed over x - context, which is the
+// same by definition and free of that error.
+//
+// An image whose logits are all -inf has z = 0 and becomes NaN by the division, as in PyTorch; with logits of +inf or
+// NaN it becomes NaN by itself. No pixel is skipped for a zero weight: 0 * inf stays NaN.
 #pragma once
 
 #include <cmath>
@@ -29,7 +37,7 @@
 namespace gc::cpu {
 inline namespace CPU_CAPABILITY {
 
-// What to subtract before exp: m, or 0 where nothing but -inf has been seen, so that exp(-inf) gives 0 and not NaN.
+// What to subtract from the logits before exp: m, or 0 where all of them were -inf, so that exp gives 0 and not NaN.
 template <typename A>
 inline A shift_of(A m) {
   return m == -std::numeric_limits<A>::infinity() ? A(0) : m;
@@ -44,7 +52,7 @@ template <typename A>
 inline A largest(const A* values, int64_t count, A start) {
   using V = Vec<A>;
   V most(start);
-  for_each_run<V::size()>(0, count, [&](int64_t j, int n, auto partial) {
+  for_each_vector<V::size()>(0, count, [&](int64_t j, int n, auto partial) {
     if constexpr (partial.value) {
       for (int i = 0; i < n; ++i) start = max_or_nan(start, values[j + i]);
     } else {
@@ -63,7 +71,7 @@ inline A exp_weights(const A* logits, int64_t count, A shift, A* weights) {
   using V = Vec<A>;
   const V minus(shift);
   V sum(A(0));
-  for_each_run<V::size()>(0, count, [&](int64_t j, int n, auto partial) {
+  for_each_vector<V::size()>(0, count, [&](int64_t j, int n, auto partial) {
     if constexpr (partial.value) {
       (V::loadu(logits + j, n) - minus).exp().store(weights + j, n);
       sum = sum + V::loadu(weights + j, n);
@@ -80,11 +88,11 @@ template <typename A>
 inline A sum_of(const A* values, int64_t count) {
   using V = Vec<A>;
   V sum(A(0));
-  for_each_run<V::size()>(0, count, [&](int64_t j, int n, auto) { sum = sum + V::loadu(values + j, n); });
+  for_each_vector<V::size()>(0, count, [&](int64_t j, int n, auto) { sum = sum + V::loadu(values + j, n); });
   return lane_sum(sum);
 }
 
-// state = merge of the image's partials, context = state's context rounded to T.
+// Merges the image's partial results into its state; context is that of the state, rounded to T.
 template <typename T>
 inline void merge_image(const PoolArgs<T>& args, int64_t image) {
   using A = acc_t<T>;
@@ -100,11 +108,11 @@ inline void merge_image(const PoolArgs<T>& args, int64_t image) {
   A z = 0;
   for (int64_t k = 0; k < splits; ++k) {
     const A* partial = partials + k * (channels + 2);
-    factors[k] = splits == 1 || args.weights == Weights::kUniform ? A(1) : exp_scalar(partial[0] - shift_of(m));
+    factors[k] = splits == 1 || args.weighting == Weighting::kUniform ? A(1) : exp_scalar(partial[0] - shift_of(m));
     z += factors[k] * partial[1];
   }
   const V divisor(args.divide_by_z ? z : A(1));
-  for_each_run<V::size()>(0, channels, [&](int64_t c, int n, auto) {
+  for_each_vector<V::size()>(0, channels, [&](int64_t c, int n, auto) {
     V sum(A(0));
     for (int64_t k = 0; k < splits; ++k) {
       sum = at::vec::fmadd(V::loadu(partials + k * (channels + 2) + 2 + c, n), V(factors[k]), sum);
@@ -118,34 +126,32 @@ inline void merge_image(const PoolArgs<T>& args, int64_t image) {
 }
 
 template <typename T>
-void pool(const PoolArgs<T>& args, int64_t unit_begin, int64_t unit_end) {
+void pool(const PoolArgs<T>& args, int64_t split_begin, int64_t split_end) {
   using A = acc_t<T>;
   using V = Vec<A>;
   const Shape& shape = args.shape;
   const Plan& plan = args.plan;
   A weights[kMaxTilePixels];
   Sums<A> z_and_sums(1 + shape.channels);
-  if (args.weights == Weights::kUniform) {
+  if (args.weighting == Weighting::kUniform) {
     for (int64_t p = 0; p < plan.tile; ++p) weights[p] = A(1);
   }
-  for (int64_t unit = unit_begin; unit < unit_end; ++unit) {
-    const int64_t image = unit / plan.splits;
-    const int64_t split = unit % plan.splits;
-    A* partial = args.partials + unit * (shape.channels + 2);
+  for (int64_t split = split_begin; split < split_end; ++split) {
+    const auto [image, begin, end] = split_at(shape, plan, split);
+    A* partial = args.partials + split * (shape.channels + 2);
     A& z = partial[1];
     A* sums = partial + 2;
-    A m = args.weights == Weights::kUniform ? A(0) : -std::numeric_limits<A>::infinity();
+    A m = args.weighting == Weighting::kUniform ? A(0) : -std::numeric_limits<A>::infinity();
     z_and_sums.start(partial + 1);
 
-    const int64_t end = std::min(plan.split_begin(split + 1), shape.pixels);
-    for (int64_t pixel = plan.split_begin(split); pixel < end; pixel += plan.tile) {
+    for (int64_t pixel = begin; pixel < end; pixel += plan.tile) {
       const int64_t count = std::min(plan.tile, end - pixel);
       const Tile<T> tile(args.x, shape, image, pixel, count);
-      if (args.weights == Weights::kUniform) {
+      if (args.weighting == Weighting::kUniform) {
         z += static_cast<A>(count);
       } else {
         A* logits = args.logits + image * shape.pixels + pixel;
-        if (args.weights == Weights::kMask) {
+        if (args.weighting == Weighting::kMask) {
           const V bias(args.mask_bias);
           tile.sum_over_channels(args.mask_weight,
                                  [&](int64_t p, const V& sum, int n) { (sum + bias).store(logits + p, n); });
@@ -172,50 +178,47 @@ void pool_merge(const PoolArgs<T>& args, int64_t image_begin, int64_t image_end)
   for (int64_t image = image_begin; image < image_end; ++image) merge_image(args, image);
 }
 
-// grad_logits -= attention * (the sum of the image's grad_logits), in the pixels of a unit. Infinities and NaN stay.
+// grad_logits -= attention * (the sum of the image's grad_logits), in the pixels of a split. A sum that is infinite or
+// NaN is not taken out.
 template <typename T>
-void pool_backward_balance(const PoolBackwardArgs<T>& args, int64_t unit_begin, int64_t unit_end) {
+void pool_backward_balance(const PoolBackwardArgs<T>& args, int64_t split_begin, int64_t split_end) {
   using A = acc_t<T>;
   using V = Vec<A>;
   const Plan& plan = args.plan;
-  for (int64_t unit = unit_begin; unit < unit_end; ++unit) {
-    const int64_t image = unit / plan.splits;
-    const int64_t split = unit % plan.splits;
+  for (int64_t split = split_begin; split < split_end; ++split) {
+    const auto [image, begin, end] = split_at(args.shape, plan, split);
     A excess = 0;
     for (int64_t k = 0; k < plan.splits; ++k) excess += args.grad_logits_sums[image * plan.splits + k];
     if (excess == A(0) || !std::isfinite(excess)) continue;
     const A* attention = args.attention + image * args.shape.pixels;
     A* grad_logits = args.grad_logits + image * args.shape.pixels;
     const V factor(-excess);
-    for_each_run<V::size()>(
-        plan.split_begin(split), std::min(plan.split_begin(split + 1), args.shape.pixels), [&](int64_t p, int n, auto) {
-          const V balanced = at::vec::fmadd(V::loadu(attention + p, n), factor, V::loadu(grad_logits + p, n));
-          balanced.store(grad_logits + p, n);
-        });
+    for_each_vector<V::size()>(begin, end, [&](int64_t p, int n, auto) {
+      const V balanced = at::vec::fmadd(V::loadu(attention + p, n), factor, V::loadu(grad_logits + p, n));
+      balanced.store(grad_logits + p, n);
+    });
   }
 }
 
 template <typename T>
-void pool_backward(const PoolBackwardArgs<T>& args, int64_t unit_begin, int64_t unit_end) {
+void pool_backward(const PoolBackwardArgs<T>& args, int64_t split_begin, int64_t split_end) {
   using A = acc_t<T>;
   using V = Vec<A>;
   const Shape& shape = args.shape;
   const Plan& plan = args.plan;
   const int64_t channels = shape.channels;
   Sums<A> weight_sums(channels);
-  for (int64_t unit = unit_begin; unit < unit_end; ++unit) {
-    const int64_t image = unit / plan.splits;
-    const int64_t split = unit % plan.splits;
+  for (int64_t split = split_begin; split < split_end; ++split) {
+    const auto [image, begin, end] = split_at(shape, plan, split);
     const A* state = args.state + image * (channels + 2);
     const A* context = state + 2;
     const A* grad_context = args.grad_context + image * channels;
-    A* grad_weight = args.grad_mask_weight ? args.grad_mask_weight + unit * channels : nullptr;
+    A* grad_weight = args.grad_mask_weight ? args.grad_mask_weight + split * channels : nullptr;
     if (grad_weight) weight_sums.start(grad_weight);
     const V z(state[1]);
     Cascade<A> grad_logits_sum;
 
-    const int64_t end = std::min(plan.split_begin(split + 1), shape.pixels);
-    for (int64_t pixel = plan.split_begin(split); pixel < end; pixel += plan.tile) {
+    for (int64_t pixel = begin; pixel < end; pixel += plan.tile) {
       const int64_t count = std::min(plan.tile, end - pixel);
       const Tile<T> tile(args.x, shape, image, pixel, count);
       A* attention = args.attention + image * shape.pixels + pixel;
@@ -234,12 +237,12 @@ void pool_backward(const PoolBackwardArgs<T>& args, int64_t unit_begin, int64_t 
         weight_sums.added();
       }
     }
-    args.grad_logits_sums[unit] = grad_logits_sum.total();
+    args.grad_logits_sums[split] = grad_logits_sum.total();
     if (grad_weight) {
       weight_sums.finish();
-      for (int64_t c = 0; c < channels; ++c) grad_weight[c] -= args.grad_logits_sums[unit] * context[c];
+      for (int64_t c = 0; c < channels; ++c) grad_weight[c] -= args.grad_logits_sums[split] * context[c];
     }
-    if (plan.splits == 1) pool_backward_balance(args, unit, unit + 1);
+    if (plan.splits == 1) pool_backward_balance(args, split, split + 1);
   }
 }
 

@@ -1,5 +1,6 @@
-// Sums of vectors, always in the same order: what parts of the work have left behind, one element of the result at a
-// time.
+// Sums of partial results, always in the same order:
+//
+//   out[group, i] = sum_member in[group, member, i]
 #pragma once
 
 #include "cpu/simd/cascade.h"
@@ -15,7 +16,7 @@ void reduce(const ReduceArgs<A>& args, int64_t element_begin, int64_t element_en
     const int64_t column = element % args.width;
     const int64_t end = std::min(args.width, column + element_end - element);
     const A* in = args.in + group * args.members * args.width;
-    for_each_run<V::size()>(column, end, [&](int64_t j, int count, auto) {
+    for_each_vector<V::size()>(column, end, [&](int64_t j, int count, auto) {
       Cascade<V> sum;
       for (int64_t k = 0; k < args.members; ++k) sum.add(V::loadu(in + k * args.width + j, count));
       sum.total().store(args.out + group * args.width + j, count);

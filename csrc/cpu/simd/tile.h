@@ -3,12 +3,15 @@
 //   NCHW:          a row is a channel, its elements are pixels
 //   channels_last: a row is a pixel, its elements are channels
 //
-// row_dot sums along the rows, column_accumulate across them; over channels and over pixels are then the one or the
-// other. Results are handed to emit(index, vector of sums, count), in ascending index. Sums run in several chains, each
-// short, that are added at the end: that keeps the rounding error at or below that of a blocked matrix product.
+//   row_dot            sums along the rows:   sum_j coef[j] * x[r, j]
+//   column_accumulate  sums across the rows:  sum_r coef[r] * x[r, j]
 //
-// Sums over channels can be taken of x - centre, centre being a number per channel: it takes part as one more pixel,
-// whose sums are subtracted from those of the others. It meets the same roundings in the same order as they do, so the
+// A sum over channels is the one or the other, by the layout, and so is a sum over pixels. Results are handed to
+// emit(index, vector of sums, count), in ascending index. A sum is made of several chains, each short, that are added
+// at the end: that keeps the rounding error at or below that of a blocked matrix product.
+//
+// Sums over channels can be taken of x - centre, where centre is a number per channel: it takes part as one more pixel,
+// whose sum is subtracted from those of the others. It meets the same roundings in the same order as they do, so the
 // result for a pixel that equals the centre is an exact 0. That costs less than a subtraction for each element.
 #pragma once
 
@@ -17,32 +20,35 @@
 namespace gc::cpu {
 inline namespace CPU_CAPABILITY {
 
-inline constexpr int kAccumulators = 8;  // vectors; leaves AVX2 half of its 16 registers for operands
-inline constexpr int kSums = sizeof(Vec<float>) == 64 ? 16 : 8;  // half of the registers of AVX-512, or of AVX2
+inline constexpr int kAccumulators = 8;  // vectors; half of AVX2's 16 registers are left for operands
+inline constexpr int kSums = sizeof(Vec<float>) == 64 ? 16 : 8;  // half of AVX-512's registers, or of AVX2's
 
-// Lane k * kRows + r of the result is sum_j x[r * stride + j] * v[k * v_stride + j]; with a centre, that of x -
-// centre[j].
-template <int kRows, int kVectors, bool kCentred = false, typename T>
-GC_FLATTEN Vec<acc_t<T>> dot_rows(const T* x, int64_t stride, int64_t width, const acc_t<T>* v, int64_t v_stride,
+// Of kRows rows of x and kCoefs rows of coef:
+//
+//   lane k * kRows + r of the result = sum_j coef[k, j] * x[r, j]
+//
+// kCentred: x[r, j] - centre[j] takes the place of x[r, j].
+template <int kRows, int kCoefs, bool kCentred = false, typename T>
+GC_FLATTEN Vec<acc_t<T>> dot_rows(const T* x, int64_t stride, int64_t width, const acc_t<T>* coef, int64_t coef_stride,
                                   const acc_t<T>* centre = nullptr) {
   using L = Lanes<T>;
   using V = typename L::V;
-  static_assert(kVectors == 1 || !kCentred, "a centre has sums with one vector");
+  static_assert(kCoefs == 1 || !kCentred, "a centre has sums with one row of coef");
   V total(acc_t<T>(0));
   for (int64_t begin = 0; begin < width; begin += kChain * L::kWidth) {
-    L acc[kVectors][kRows];
+    L acc[kCoefs][kRows];
     L of_centre = L::zero();
     GC_UNROLL_SUMS
-    for (int k = 0; k < kVectors; ++k) {
+    for (int k = 0; k < kCoefs; ++k) {
       GC_UNROLL_SUMS
       for (int r = 0; r < kRows; ++r) acc[k][r] = L::zero();
     }
-    for_each_run<L::kWidth>(
+    for_each_vector<L::kWidth>(
         begin, std::min(width, begin + kChain * L::kWidth), [&](int64_t j, int count, auto partial) {
-          L weight[kVectors];
+          L weight[kCoefs];
           GC_UNROLL_SUMS
-          for (int k = 0; k < kVectors; ++k) {
-            weight[k] = L::template load_wide<partial.value>(v + k * v_stride + j, count);
+          for (int k = 0; k < kCoefs; ++k) {
+            weight[k] = L::template load_wide<partial.value>(coef + k * coef_stride + j, count);
           }
           if constexpr (kCentred) {
             of_centre.add_product(L::template load_wide<partial.value>(centre + j, count), weight[0]);
@@ -51,12 +57,12 @@ GC_FLATTEN Vec<acc_t<T>> dot_rows(const T* x, int64_t stride, int64_t width, con
           for (int r = 0; r < kRows; ++r) {
             const L row = L::template load<partial.value>(x + r * stride + j, count);
             GC_UNROLL_SUMS
-            for (int k = 0; k < kVectors; ++k) acc[k][r].add_product(row, weight[k]);
+            for (int k = 0; k < kCoefs; ++k) acc[k][r].add_product(row, weight[k]);
           }
         });
-    V sums[kVectors * kRows];
+    V sums[kCoefs * kRows];
     GC_UNROLL_SUMS
-    for (int k = 0; k < kVectors; ++k) {
+    for (int k = 0; k < kCoefs; ++k) {
       GC_UNROLL_SUMS
       for (int r = 0; r < kRows; ++r) {
         if constexpr (kCentred) acc[k][r] = acc[k][r].minus(of_centre);
@@ -68,7 +74,7 @@ GC_FLATTEN Vec<acc_t<T>> dot_rows(const T* x, int64_t stride, int64_t width, con
   return total;
 }
 
-// Rows whose sums fit the registers.
+// So many rows have sums that fit the registers.
 template <typename T>
 inline constexpr int kRowsTogether = std::min(kSums / Lanes<T>::kVecs, Lanes<T>::kVecWidth);
 // Long rows, those of a channels_last tile, are read few at a time: a power of two apart, more of them would displace
@@ -76,12 +82,12 @@ inline constexpr int kRowsTogether = std::min(kSums / Lanes<T>::kVecs, Lanes<T>:
 inline constexpr int64_t kLongRowBytes = 2048;
 inline constexpr int kLongRowsTogether = 4;
 
-// emits sum_j x[r][j] * v[j] for every row r; kCentred: of x[r][j] - centre[j]
+// Emits sum_j coef[j] * x[r, j] for every row r. kCentred: x[r, j] - centre[j] takes the place of x[r, j].
 template <bool kCentred, typename T, typename Emit>
-inline void row_dot(const T* x, int64_t stride, int64_t rows, int64_t width, const acc_t<T>* v, const acc_t<T>* centre,
-                    const Emit& emit) {
+inline void row_dot(const T* x, int64_t stride, int64_t rows, int64_t width, const acc_t<T>* coef,
+                    const acc_t<T>* centre, const Emit& emit) {
   const auto dots = [&](int64_t row, auto count) {
-    emit(row, dot_rows<count, 1, kCentred>(x + row * stride, stride, width, v, 0, centre), count);
+    emit(row, dot_rows<count, 1, kCentred>(x + row * stride, stride, width, coef, 0, centre), count);
   };
   if (width * static_cast<int64_t>(sizeof(T)) < kLongRowBytes) {
     for_each_group<kRowsTogether<T>>(0, rows, dots);
@@ -90,34 +96,34 @@ inline void row_dot(const T* x, int64_t stride, int64_t rows, int64_t width, con
   }
 }
 
-// kBlock runs of columns from x on; `last` elements in the last run.
-template <int kBlock, bool kPartial, bool kCentred, typename T, typename Emit>
-inline void accumulate_block(const T* x, int64_t stride, int64_t rows, const acc_t<T>* coef, const acc_t<T>* centre,
-                             int64_t column, int last, const Emit& emit) {
+// The sums of kVectors vectors of columns, from `column` on; the last vector has `last` elements.
+template <int kVectors, bool kPartial, bool kCentred, typename T, typename Emit>
+inline void accumulate_vectors(const T* x, int64_t stride, int64_t rows, const acc_t<T>* coef, const acc_t<T>* centre,
+                               int64_t column, int last, const Emit& emit) {
   using L = Lanes<T>;
   using V = typename L::V;
-  constexpr int kChains = kAccumulators / (kBlock * L::kVecs);
+  constexpr int kChains = kAccumulators / (kVectors * L::kVecs);
   static_assert(kChains >= 1, "more accumulators than registers");
-  L total[kBlock];
+  L total[kVectors];
   GC_UNROLL_SUMS
-  for (int b = 0; b < kBlock; ++b) total[b] = L::zero();
+  for (int b = 0; b < kVectors; ++b) total[b] = L::zero();
   for (int64_t begin = 0; begin < rows; begin += kChain * kChains) {
     const int64_t end = std::min(rows, begin + kChain * kChains);
-    L acc[kChains][kBlock];
+    L acc[kChains][kVectors];
     V of_centre[kChains];
     GC_UNROLL_SUMS
     for (int c = 0; c < kChains; ++c) {
       of_centre[c] = V(acc_t<T>(0));
       GC_UNROLL_SUMS
-      for (int b = 0; b < kBlock; ++b) acc[c][b] = L::zero();
+      for (int b = 0; b < kVectors; ++b) acc[c][b] = L::zero();
     }
-    const auto add_row = [&](int64_t r, L(&sum)[kBlock], V& centre_sum) {
+    const auto add_row = [&](int64_t r, L(&sum)[kVectors], V& centre_sum) {
       const V weight(coef[r]);
       const T* row = x + r * stride;
       if constexpr (kCentred) centre_sum = at::vec::fmadd(V(centre[r]), weight, centre_sum);
       GC_UNROLL_SUMS
-      for (int b = 0; b < kBlock - 1; ++b) sum[b].add_product(L::template load<false>(row + b * L::kWidth), weight);
-      sum[kBlock - 1].add_product(L::template load<kPartial>(row + (kBlock - 1) * L::kWidth, last), weight);
+      for (int b = 0; b < kVectors - 1; ++b) sum[b].add_product(L::template load<false>(row + b * L::kWidth), weight);
+      sum[kVectors - 1].add_product(L::template load<kPartial>(row + (kVectors - 1) * L::kWidth, last), weight);
     };
     int64_t r = begin;
     for (; r + kChains <= end; r += kChains) {
@@ -128,7 +134,7 @@ inline void accumulate_block(const T* x, int64_t stride, int64_t rows, const acc
     GC_UNROLL_SUMS
     for (int c = 1; c < kChains; ++c) of_centre[0] = of_centre[0] + of_centre[c];
     GC_UNROLL_SUMS
-    for (int b = 0; b < kBlock; ++b) {
+    for (int b = 0; b < kVectors; ++b) {
       GC_UNROLL_SUMS
       for (int c = 1; c < kChains; ++c) acc[0][b].add(acc[c][b]);
       if constexpr (kCentred) acc[0][b] = acc[0][b].minus(of_centre[0]);
@@ -136,34 +142,34 @@ inline void accumulate_block(const T* x, int64_t stride, int64_t rows, const acc
     }
   }
   GC_UNROLL_SUMS
-  for (int b = 0; b < kBlock; ++b) {
-    const int count = b == kBlock - 1 ? last : L::kWidth;
+  for (int b = 0; b < kVectors; ++b) {
+    const int count = b == kVectors - 1 ? last : L::kWidth;
     GC_UNROLL_SUMS
     for (int i = 0; i < L::kVecs; ++i) {
-      const int n = L::part(count, i);
+      const int n = L::count_in(i, count);
       if (n > 0) emit(column + b * L::kWidth + i * L::kVecWidth, total[b].v[i], n);
     }
   }
 }
 
-// Takes as many blocks of kBlock runs as fit, then goes on with half the block.
-template <int kBlock, bool kCentred, typename T, typename Emit>
+// Takes kVectors vectors of columns as often as they fit, then goes on with half as many.
+template <int kVectors, bool kCentred, typename T, typename Emit>
 inline void accumulate_columns(const T* x, int64_t stride, int64_t rows, int64_t column, int64_t width,
                                const acc_t<T>* coef, const acc_t<T>* centre, const Emit& emit) {
   constexpr int kWidth = Lanes<T>::kWidth;
-  while (column + kBlock * kWidth <= width) {
-    accumulate_block<kBlock, false, kCentred>(x + column, stride, rows, coef, centre, column, kWidth, emit);
-    column += kBlock * kWidth;
+  while (column + kVectors * kWidth <= width) {
+    accumulate_vectors<kVectors, false, kCentred>(x + column, stride, rows, coef, centre, column, kWidth, emit);
+    column += kVectors * kWidth;
   }
-  if (column + (kBlock - 1) * kWidth < width) {
-    const int last = static_cast<int>(width - column - (kBlock - 1) * kWidth);
-    accumulate_block<kBlock, true, kCentred>(x + column, stride, rows, coef, centre, column, last, emit);
-  } else if constexpr (kBlock > 1) {
-    accumulate_columns<kBlock / 2, kCentred>(x, stride, rows, column, width, coef, centre, emit);
+  if (column + (kVectors - 1) * kWidth < width) {
+    const int last = static_cast<int>(width - column - (kVectors - 1) * kWidth);
+    accumulate_vectors<kVectors, true, kCentred>(x + column, stride, rows, coef, centre, column, last, emit);
+  } else if constexpr (kVectors > 1) {
+    accumulate_columns<kVectors / 2, kCentred>(x, stride, rows, column, width, coef, centre, emit);
   }
 }
 
-// emits sum_r coef[r] * x[r][j] for every column j; kCentred: of x[r][j] - centre[r]
+// Emits sum_r coef[r] * x[r, j] for every column j. kCentred: x[r, j] - centre[r] takes the place of x[r, j].
 template <bool kCentred, typename T, typename Emit>
 inline void column_accumulate(const T* x, int64_t stride, int64_t rows, int64_t width, const acc_t<T>* coef,
                               const acc_t<T>* centre, const Emit& emit) {
@@ -190,7 +196,7 @@ struct Tile {
         row_stride(shape.channels_last ? shape.channels : shape.pixels),
         channels_last(shape.channels_last) {}
 
-  // emits sum_c weight[c] * x[c, p] for every pixel p of the tile
+  // Emits sum_c weight[c] * x[c, p] for every pixel p of the tile.
   template <typename Emit>
   void sum_over_channels(const acc_t<T>* weight, const Emit& emit) const {
     if (channels_last) {
@@ -200,7 +206,7 @@ struct Tile {
     }
   }
 
-  // emits sum_c weight[c] * (x[c, p] - centre[c]) for every pixel p of the tile
+  // Emits sum_c weight[c] * (x[c, p] - centre[c]) for every pixel p of the tile.
   template <typename Emit>
   void sum_over_channels(const acc_t<T>* weight, const acc_t<T>* centre, const Emit& emit) const {
     if (channels_last) {
@@ -210,7 +216,7 @@ struct Tile {
     }
   }
 
-  // emits sum_p weight[p] * x[c, p] for every channel c
+  // Emits sum_p weight[p] * x[c, p] for every channel c.
   template <typename Emit>
   void sum_over_pixels(const acc_t<T>* weight, const Emit& emit) const {
     if (channels_last) {
