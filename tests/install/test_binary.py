@@ -60,8 +60,7 @@ def run_python(
 
 def problem_of(folder: Path, *, path: tuple[Path, ...] = ()) -> str:
     """What the gc_cuda of the folder says when an operator is called; "" if that succeeds up to there."""
-    program = """from paths import ROOT
-
+    program = """
 import gc_cuda
 try:
     gc_cuda._extension.require()
