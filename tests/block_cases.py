@@ -32,6 +32,7 @@ CONFIGURATIONS = [
     for branches in (("add",), ("mul",), ("add", "mul"))
 ]
 WHOLE = Configuration("att", ("add", "mul"))
+SQUEEZE_EXCITE = Configuration("avg", ("mul",))
 
 
 def hidden_units(branch: str, channels: int) -> int:
@@ -72,16 +73,20 @@ def draw_inputs(
     }
 
 
+def without_norm(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in inputs.items() if "norm" not in name}
+
+
 def function_of(
-    library: ModuleType, configuration: Configuration, names: Iterable[str]
+    library: ModuleType, configuration: Configuration, names: Iterable[str], **options: Any
 ) -> Callable[..., Tensor]:
-    """library.global_context as a function of tensors in the order of ``names``."""
+    """library.global_context as a function of tensors in the order of ``names``; what is missing is None."""
     names = list(names)
 
     def call(*tensors: Tensor) -> Tensor:
         given = dict(zip(names, tensors))
         branches = {
-            branch: Transform(*(given[f"{branch}.{name}"] for name in Transform._fields))
+            branch: Transform(*(given.get(f"{branch}.{name}") for name in Transform._fields))
             for branch in configuration.branches
         }
         return library.global_context(
@@ -90,6 +95,7 @@ def function_of(
             given.get("mask_bias"),
             **branches,
             pooling_type=configuration.pooling_type,
+            **options,
         )
 
     return call

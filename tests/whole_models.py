@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -98,3 +99,28 @@ def check_accelerated(model: nn.Module, x: Tensor, blocks: int, relative: float 
 def assert_runs_fused(block: nn.Module) -> None:
     assert type(block).__name__.startswith("Accelerated")
     assert isinstance(block, type(block).__mro__[2])
+
+
+def check_inserted(resnet: nn.Module, place: str, x: Tensor) -> None:
+    """Blocks in a ResNet of 50 layers: where, how many numbers, what its checkpoint finds, and no second time."""
+    checkpoint, expected = copy.deepcopy(resnet.state_dict()), resnet(x)
+    before = sum(parameter.numel() for parameter in resnet.parameters())
+    names = gc_cuda.insert(resnet)
+    assert len(names) == 13
+    assert names[0] == f"layer2.0.{place}"
+    assert torch.equal(resnet(x), expected), "a new block is the identity"
+    missing, unexpected = resnet.load_state_dict(checkpoint, strict=False)
+    assert unexpected == []
+    assert all(f".{place}." in key for key in missing)
+    added = sum(parameter.numel() for parameter in resnet.parameters()) - before
+    assert added == 2_521_741, "the published 2.522 M"
+    with pytest.raises(ValueError, match=rf"layer2\.0\.{place} is taken by a ContextBlock"):
+        gc_cuda.insert(resnet)
+
+
+def check_inserted_after_the_norm(bottleneck: nn.Module, place: str, x: Tensor) -> None:
+    b = awake(bottleneck)
+    normed = b.bn3(b.conv3(b.bn2(b.conv2(b.bn1(b.conv1(x)).relu())).relu()))
+    shortcut = x if b.downsample is None else b.downsample(x)
+    expected = (b.get_submodule(place)(normed) + shortcut).relu()
+    torch.testing.assert_close(b(x), expected, rtol=1e-12, atol=1e-12)

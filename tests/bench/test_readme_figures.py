@@ -5,11 +5,10 @@ from __future__ import annotations
 import importlib
 import json
 import re
-import sys
 
 import pytest
 from invented_result import gpu_result
-from paths import BENCH, ROOT
+from paths import ROOT
 
 README = (ROOT / "README.md").read_text()
 SECTION = re.compile(r"<!-- figures: (\S+) -->\n(.*?)<!-- end figures -->", re.DOTALL)
@@ -19,12 +18,8 @@ LINKED = re.compile(r"\]\((bench/results/[\w-]+)\.md\)")
 
 
 @pytest.fixture
-def readme(monkeypatch):
-    """bench/readme.py."""
-    monkeypatch.syspath_prepend(str(BENCH))
-    yield importlib.import_module("readme")
-    for path in BENCH.glob("*.py"):
-        sys.modules.pop(path.stem, None)
+def readme(bench):
+    return bench("readme")
 
 
 def test_generated_sections_are_what_their_results_give(readme):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from paths import ROOT
+from paths import ROOT, TESTS
 
 from gc_cuda import _extension
 
@@ -73,3 +73,9 @@ def test_gpu_script_without_gpu_says_so(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "no CUDA device" in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_the_folders_of_the_tests_mirror_those_of_the_package() -> None:
+    folders = {path.parent.name for path in (ROOT / "gc_cuda").glob("*/*.py")}
+    assert "blocks" in folders
+    assert folders <= {path.parent.name for path in TESTS.glob("*/test_*.py")}

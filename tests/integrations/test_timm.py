@@ -18,6 +18,8 @@ from whole_models import (
     assert_same,
     awake,
     check_accelerated,
+    check_inserted,
+    check_inserted_after_the_norm,
     step,
 )
 
@@ -37,11 +39,6 @@ MODELS = {
     "efficientnet_b0": (16, FLOAT64),
     "mobilenetv3_small_100": (9, FLOAT32_CONSTANT),
 }
-
-
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -114,29 +111,14 @@ def test_convert_state_dict(random, fuse):
 @pytest.mark.parametrize("name", ["resnet50", "resnext50_32x4d"])
 def test_insert(random, name):
     model = timm.create_model(name, num_classes=5).eval().double()
-    x = random(1, 3, 64, 64)
-    checkpoint, expected = copy.deepcopy(model.state_dict()), model(x)
-    names = gc_cuda.insert(model)
-    assert len(names) == 13
-    assert names[0] == "layer2.0.se"
-    assert torch.equal(model(x), expected), "a new block is the identity"
-    missing, unexpected = model.load_state_dict(checkpoint, strict=False)
-    assert unexpected == []
-    assert all(".se." in key for key in missing)
-    with pytest.raises(ValueError, match=r"layer2\.0\.se is taken by a ContextBlock"):
-        gc_cuda.insert(model)
+    check_inserted(model, "se", random(1, 3, 64, 64))
 
 
 def test_insert_stands_after_the_norm(random):
     bottleneck = timm.create_model("resnet50").layer2[1].eval()
     model = nn.ModuleDict({"layer2": nn.Sequential(bottleneck)})
     assert gc_cuda.insert(model, ["layer2"], ratio=1 / 4, fusion_types=["channel_mul"]) == ["layer2.0.se"]
-    awake(model)
-    x = random(1, 512, 7, 6)
-    normed = bottleneck.bn3(
-        bottleneck.conv3(bottleneck.bn2(bottleneck.conv2(bottleneck.bn1(bottleneck.conv1(x)).relu())).relu())
-    )
-    torch.testing.assert_close(bottleneck(x), (bottleneck.se(normed) + x).relu(), rtol=1e-12, atol=1e-12)
+    check_inserted_after_the_norm(bottleneck, "se", random(1, 512, 7, 6))
 
 
 def test_insert_refuses():

@@ -11,7 +11,15 @@ import io
 import pytest
 import torch
 from torch import nn
-from whole_models import FLOAT32_CONSTANT, FLOAT64, awake, check_accelerated, step
+from whole_models import (
+    FLOAT32_CONSTANT,
+    FLOAT64,
+    awake,
+    check_accelerated,
+    check_inserted,
+    check_inserted_after_the_norm,
+    step,
+)
 
 import gc_cuda
 
@@ -26,11 +34,6 @@ MODELS = {
     "mobilenet_v3_small": (9, FLOAT32_CONSTANT),
     "regnet_y_400mf": (16, FLOAT64),
 }
-
-
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -73,29 +76,13 @@ def test_feature_extractor_of_an_accelerated_model(random):
 @pytest.mark.parametrize("name", ["resnet50", "resnext50_32x4d"])
 def test_insert(random, name):
     model = torchvision.models.get_model(name, num_classes=5).eval().double()
-    x = random(1, 3, 64, 64)
-    checkpoint, expected = copy.deepcopy(model.state_dict()), model(x)
-    before = sum(parameter.numel() for parameter in model.parameters())
-    names = gc_cuda.insert(model)
-    assert len(names) == 13
-    assert names[0] == "layer2.0.context_block"
-    assert torch.equal(model(x), expected), "a new block is the identity"
-    missing, unexpected = model.load_state_dict(checkpoint, strict=False)
-    assert unexpected == []
-    assert all(".context_block." in key for key in missing)
-    assert sum(p.numel() for p in model.parameters()) - before == 2_521_741, "the published 2.522 M"
-    with pytest.raises(ValueError, match=r"layer2\.0\.context_block is taken by a ContextBlock"):
-        gc_cuda.insert(model)
+    check_inserted(model, "context_block", random(1, 3, 64, 64))
 
 
 def test_insert_stands_after_the_norm(random):
     model = torchvision.models.resnet50().eval()
     gc_cuda.insert(model, ["layer2"], ratio=1 / 4, pooling_type="avg", fusion_types=["channel_mul"])
-    b = awake(model).layer2[0]
-    x = random(1, 256, 10, 8)
-    normed = b.bn3(b.conv3(b.bn2(b.conv2(b.bn1(b.conv1(x)).relu())).relu()))
-    expected = (b.context_block(normed) + b.downsample(x)).relu()
-    torch.testing.assert_close(b(x), expected, rtol=1e-12, atol=1e-12)
+    check_inserted_after_the_norm(model.layer2[0], "context_block", random(1, 256, 10, 8))
 
 
 def test_copies_of_an_inserted_model(random):

@@ -357,13 +357,9 @@ class Functions(TorchFunctionMode):
 
 
 @pytest.mark.parametrize("grad", [False, True])
-def test_modes_see_the_operator(grad, random):
-    """One operator forward and one backward, and no read of a parameter by an operator of its own."""
+def test_a_mode_of_functions_sees_the_operator(grad, random):
     block = awake(gc_cuda.ContextBlock(8, 1 / 2))
     x = random(*SIZE, grad=grad)
-    with torch.set_grad_enabled(grad), Spy() as spy:
-        block(x)
-    assert spy.names() == ["gc_cuda::global_context" + "_kept" * grad]
     with torch.set_grad_enabled(grad), Functions() as functions:
         out = block(x)
         if grad:

@@ -6,7 +6,7 @@ from itertools import product
 
 import pytest
 import torch
-from block_cases import CONFIGURATIONS, Configuration, Spy, draw_inputs
+from block_cases import CONFIGURATIONS, SQUEEZE_EXCITE, draw_inputs, function_of, without_norm
 from evaluate import HALVES, evaluate
 from tolerance import assert_close_to_truth
 
@@ -14,39 +14,12 @@ import gc_cuda
 from gc_cuda import Transform, reference
 
 ACTIVATIONS, GATES = tuple(reference.ACTIVATIONS), tuple(reference.GATES)
-SQUEEZE_EXCITE = Configuration("avg", ("mul",))
 SIZE = (2, 67, 13, 11)
 
 # As many more roundings as there are steps between x and a gradient, beside the one that a result may have.
 ROUNDINGS = 8
 # PyTorch's hard sigmoid is differentiated with one sixth in float32, in float64 too.
 ONE_SIXTH = 1e-7
-
-
-def without_norm(inputs):
-    return {name: tensor for name, tensor in inputs.items() if "norm" not in name}
-
-
-def function_of(library, configuration, names, **policy):
-    """library.global_context as a function of tensors in the order of ``names``; what is missing is None."""
-    names = list(names)
-
-    def call(*tensors):
-        given = dict(zip(names, tensors))
-        branches = {
-            branch: Transform(*(given.get(f"{branch}.{field}") for field in Transform._fields))
-            for branch in configuration.branches
-        }
-        return library.global_context(
-            given["x"],
-            given.get("mask_weight"),
-            given.get("mask_bias"),
-            **branches,
-            pooling_type=configuration.pooling_type,
-            **policy,
-        )
-
-    return call
 
 
 def check(configuration, inputs, grad, **policy):
@@ -146,28 +119,3 @@ def test_second_derivatives(random, configuration):
     leaves = [tensor.requires_grad_() for tensor in inputs.values()]
     call = function_of(gc_cuda, configuration, inputs, activation="silu")
     assert torch.autograd.gradgradcheck(call, leaves, atol=1e-6)
-
-
-def test_one_operator_each_way_and_what_it_computes(random, device):
-    """The norm's gradients have no place and cost nothing."""
-    inputs = without_norm(draw_inputs(random, SQUEEZE_EXCITE, (2, 24, 9, 7), device=device))
-    leaves = [tensor.requires_grad_() for tensor in inputs.values()]
-    with Spy() as spy:
-        out = function_of(gc_cuda, SQUEEZE_EXCITE, inputs, activation="silu")(*leaves)
-        torch.autograd.grad(out, leaves, torch.ones_like(out))
-    names = [name for name in spy.names() if name.startswith("gc_cuda")]
-    assert names == ["gc_cuda::global_context_backward", "gc_cuda::global_context_kept"]
-    backward = next(call for call in spy.calls if call.name == "gc_cuda::global_context_backward")
-    assert [tuple(gradient.shape) for gradient in backward.result] == [tuple(leaf.shape) for leaf in leaves]
-
-
-def test_compiles_as_one_graph(random):
-    inputs = without_norm(draw_inputs(random, SQUEEZE_EXCITE, (2, 16, 5, 6)))
-    call = function_of(gc_cuda, SQUEEZE_EXCITE, inputs, activation="hardswish", gate="hardsigmoid")
-    torch.compiler.reset()
-    compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
-    grad = random(2, 16, 5, 6)
-    for actual, expected in zip(
-        evaluate(compiled, inputs.values(), grad).gradients, evaluate(call, inputs.values(), grad).gradients
-    ):
-        assert torch.equal(actual, expected)

@@ -110,9 +110,3 @@ def test_global_context_of_half_beside_float32_rounds_once(random):
     out = reference.global_context(x, weight, None, six)
     assert out.dtype == torch.float16
     assert torch.equal(out, reference.global_context(x.float(), weight, None, six).half())
-
-
-def test_block_with_another_eps(random):
-    torch.manual_seed(0)
-    block = reference.ContextBlock(16, 1 / 4, eps=1e-2)
-    assert block.channel_add_conv[1].eps == 1e-2
