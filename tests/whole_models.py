@@ -102,7 +102,7 @@ def assert_runs_fused(block: nn.Module) -> None:
 
 
 def check_inserted(resnet: nn.Module, place: str, x: Tensor) -> None:
-    """Blocks in a ResNet of 50 layers: where, how many numbers, what its checkpoint finds, and no second time."""
+    """Blocks in a ResNet of 50 layers: where, how many numbers, what its checkpoint finds, and only once."""
     checkpoint, expected = copy.deepcopy(resnet.state_dict()), resnet(x)
     before = sum(parameter.numel() for parameter in resnet.parameters())
     names = gc_cuda.insert(resnet)
