@@ -35,6 +35,17 @@ WHOLE = Configuration("att", ("add", "mul"))
 SQUEEZE_EXCITE = Configuration("avg", ("mul",))
 
 
+# Each with other arguments that depend on x
+FUNCTIONS = {
+    "softmax_pool": lambda x: gc_cuda.softmax_pool(x, x.mean(1, keepdim=True)),
+    "attention_pool": lambda x: gc_cuda.attention_pool(x, x.mean((0, 2, 3)), x.mean().reshape(1)),
+    "average_pool": gc_cuda.average_pool,
+    "broadcast_add": lambda x: gc_cuda.broadcast_add(x, x.amax((2, 3))),
+    "broadcast_mul": lambda x: gc_cuda.broadcast_mul(x, x.amax((2, 3))),
+    "broadcast_mul_add": lambda x: gc_cuda.broadcast_mul_add(x, x.amax((2, 3)), x.amin((2, 3))),
+}
+
+
 def hidden_units(branch: str, channels: int) -> int:
     """P: another for each branch, odd while C is small, and never so few that the layer norm degenerates."""
     return max(7, channels // 16) if branch == "add" else max(5, channels // 32)

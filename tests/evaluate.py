@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gc_cuda import _extension
+import gc_cuda
+from gc_cuda import _extension, reference
 
 LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 HALVES = [torch.float16, torch.bfloat16]
@@ -52,3 +53,10 @@ def evaluate(
     out = function(*leaves)
     out.backward(grad.to(out.dtype))
     return Evaluation(out.detach(), tuple(None if leaf is None else leaf.grad for leaf in leaves))
+
+
+def evaluate_all(function: str, inputs: Iterable[Tensor | None], grad: Tensor) -> tuple[Evaluation, ...]:
+    """Ours, PyTorch's from the same inputs, and PyTorch's in float64."""
+    eager, inputs = getattr(reference, function), tuple(inputs)
+    ours = evaluate(getattr(gc_cuda, function), inputs, grad)
+    return ours, evaluate(eager, inputs, grad), evaluate(eager, inputs, grad, torch.float64)

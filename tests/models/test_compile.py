@@ -10,7 +10,15 @@ from functools import partial
 
 import pytest
 import torch
-from block_cases import CONFIGURATIONS, WHOLE, draw_inputs, function_of
+from block_cases import (
+    CONFIGURATIONS,
+    FUNCTIONS,
+    SQUEEZE_EXCITE,
+    WHOLE,
+    draw_inputs,
+    function_of,
+    without_norm,
+)
 from small_net import new_net
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
@@ -19,15 +27,6 @@ import gc_cuda
 
 # PyTorch compiles sizes of 0 and 1 apart, always; these are the others.
 SIZES = [(2, 16, 8, 9), (3, 16, 13, 5), (4, 16, 6, 6), (2, 16, 21, 34)]
-
-FUNCTIONS = {
-    "softmax_pool": lambda x: gc_cuda.softmax_pool(x, x.mean(1, keepdim=True)),
-    "attention_pool": lambda x: gc_cuda.attention_pool(x, x.mean((0, 2, 3)), x.mean().reshape(1)),
-    "average_pool": gc_cuda.average_pool,
-    "broadcast_add": lambda x: gc_cuda.broadcast_add(x, x.amax((2, 3))),
-    "broadcast_mul": lambda x: gc_cuda.broadcast_mul(x, x.amax((2, 3))),
-    "broadcast_mul_add": lambda x: gc_cuda.broadcast_mul_add(x, x.amax((2, 3)), x.amin((2, 3))),
-}
 
 
 @pytest.fixture(autouse=True)
@@ -86,22 +85,37 @@ def test_functions_of_any_size_are_one_graph(random, name, layout, device):
     assert_nothing_more_is_compiled(counter, [partial(compare, size) for size in SIZES])
 
 
-@pytest.mark.parametrize("configuration", CONFIGURATIONS, ids=str)
-def test_global_context_of_any_size_is_one_graph(random, configuration, layout, device):
-    """Every input needs its gradient, and N, H and W come and go within one compilation."""
-    names = list(draw_inputs(random, configuration, SIZES[0]))
-    function = function_of(gc_cuda, configuration, names)
+@pytest.mark.parametrize("half", [False, True], ids=["float32", "half beside float32"])
+@pytest.mark.parametrize("case", [*CONFIGURATIONS, "no norm"], ids=str)
+def test_global_context_of_any_size_is_one_graph(random, case, half, layout, device):
+    """N, H and W come and go within one compilation. Every input needs its gradient; beside half x, all but a
+    weight.
+    """
+    configuration, policy = case, {}
+    if case == "no norm":
+        configuration, policy = SQUEEZE_EXCITE, {"activation": "hardswish", "gate": "hardsigmoid"}
+
+    def drawn(size):
+        dtype = torch.half if half else torch.float32
+        inputs = draw_inputs(
+            random, configuration, size, dtype=dtype, parameters=torch.float32, device=device, layout=layout
+        )
+        return inputs if case != "no norm" else without_norm(inputs)
+
+    function = function_of(gc_cuda, configuration, drawn(SIZES[0]), **policy)
     same_calls = layout == torch.contiguous_format or gradients_keep_their_layout()
     torch.compiler.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(function, backend=counter, fullgraph=True, dynamic=True)
+    frozen = f"{configuration.branches[0]}.w1" if half else ""
 
     def compare(size):
-        inputs = draw_inputs(random, configuration, size, dtype=torch.float32, device=device, layout=layout)
-        grad = random(*size, dtype=torch.float32, device=device, layout=layout)
-        leaves = [tensor.requires_grad_() for tensor in inputs.values()]
+        inputs = drawn(size)
+        grad = random(*size, dtype=inputs["x"].dtype, device=device, layout=layout)
+        leaves = [tensor.requires_grad_(name != frozen) for name, tensor in inputs.items()]
+        needing = [leaf for leaf in leaves if leaf.requires_grad]
         outs = [compiled(*leaves), function(*leaves)]
-        results = [[out, *torch.autograd.grad(out, leaves, grad)] for out in outs]
+        results = [[out, *torch.autograd.grad(out, needing, grad)] for out in outs]
         for actual, expected in zip(*results):
             if same_calls:
                 assert torch.equal(actual, expected)
@@ -109,35 +123,37 @@ def test_global_context_of_any_size_is_one_graph(random, configuration, layout, 
             else:
                 torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
-    assert_nothing_more_is_compiled(counter, [partial(compare, size) for size in SIZES])
+    assert_nothing_more_is_compiled(counter, [partial(compare, size) for size in SIZES[: 2 if half else 4]])
 
 
 @pytest.mark.parametrize(
-    ("backend", "training", "dynamic", "pooling_type"),
+    ("backend", "training", "dynamic", "pooling_type", "layout"),
     [
-        ("inductor", False, False, "att"),
-        ("aot_eager", True, True, "att"),
-        ("aot_eager", True, False, "avg"),
-        ("aot_eager", False, True, "avg"),
+        ("inductor", False, False, "att", torch.contiguous_format),
+        ("aot_eager", True, True, "att", torch.contiguous_format),
+        ("aot_eager", True, False, "att", torch.channels_last),
+        ("aot_eager", True, False, "avg", torch.contiguous_format),
+        ("aot_eager", False, True, "avg", torch.contiguous_format),
     ],
-    ids=lambda value: str(value),
+    ids=str,
 )
-def test_a_model_compiles_as_one_graph(random, backend, training, dynamic, pooling_type, device):
+def test_a_model_compiles_as_one_graph(random, backend, training, dynamic, pooling_type, layout, device):
     net = new_net(pooling_type=pooling_type).to(device).train(training)
     counter = CompileCounterWithBackend(backend)
     compiled = torch.compile(net, backend=counter, fullgraph=True, dynamic=dynamic)
 
     def run(function, x):
         net.zero_grad()
+        x = x.detach().clone().requires_grad_(training)
         with torch.set_grad_enabled(training):
             out = function(x)
         if not training:
             return [out]
         out.square().sum().backward()
-        return [out.detach(), *(parameter.grad.clone() for parameter in net.parameters())]
+        return [out.detach(), x.grad, *(parameter.grad.clone() for parameter in net.parameters())]
 
     def compare(size):
-        x = random(size[0], 3, *size[2:], dtype=torch.float32, device=device)
+        x = random(size[0], 3, *size[2:], dtype=torch.float32, device=device, layout=layout)
         for actual, expected in zip(run(compiled, x), run(net, x)):
             torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 

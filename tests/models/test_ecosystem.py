@@ -12,7 +12,7 @@ import sys
 
 import pytest
 import torch
-from block_cases import CONFIGURATIONS, Spy, draw_inputs, function_of
+from block_cases import CONFIGURATIONS, FUNCTIONS, Spy, draw_inputs, function_of
 from paths import ROOT, TESTS
 from small_net import BOTH, Net, new_net
 from torch import nn
@@ -296,25 +296,7 @@ def test_functional_call_with_an_ensemble_of_blocks(random):
         torch.testing.assert_close(actual, block(x), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "call",
-    [
-        lambda x: gc_cuda.softmax_pool(x, x.mean(1, keepdim=True)),
-        lambda x: gc_cuda.attention_pool(x, x.mean((0, 2, 3)), None),
-        gc_cuda.average_pool,
-        lambda x: gc_cuda.broadcast_add(x, x.amax((2, 3))),
-        lambda x: gc_cuda.broadcast_mul(x, x.amax((2, 3))),
-        lambda x: gc_cuda.broadcast_mul_add(x, x.amax((2, 3)), x.amin((2, 3))),
-    ],
-    ids=[
-        "softmax_pool",
-        "attention_pool",
-        "average_pool",
-        "broadcast_add",
-        "broadcast_mul",
-        "broadcast_mul_add",
-    ],
-)
+@pytest.mark.parametrize("call", FUNCTIONS.values(), ids=FUNCTIONS)
 def test_transforms_of_the_parts(random, call):
     x = random(3, 2, 4, 5, 6)
     torch.testing.assert_close(torch.func.vmap(call)(x), torch.stack([call(one) for one in x]))

@@ -7,7 +7,7 @@ from __future__ import annotations
 import pytest
 import torch
 from block_cases import CONFIGURATIONS, WHOLE, Configuration, draw_inputs, error_scales, function_of
-from evaluate import evaluate
+from evaluate import evaluate, evaluate_all
 from tolerance import assert_close_to_truth
 
 import gc_cuda
@@ -21,9 +21,7 @@ SEVERAL_TILES = (3, 16, 31, 37)
 
 def compare(function, inputs, grad):
     """Value, gradients, and the places of their NaNs and infinities agree with the reference."""
-    ours = evaluate(getattr(gc_cuda, function), inputs, grad)
-    eager = evaluate(getattr(reference, function), inputs, grad)
-    truth = evaluate(getattr(reference, function), inputs, grad, torch.float64)
+    ours, eager, truth = evaluate_all(function, inputs, grad)
     magnitude = torch.ones((), dtype=torch.float64)  # everything here is of order one
     assert_close_to_truth("out", ours.out, eager.out, truth.out, magnitude)
     for i, gradients in enumerate(zip(ours.gradients, eager.gradients, truth.gradients)):

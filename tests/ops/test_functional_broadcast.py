@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from evaluate import HALVES, STRIDED, evaluate
+from evaluate import HALVES, STRIDED, evaluate, evaluate_all
 from tolerance import assert_close_to_truth
 
 import gc_cuda
@@ -39,9 +39,7 @@ def test_broadcast(random, shape, layout, dtype, device, operation):
     inputs = (x, *companions(operation, random, n, c, dtype=dtype, device=device))
     grad = random(*shape, dtype=dtype, device=device, layout=layout)
 
-    ours = evaluate(getattr(gc_cuda, operation), inputs, grad)
-    eager = evaluate(getattr(reference, operation), inputs, grad)
-    truth = evaluate(getattr(reference, operation), inputs, grad, torch.float64)
+    ours, eager, truth = evaluate_all(operation, inputs, grad)
     of_out, of_gradients = magnitudes(operation, x, inputs[1:], grad)
     assert_close_to_truth("out", ours.out, eager.out, truth.out, of_out)
     for name, *gradients in zip(
@@ -58,9 +56,7 @@ def test_half_x_with_float32_companions(random, layout, dtype, device, operation
     inputs = (x, *companions(operation, random, n, c, dtype=torch.float32, device=device))
     grad = random(n, c, h, w, dtype=dtype, device=device, layout=layout)
 
-    ours = evaluate(getattr(gc_cuda, operation), inputs, grad)
-    eager = evaluate(getattr(reference, operation), inputs, grad)
-    truth = evaluate(getattr(reference, operation), inputs, grad, torch.float64)
+    ours, eager, truth = evaluate_all(operation, inputs, grad)
     of_out, of_gradients = magnitudes(operation, x, inputs[1:], grad)
     assert_close_to_truth("out", ours.out, eager.out, truth.out, of_out)
     for name, *gradients in zip(

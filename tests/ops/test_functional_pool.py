@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from evaluate import HALVES, STRIDED, evaluate
+from evaluate import HALVES, STRIDED, evaluate, evaluate_all
 from tolerance import assert_close_to_truth
 
 import gc_cuda
-from gc_cuda import reference
 
 
 def mask(random, c, **options):
@@ -37,9 +36,7 @@ def test_softmax_pool(random, shape, layout, dtype, device):
     logits = 3 * random(n, h * w, dtype=dtype, device=device)
     grad = random(n, c, dtype=dtype, device=device)
 
-    ours = evaluate(gc_cuda.softmax_pool, (x, logits), grad)
-    eager = evaluate(reference.softmax_pool, (x, logits), grad)
-    truth = evaluate(reference.softmax_pool, (x, logits), grad, torch.float64)
+    ours, eager, truth = evaluate_all("softmax_pool", (x, logits), grad)
     of_context, of_x, of_logits = magnitudes(x, logits, grad)
     assert_close_to_truth("context", ours.out, eager.out, truth.out, of_context)
     assert_close_to_truth("grad_x", ours.gradients[0], eager.gradients[0], truth.gradients[0], of_x)
@@ -52,9 +49,7 @@ def test_attention_pool(random, shape, layout, dtype, device):
     weight, bias = mask(random, c, dtype=dtype, device=device)
     grad = random(n, c, dtype=dtype, device=device)
 
-    ours = evaluate(gc_cuda.attention_pool, (x, weight, bias), grad)
-    eager = evaluate(reference.attention_pool, (x, weight, bias), grad)
-    truth = evaluate(reference.attention_pool, (x, weight, bias), grad, torch.float64)
+    ours, eager, truth = evaluate_all("attention_pool", (x, weight, bias), grad)
     logits = torch.einsum("nchw,c->nhw", x.double(), weight.double().flatten())
     of_context, of_x, of_weight = magnitudes(x, logits, grad, weight)
     assert_close_to_truth("context", ours.out, eager.out, truth.out, of_context)
@@ -69,9 +64,7 @@ def test_average_pool(random, shape, layout, dtype, device):
     x = random(*shape, dtype=dtype, device=device, layout=layout)
     grad = random(n, c, dtype=dtype, device=device)
 
-    ours = evaluate(gc_cuda.average_pool, (x,), grad)
-    eager = evaluate(reference.average_pool, (x,), grad)
-    truth = evaluate(reference.average_pool, (x,), grad, torch.float64)
+    ours, eager, truth = evaluate_all("average_pool", (x,), grad)
     assert_close_to_truth("context", ours.out, eager.out, truth.out, x.double().abs().mean((2, 3)))
     assert_close_to_truth("grad_x", ours.gradients[0], eager.gradients[0], truth.gradients[0])
 
@@ -84,9 +77,7 @@ def test_half_x_with_float32_companions(random, layout, dtype, device):
     weight, bias = mask(random, c, dtype=torch.float32, device=device)
     grad = random(n, c, dtype=dtype, device=device)
 
-    ours = evaluate(gc_cuda.attention_pool, (x, weight, bias), grad)
-    eager = evaluate(reference.attention_pool, (x, weight, bias), grad)
-    truth = evaluate(reference.attention_pool, (x, weight, bias), grad, torch.float64)
+    ours, eager, truth = evaluate_all("attention_pool", (x, weight, bias), grad)
     logits = torch.einsum("nchw,c->nhw", x.double(), weight.double().flatten())
     of_context, of_x, of_weight = magnitudes(x, logits, grad, weight)
     assert_close_to_truth("context", ours.out, eager.out, truth.out, of_context)
@@ -96,9 +87,7 @@ def test_half_x_with_float32_companions(random, layout, dtype, device):
     assert_close_to_truth("grad_weight", ours.gradients[1], eager.gradients[1], truth.gradients[1], of_weight)
 
     logits = logits.flatten(1).float()
-    ours = evaluate(gc_cuda.softmax_pool, (x, logits), grad)
-    eager = evaluate(reference.softmax_pool, (x, logits), grad)
-    truth = evaluate(reference.softmax_pool, (x, logits), grad, torch.float64)
+    ours, eager, truth = evaluate_all("softmax_pool", (x, logits), grad)
     of_logits = magnitudes(x, logits, grad)[2]
     assert_close_to_truth("context", ours.out, eager.out, truth.out, of_context)
     assert_close_to_truth("grad_logits", ours.gradients[1], eager.gradients[1], truth.gradients[1], of_logits)

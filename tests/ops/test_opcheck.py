@@ -1,12 +1,12 @@
-"""The operators keep torch's rules: schemas, fake kernels, tracing; and a model with the block compiles as
-one graph.
-"""
+"""The operators keep torch's rules: schemas, fake kernels, tracing."""
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
-from block_cases import CONFIGURATIONS, WHOLE, draw_inputs, function_of
+from block_cases import CONFIGURATIONS, WHOLE, draw_inputs
 from torch.library import opcheck
 
 import gc_cuda
@@ -66,26 +66,20 @@ def test_every_operator(random, view, dtype):
     opcheck(operators.broadcast_mul_backward.default, (grad, x, vector))
 
 
-@pytest.mark.parametrize("configuration", CONFIGURATIONS, ids=str)
-def test_operators_of_the_whole_block(random, configuration):
-    check_operators_of_the_whole_block(random, configuration, VIEWS["channels_last"], torch.float16)
-
-
-def test_operators_of_the_whole_block_on_views(random, view):
-    check_operators_of_the_whole_block(random, WHOLE, view, torch.float64)
-
-
-@pytest.mark.parametrize("configuration", CONFIGURATIONS, ids=str)
-def test_operators_without_a_norm(random, configuration):
-    """Four tensors to a branch, SiLU and the hard sigmoid."""
-    check_operators_of_the_whole_block(
-        random, configuration, VIEWS["channels_last"], torch.float16, norm=False, policy=(1, 1)
-    )
-
-
-def check_operators_of_the_whole_block(random, configuration, view, dtype, norm=True, policy=(0, 0)):
-    """Forward, and backward for everything, without x as far as that goes, and for x alone."""
-    x, grad = (view(random(3, 6, 4, 5, dtype=dtype)) for _ in range(2))
+@pytest.mark.parametrize(
+    ("configuration", "view", "dtype", "norm"),
+    [
+        *product(CONFIGURATIONS, ["channels_last"], [torch.float16], [True, False]),
+        *product([WHOLE], VIEWS, [torch.float64], [True]),
+    ],
+    ids=str,
+)
+def test_operators_of_the_whole_block(random, configuration, view, dtype, norm):
+    """Forward, and backward for everything, without x as far as that goes, and for x alone. Without a norm
+    there are four tensors to a branch, here with SiLU and the hard sigmoid.
+    """
+    policy = (0, 0) if norm else (1, 1)
+    x, grad = (VIEWS[view](random(3, 6, 4, 5, dtype=dtype)) for _ in range(2))
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     inputs = draw_inputs(random, configuration, tuple(x.shape), dtype=wide)
     add, mul = (
@@ -114,52 +108,6 @@ def check_operators_of_the_whole_block(random, configuration, view, dtype, norm=
     if weight is None:
         only_x = [True] + [False] * 14
         opcheck(backward, (grad, x_or_none, None, None, add, mul, kept, *policy, only_x))
-
-
-@pytest.mark.parametrize("configuration", CONFIGURATIONS, ids=str)
-def test_global_context_compiles_as_one_graph(random, configuration, layout, device):
-    """Forward and backward, with every input but a weight needing its gradient."""
-    size = (2, 16, 5, 6)
-    inputs = draw_inputs(
-        random, configuration, size, dtype=torch.half, parameters=torch.float32, device=device, layout=layout
-    )
-    grad = random(*size, dtype=torch.half, device=device, layout=layout)
-    function = function_of(gc_cuda, configuration, inputs)
-    frozen = f"{configuration.branches[0]}.w1"
-
-    def run(function):
-        leaves = [tensor.detach().requires_grad_(name != frozen) for name, tensor in inputs.items()]
-        out = function(*leaves)
-        out.backward(grad)
-        return [out, *(leaf.grad for leaf in leaves if leaf.requires_grad)]
-
-    torch.compiler.reset()  # one function for all the cases: they would count as recompilations of it
-    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
-    for actual, expected in zip(run(compiled), run(function)):
-        assert torch.equal(actual, expected)
-        assert actual.stride() == expected.stride()
-
-
-@pytest.mark.parametrize("fusion_types", [("channel_add",), ("channel_add", "channel_mul")])
-def test_block_compiles_as_one_graph(random, fusion_types, layout, device):
-    """Forward and backward, no graph break; the backend runs the traced graph without generating code."""
-    torch.manual_seed(0)
-    block = gc_cuda.ContextBlock(16, 1 / 4, "att", fusion_types).to(device)
-    for parameter in block.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    x = random(2, 16, 5, 6, dtype=torch.float32, device=device, layout=layout)
-    grad = random(2, 16, 5, 6, dtype=torch.float32, device=device, layout=layout)
-
-    def run(function):
-        leaf = x.clone().requires_grad_()
-        block.zero_grad()
-        out = function(leaf)
-        out.backward(grad)
-        return [out.detach(), leaf.grad, *(parameter.grad.clone() for parameter in block.parameters())]
-
-    expected = run(block)
-    for actual, one in zip(run(torch.compile(block, backend="aot_eager", fullgraph=True)), expected):
-        torch.testing.assert_close(actual, one)
 
 
 def test_functions_trace_under_fake_tensors(random):
