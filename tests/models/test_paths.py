@@ -20,6 +20,7 @@ from gc_cuda import _paths
 
 PACKAGE = Path(gc_cuda.__file__).parent
 OLD_FILES = sorted((Path(__file__).parent / "old_files").glob("*.pt"))
+assert OLD_FILES, "they lie beside this file"
 # What the documentation names, by the module in which it does.
 PUBLIC = {
     "gc_cuda": gc_cuda.__all__,

@@ -233,6 +233,14 @@ REFUSED = [
         RuntimeError,
         "needed[2] asks for the gradient of what is not given",
     ),
+    (
+        ("global_context_backward",),
+        "needed",
+        lambda t: [*t[:9], True, *t[10:]],
+        RuntimeError,
+        "needed[9] asks for the gradient of what is not given",
+    ),
+    (("global_context_backward",), "kept", lambda t: t.double(), TypeError, "kept must be Float"),
 ]
 # Of half x, what is in neither of the two types that fit, and a state that is not in the accumulation type.
 REFUSED_OF_HALVES = [
