@@ -117,7 +117,7 @@ class PoolForward {
       PoolArgs<T> args{};
       args.shape = shape_;
       args.plan = plan_;
-      args.weights = weighting_;
+      args.weighting = weighting_;
       args.divide_by_z = !uniform || call.factor != 1;
       args.x = static_cast<const T*>(x_.data());
       if (weighting_ == Weighting::kMask) {
