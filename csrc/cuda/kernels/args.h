@@ -81,50 +81,60 @@ struct PhaseGrid {
 // One branch of the context block, channel_add or channel_mul, with P = hidden units.
 struct TransformBranch {
   int hidden;
-  Companion w1;           // [P, C]
-  Companion b1;           // [P]
-  Companion norm_weight;  // [P], or absent: no layer norm
-  Companion norm_bias;    // [P]
-  Companion w2;           // [C, P]
-  Companion b2;           // [C]
-  Gate gate;
-  void* products;                        // A [N, P] workspace: W1 . context + b1
-  void *normalized, *inverse_deviation;  // A [N, P], [N] out
-  void* out;                             // A [N, C] out
+  Companion w1;             // [P, C]
+  Companion b1;             // [P]
+  Companion norm_weight;    // [P], or absent: no layer norm
+  Companion norm_bias;      // [P]
+  Companion w2;             // [C, P]
+  Companion b2;             // [C]
+  Gate gate;                // that the output goes through
+  void* products;           // A [N, P] workspace: W1 . context + b1
+  void* normalized;         // A [N, P] out
+  void* inverse_deviation;  // A [N]    out
+  void* out;                // A [N, C] out
 };
 
 struct TransformForwardArgs {
   PhaseGrid grid;
   unsigned* counters;  // [kPhaseCounters], 0 before and after
   int images, channels, branches;
-  int tile_images;  // of a tile of either phase, see transform_geometry.h
-  int shares[2];    // of each phase
+  int tile_images;  // of a tile of either phase
+  int shares[2];    // of each phase: the warps that share the length of a row
   double eps;
   Activation activation;
-  const void* context;  // A, image n's from n * context_stride on
+  const void* context;  // A, image n's [C] from n * context_stride on
   long long context_stride;
   TransformBranch branch[2];
 };
 
 struct TransformGradients {
   int hidden;
-  Companion w1, norm_weight, norm_bias, w2;                                           // as in TransformBranch
-  const void *normalized, *inverse_deviation;                                         // A [N, P], [N]
-  const void* grad_out;                                                               // A [N, C]
-  Gate gate;                                                                          // that the output went through
-  const void* gate_out;                                                               // A [N, C], what left it, or null
-  CompanionOut grad_w1, grad_b1, grad_norm_weight, grad_norm_bias, grad_w2, grad_b2;  // out, or null
-  void* partial_y;                                                                    // A [slabs of C, N, P] workspace
-  void* grad_y;                                                                       // A [N, P]             workspace
-  void* grad_hidden;                                                                  // A [N, P]             workspace
-  void* partial_context;                                                              // A [slabs of P, N, C] workspace
+  Companion w1;  // as in TransformBranch, and so are the next three
+  Companion norm_weight;
+  Companion norm_bias;
+  Companion w2;
+  const void* normalized;         // A [N, P] of the forward pass
+  const void* inverse_deviation;  // A [N]    of the forward pass
+  const void* grad_out;           // A [N, C]
+  Gate gate;                      // that the output went through
+  const void* gate_out;           // A [N, C] the output of the gate, or null without a gate
+  CompanionOut grad_w1;           // like w1 out, or null, and so are the next five
+  CompanionOut grad_b1;
+  CompanionOut grad_norm_weight;
+  CompanionOut grad_norm_bias;
+  CompanionOut grad_w2;
+  CompanionOut grad_b2;
+  void* partial_y;        // A [slabs_down of W2, N, P] workspace
+  void* grad_y;           // A [N, P]                   workspace
+  void* grad_hidden;      // A [N, P]                   workspace
+  void* partial_context;  // A [slabs_down of W1, N, C] workspace
 };
 
 struct TransformBackwardArgs {
   PhaseGrid grid;
-  unsigned* counters;  // [kPhaseCounters, then one a kWarp channels], 0 before and after
+  unsigned* counters;  // [kPhaseCounters, then slabs_across of W1], 0 before and after
   int images, channels, branches;
-  const void* context;  // A, image n's from n * context_stride on
+  const void* context;  // A, image n's [C] from n * context_stride on
   long long context_stride;
   double factor;  // of grad_context
   Activation activation;

@@ -14,8 +14,17 @@
 
 #if defined(__CUDACC__)
 #define GC_BOTH __host__ __device__ constexpr
+#define GC_SHARED __device__ __forceinline__
 #else
 #define GC_BOTH constexpr
+#define GC_SHARED \
+  inline  // of a kernel's Shared: its plan constructs that on the host, nvcc compiles it for the GPU only
+#endif
+
+// Kernels' headers are included where there is no CUDA toolkit, too: plans read the facts in them. What only compiles
+// for a GPU, or for the tests that run kernels on the CPU, stands behind this.
+#if defined(__CUDACC__) || defined(GC_HOST_RUN)
+#define GC_DEVICE_CODE
 #endif
 
 namespace gc {

@@ -1,13 +1,33 @@
-// What the forward and the backward kernel of the transform share.
+// What the forward and the backward kernel of the transform share. The transform is the pair of small matrix products
+// between pooling and broadcast.
 #pragma once
 
-#include "phases.h"
-#include "tile.h"
-#include "transform_geometry.h"
+#include "args.h"
+#include "geometry.h"
 
 namespace gc {
 
-// The functions and their derivatives are PyTorch's, with its results for NaN and at the edges.
+inline constexpr int kTransformThreads = 256;
+inline constexpr int kTransformWarps = kTransformThreads / kWarp;
+
+// Sums of many terms are made in two levels: chains of this many terms are added up one after the other, and so are the
+// chains' sums. The length is about the root of `count`, so that rounding errors hardly grow with the number of terms.
+// It is a multiple of `least`, and like `least` a power of two.
+GC_BOTH int chain_length(int count, int least) {
+  long long length = least;
+  while (length * length < count) length *= 2;
+  return static_cast<int>(length);
+}
+
+}  // namespace gc
+
+#if defined(GC_DEVICE_CODE)
+#include "phases.h"
+#include "tile.h"
+
+namespace gc {
+
+// The activations, the gates and their derivatives are PyTorch's, with its results for NaN and at the edges.
 
 template <typename A>
 GC_DEVICE A sigmoid(A v) {
@@ -29,7 +49,7 @@ GC_DEVICE A activate(Activation activation, A v) {
   return v * six_at_most(v) / A(6);
 }
 
-// The gradient before the activation from that behind it.
+// The gradient of the activation's input v from that of its output.
 template <typename A>
 GC_DEVICE A activate_backward(Activation activation, A grad, A v) {
   if (activation == Activation::kReLU) return v <= A(0) ? A(0) : grad;
@@ -47,14 +67,14 @@ GC_DEVICE A pass_gate(Gate gate, A v) {
   return gate == Gate::kSigmoid ? sigmoid(v) : six_at_most(v) / A(6);
 }
 
-// The gradient before the gate from that behind it and from what left it.
+// The gradient of the gate's input from that of its output and from the output itself.
 template <typename A>
 GC_DEVICE A gate_backward(Gate gate, A grad, A out) {
   if (gate == Gate::kSigmoid) return grad * out * (A(1) - out);
   return out > A(0) && out < A(1) ? grad / A(6) : A(0);
 }
 
-// What goes into the activation: the norm's weight and bias on what it left, or that itself without a norm.
+// The activation's input: norm_weight * normalized + norm_bias, or without a norm just normalized.
 template <typename T, typename Branch>
 GC_DEVICE Acc<T> before_activation(const Branch& branch, Acc<T> normalized, int p) {
   if (branch.norm_weight.data == nullptr) return normalized;
@@ -63,16 +83,16 @@ GC_DEVICE Acc<T> before_activation(const Branch& branch, Acc<T> normalized, int 
 
 // The sum of value(i) for i = first, first + step .. below end, in two levels. kAtOnce: loads in flight.
 template <typename A, int kAtOnce, typename Value>
-GC_DEVICE A sum_in_blocks(int first, int end, int step, const Value& value) {
-  const int block = block_of_terms((end - first) / step + 1, kAtOnce) * step;
+GC_DEVICE A sum_in_chains(int first, int end, int step, const Value& value) {
+  const int length = chain_length((end - first) / step + 1, kAtOnce) * step;
   A sum = 0;
   GC_UNROLL_BY(1)
   while (first < end) {
-    const int block_end = end - first < block ? end : first + block;
-    A part = 0;
+    const int chain_end = end - first < length ? end : first + length;
+    A chain = 0;
     GC_UNROLL_BY(kAtOnce)
-    for (; first < block_end; first += step) part += value(first);
-    sum += part;
+    for (; first < chain_end; first += step) chain += value(first);
+    sum += chain;
   }
   return sum;
 }
@@ -85,3 +105,4 @@ GC_DEVICE A warp_sum(A value) {
 }
 
 }  // namespace gc
+#endif  // GC_DEVICE_CODE

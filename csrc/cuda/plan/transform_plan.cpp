@@ -4,13 +4,11 @@
 #include <sstream>
 #include <stdexcept>
 
-#include "cuda/kernels/transform_geometry.h"
+#include "cuda/kernels/transform_backward.h"
+#include "cuda/kernels/transform_forward.h"
 
 namespace gc {
 namespace {
-
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int shared_array(int64_t count, int bytes) { return static_cast<int>(divide_up(count * bytes, 16) * 16); }
 
 void require(bool holds, const std::string& message) {
   if (!holds) throw std::invalid_argument(message);
@@ -33,7 +31,19 @@ void check(const TransformProblem& p) {
               std::to_string(p.channels) + " channels, " + std::to_string(hidden_max(p)) + " hidden units");
 }
 
-// Blocks for `work` equal pieces: at most two a multiprocessor, as many as can run at a time.
+// What a kernel's Shared takes.
+template <template <typename> class Shared>
+int shared_bytes(ElementType type, int size) {
+  CountingArena arena;
+  if (type == ElementType::kDouble) {
+    Shared<double>{arena, size};
+  } else {
+    Shared<float>{arena, size};
+  }
+  return arena.bytes();
+}
+
+// Blocks for `work` tiles, slabs or images: at most two a multiprocessor, as many as can run at a time.
 int blocks_for(int64_t work, const DeviceLimits& device) {
   return static_cast<int>(std::clamp<int64_t>(work, 1, 2 * device.multiprocessors));
 }
@@ -55,7 +65,7 @@ std::string TransformPlan::to_string() const {
     out << ", loads of " << width << " weights, " << tile_images << " images a tile, rows shared by " << shares[0]
         << " and " << shares[1] << " warps";
   } else {
-    out << ", slabs of " << slab_steps * kSlabStep << " rows";
+    out << ", slabs of " << slab_steps * kStepRows << " rows";
   }
   out << ", " << shared_bytes << " bytes shared, " << workspace << " workspace elements";
   return out.str();
@@ -71,13 +81,12 @@ TransformPlan make_transform_forward_plan(const TransformProblem& p, const Devic
   plan.width = p.pairs && even ? 2 : 1;
 
   // The hidden units of a tile's images lie in shared memory.
-  const int bytes = accumulation_bytes(p.type);
-  const int other = shared_array(1, sizeof(int)) + shared_array(2 * kTransformThreads, bytes);
-  const int64_t fitting = (device.shared_bytes - other) / (hidden_max(p) * bytes);
-  require(fitting >= 1, "hidden units must be at most " + std::to_string((device.shared_bytes - other) / bytes) +
-                            " on this device, got " + std::to_string(hidden_max(p)));
-  plan.tile_images = static_cast<int>(std::min({p.images, int64_t{kManyImages}, fitting}));
-  plan.shared_bytes = other + shared_array(plan.tile_images * hidden_max(p), bytes);
+  const int64_t units =
+      (device.shared_bytes - shared_bytes<TransformForwardShared>(p.type, 0)) / accumulation_bytes(p.type);
+  require(units >= hidden_max(p), "hidden units must be at most " + std::to_string(units) + " on this device, got " +
+                                      std::to_string(hidden_max(p)));
+  plan.tile_images = static_cast<int>(std::min({p.images, int64_t{kManyImages}, units / hidden_max(p)}));
+  plan.shared_bytes = shared_bytes<TransformForwardShared>(p.type, static_cast<int>(plan.tile_images * hidden_max(p)));
 
   plan.grid.phases = 2;
   plan.counters = kPhaseCounters;
@@ -109,27 +118,23 @@ TransformPlan make_transform_backward_plan(const TransformProblem& p, const Devi
   TransformPlan plan{};
   plan.type = p.type;
   plan.width = 1;
-  const auto pieces = [&](int64_t rows, int64_t columns) {
-    return divide_up(rows, plan.slab_steps * kSlabStep) * divide_up(columns, kWarp);
-  };
-  // High slabs leave fewer partial results; lower ones where they would leave multiprocessors idle. A block's images go
-  // by one after the other: many of them take two blocks to a multiprocessor, which hide each other's waiting.
+  // The slabs of W2 and of W1, those of both branches as of one matrix.
+  const auto output_slabs = [&] { return slabs_down(p.channels, plan.slab_steps) * slabs_across(hidden_sum(p)); };
+  const auto input_slabs = [&] { return slabs_down(hidden_sum(p), plan.slab_steps) * slabs_across(p.channels); };
+  // High slabs leave fewer partial results; lower ones are better where high ones would leave multiprocessors idle. A
+  // block's images go by one after the other: where there are many, two blocks of a multiprocessor hide each other's
+  // waiting.
   const int64_t wanted = p.images >= 2 * kSlabImages ? 2 * device.multiprocessors : device.multiprocessors / 2;
-  // In float64 the highest would take more shared memory than a launch has without asking.
-  plan.slab_steps = p.type == ElementType::kDouble ? kMaxSlabSteps / 2 : kMaxSlabSteps;
-  while (plan.slab_steps > 1 &&
-         std::min(pieces(p.channels, hidden_sum(p)), pieces(hidden_sum(p), p.channels)) < wanted) {
-    plan.slab_steps /= 2;
-  }
+  plan.slab_steps = kMaxSlabSteps;
+  const auto bytes = [&] { return shared_bytes<TransformBackwardShared>(p.type, plan.slab_steps); };
+  while (bytes() > kSharedWithoutAsking) plan.slab_steps /= 2;
+  while (plan.slab_steps > 1 && std::min(output_slabs(), input_slabs()) < wanted) plan.slab_steps /= 2;
+  plan.shared_bytes = bytes();
   plan.grid.phases = depth == TransformDepth::kLastLayer ? 1 : 3;
-  plan.counters = kPhaseCounters + (depth == TransformDepth::kContext ? divide_up(p.channels, kWarp) : 0);
-  plan.grid.blocks[0] = blocks_for(pieces(p.channels, hidden_sum(p)), device);
+  plan.grid.blocks[0] = blocks_for(output_slabs(), device);
   plan.grid.blocks[1] = blocks_for(p.images * p.branches, device);
-  plan.grid.blocks[2] = blocks_for(pieces(hidden_sum(p), p.channels), device);
-  const int bytes = accumulation_bytes(p.type);
-  plan.shared_bytes = 2 * shared_array(1, sizeof(int)) +
-                      shared_array(kSlabImages * plan.slab_steps * kSlabStep, bytes) +
-                      shared_array(kSlabScratch, bytes) + shared_array(slab_totals(plan.slab_steps), bytes);
+  plan.grid.blocks[2] = blocks_for(input_slabs(), device);
+  plan.counters = kPhaseCounters + (depth == TransformDepth::kContext ? slabs_across(p.channels) : 0);
   for (int branch = 0; branch < p.branches; ++branch) {
     plan.workspace += backward_workspace(p, plan, branch).total();
   }
@@ -137,15 +142,14 @@ TransformPlan make_transform_backward_plan(const TransformProblem& p, const Devi
 }
 
 TransformWorkspace backward_workspace(const TransformProblem& p, const TransformPlan& plan, int branch) {
-  const int slab_rows = plan.slab_steps * kSlabStep;
   const int64_t hidden = p.images * p.hidden[branch];
   TransformWorkspace workspace{};
   if (plan.grid.phases > 1) {
-    workspace.partial_y = divide_up(p.channels, slab_rows) * hidden;
+    workspace.partial_y = slabs_down(p.channels, plan.slab_steps) * hidden;
     workspace.grad_y = workspace.grad_hidden = hidden;
   }
   if (plan.counters > kPhaseCounters)
-    workspace.partial_context = divide_up(p.hidden[branch], slab_rows) * p.images * p.channels;
+    workspace.partial_context = slabs_down(p.hidden[branch], plan.slab_steps) * p.images * p.channels;
   return workspace;
 }
 

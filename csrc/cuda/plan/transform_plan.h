@@ -19,10 +19,11 @@ struct TransformProblem {
 
 struct TransformPlan {
   ElementType type;
-  int width;        // weights moved by one load; forward
-  int tile_images;  // forward: images of a tile,
-  int shares[2];    // and warps to the length of a row in each phase
-  int slab_steps;   // backward
+  // Forward: weights moved by one load, images of a tile, and in each phase the warps that share the length of a row.
+  int width;
+  int tile_images;
+  int shares[2];
+  int slab_steps;  // backward: a slab has kStepRows rows a step
   PhaseGrid grid;
   int64_t counters;  // 0 before and after the launch
   int shared_bytes;
@@ -31,6 +32,9 @@ struct TransformPlan {
   int blocks() const;
   std::string to_string() const;
 };
+
+// What a launch may have without asking for it. The forward pass asks; slabs are chosen so that the backward pass need not.
+inline constexpr int kSharedWithoutAsking = 48 * 1024;
 
 // How much of the backward pass is wanted.
 enum class TransformDepth : int {

@@ -96,27 +96,36 @@ struct Branch {
   double before(int p, double value) const { return on.norm ? norm_weight[p] * value + norm_bias[p] : value; }
 
   TransformGradients args() {
-    const auto out = [](bool want, SmallVector<T>& vector) { return want ? vector.out() : CompanionOut{}; };
-    return {hidden,
-            w1.companion(),
-            on.norm ? norm_weight.companion() : Companion{},
-            on.norm ? norm_bias.companion() : Companion{},
-            w2.companion(),
-            normalized.data(),
-            inverse_deviation.data(),
-            grad_out.data(),
-            gate,
-            gate_out.data(),
-            out(wanted.weights, grad_w1),
-            out(wanted.vectors, grad_b1),
-            out(wanted.vectors && on.norm, grad_norm_weight),
-            out(wanted.vectors && on.norm, grad_norm_bias),
-            out(wanted.weights, grad_w2),
-            out(wanted.vectors, grad_b2),
-            partial_y.data(),
-            grad_y.data(),
-            grad_hidden.data(),
-            partial_context.data()};
+    TransformGradients args{};
+    args.hidden = hidden;
+    args.w1 = w1.companion();
+    if (on.norm) {
+      args.norm_weight = norm_weight.companion();
+      args.norm_bias = norm_bias.companion();
+    }
+    args.w2 = w2.companion();
+    args.normalized = normalized.data();
+    args.inverse_deviation = inverse_deviation.data();
+    args.grad_out = grad_out.data();
+    args.gate = gate;
+    args.gate_out = gate_out.data();
+    if (wanted.weights) {
+      args.grad_w1 = grad_w1.out();
+      args.grad_w2 = grad_w2.out();
+    }
+    if (wanted.vectors) {
+      args.grad_b1 = grad_b1.out();
+      args.grad_b2 = grad_b2.out();
+    }
+    if (wanted.vectors && on.norm) {
+      args.grad_norm_weight = grad_norm_weight.out();
+      args.grad_norm_bias = grad_norm_bias.out();
+    }
+    args.partial_y = partial_y.data();
+    args.grad_y = grad_y.data();
+    args.grad_hidden = grad_hidden.data();
+    args.partial_context = partial_context.data();
+    return args;
   }
 
   double before_activation(int n, int p) const {

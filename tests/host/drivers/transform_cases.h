@@ -2,7 +2,6 @@
 #pragma once
 
 #include "cuda/kernels/args.h"
-#include "cuda/kernels/transform_geometry.h"
 #include "feature_map.h"
 
 namespace gc::drivers {

@@ -1,4 +1,6 @@
 // transform_forward (csrc/cuda/kernels/transform_forward.h) against plain loops.
+#include "cuda/kernels/transform_forward.h"
+
 #include "transform_cases.h"
 
 namespace gc::drivers {
@@ -41,18 +43,22 @@ struct Branch {
   }
 
   TransformBranch args() {
-    return {hidden,
-            w1.companion(),
-            b1.companion(),
-            on.norm ? norm_weight.companion() : Companion{},
-            on.norm ? norm_bias.companion() : Companion{},
-            w2.companion(),
-            b2.companion(),
-            gate,
-            products.data(),
-            normalized.data(),
-            inverse_deviation.data(),
-            out.data()};
+    TransformBranch args{};
+    args.hidden = hidden;
+    args.w1 = w1.companion();
+    args.b1 = b1.companion();
+    if (on.norm) {
+      args.norm_weight = norm_weight.companion();
+      args.norm_bias = norm_bias.companion();
+    }
+    args.w2 = w2.companion();
+    args.b2 = b2.companion();
+    args.gate = gate;
+    args.products = products.data();
+    args.normalized = normalized.data();
+    args.inverse_deviation = inverse_deviation.data();
+    args.out = out.data();
+    return args;
   }
 
   void check(int n, const double* context) const {
