@@ -7,13 +7,44 @@
 //
 // x, out, grad, grad_x [N, C, S] or [N, S, C]; scale, term [N, C].
 //
-// Decomposition: block (image * splits + split, chunk) walks the tiles of its pixel range for its chunk of channels.
-// The sums of the backward are combined as in pool_forward: in registers, over the block's pixel threads, and over the
-// splits in order by the last block of an image and chunk.
+// Decomposition: block (image * splits + split, chunk) walks the tiles of its split for its chunk of channels. The sums
+// of the backward are combined as in pool_forward: in registers, over the block's pixel threads, and over the splits in
+// order by the last blocks of an image and chunk.
 //
 // Moves: forward x and out once; backward grad, x and grad_x once (N*C*S elements each).
 #pragma once
 
+#include "args.h"
+#include "traits.h"
+
+namespace gc {
+
+struct BroadcastTraits : KernelTraits {
+  static constexpr KernelKind kKind = KernelKind::kBroadcast;
+  static constexpr const char* kName = "broadcast";
+  static constexpr int kWaves = 4;
+  static constexpr bool kBackwards = true;
+  static constexpr int kFlatRows = 8;
+};
+
+// A partial result is the sums of both gradients over pixels.
+struct BroadcastMulBackwardTraits : KernelTraits {
+  static constexpr KernelKind kKind = KernelKind::kBroadcastMulBackward;
+  static constexpr const char* kName = "broadcast_mul_backward";
+  static constexpr int kRows = 4;  // of two maps
+  static constexpr Merge kMerge = Merge::kImage;
+  static constexpr int kPartialVectors = 2;
+
+  template <typename A>
+  static GC_BOTH void take_shared(CountingArena& arena, const BlockTile& tile, const Walk& walk, bool) {
+    arena.take<A>(tile.over_pixels(2 * tile.thread_channels));  // scratch
+    if (walk.splits > 1) arena.take<int>(1);                    // flag
+  }
+};
+
+}  // namespace gc
+
+#if defined(GC_DEVICE_CODE)
 #include "split_merge.h"
 #include "tile.h"
 
@@ -24,6 +55,7 @@ GC_KERNEL(kMaxThreads, 1)
 broadcast(const BroadcastArgs args) {
   using A = Acc<T>;
   using TileT = Tile<T, kLayout, kRows, kWidth>;
+  static_assert(has_tile<BroadcastTraits>(kRows, kLayout, sizeof(T)), "no plan has such tiles");
   const typename TileT::Map map(args.walk);
 
   A scale[TileT::kChannels];
@@ -54,13 +86,14 @@ broadcast(const BroadcastArgs args) {
   }
 }
 
-// NCHW with rows that are no multiple of a vector, in images that are: an image as one run of full vectors, which may
-// reach from one channel into the next. A tile is kRows vectors a thread.
+// For NCHW where a row is not a multiple of a vector but the image is: takes the image as one contiguous range of full
+// vectors, which may reach from one channel into the next. A tile is kRows vectors a thread.
 template <typename T, int kRows, bool kScale, bool kTerm>
 GC_KERNEL(kMaxThreads, 1)
 broadcast_flat(const BroadcastArgs args) {
   using A = Acc<T>;
   constexpr int kStep = kElements<T>;
+  static_assert(kRows == BroadcastTraits::kFlatRows, "no plan has such tiles");
   const Walk& walk = args.walk;
   const int block = walk.backwards ? port::grid_x() - 1 - port::block_x() : port::block_x();
   const int image = block / walk.splits;
@@ -112,6 +145,8 @@ broadcast_mul_backward(const BroadcastMulBackwardArgs args) {
   using A = Acc<T>;
   using TileT = Tile<T, kLayout, kRows, kWidth>;
   constexpr int kChannels = TileT::kChannels;
+  using Traits = BroadcastMulBackwardTraits;
+  static_assert(has_tile<Traits>(kRows, kLayout, sizeof(T)), "no plan has such tiles");
   const typename TileT::Map map(args.walk);
 
   A scale[kChannels];
@@ -152,13 +187,13 @@ broadcast_mul_backward(const BroadcastMulBackwardArgs args) {
   port::sync_block<kSyncGradSum>();
   OverPixels<kLayout, 2 * kChannels>::collect(map, sums, scratch);
 
-  // Of both sums, a row of each part and each group of parts.
+  // Of both sums, a row for each partial result.
   const int rows = merged_rows(args.walk.splits, args.walk.group);
   A* const products = static_cast<A*>(args.partial_sums) + map.channels0() * rows;
   A* const grads = products + static_cast<long long>(args.walk.images) * rows * map.channels;
-  const auto put = [&](int to, const CompanionOut& result, A* parts, int channel, A sum) {
+  const auto put = [&](int to, const CompanionOut& result, A* partials, int channel, A sum) {
     if (to != kMergedResult) {
-      parts[static_cast<long long>(to) * map.channels + channel] = sum;
+      partials[static_cast<long long>(to) * map.channels + channel] = sum;
     } else {
       write<T>(result, map.channels0() + channel, sum);
     }
@@ -175,15 +210,16 @@ broadcast_mul_backward(const BroadcastMulBackwardArgs args) {
   if (args.walk.splits == 1) return;
   int* const flag = arena.take<int>(1);
   unsigned* const tickets = args.tickets + map.image_chunk() * merge_tickets(args.walk.splits, args.walk.group);
-  const auto add = [&](int first, int count, int to, const CompanionOut& result, A* parts) {
-    add_rows(
-        map, parts + static_cast<long long>(first) * map.channels, count, [](int) { return A(1); },
-        [&](int channel, A sum) { put(to, result, parts, channel, sum); });
+  const auto add = [&](int first, int count, int to, const CompanionOut& result, A* partials) {
+    add_partials(
+        map, partials + static_cast<long long>(first) * map.channels, count, [](int) { return A(1); },
+        [&](int channel, A sum) { put(to, result, partials, channel, sum); });
   };
-  merge_parts(map.split, args.walk.splits, args.walk.group, tickets, flag, [&](int first, int count, int to) {
+  merge_partials(map.split, args.walk.splits, args.walk.group, tickets, flag, [&](int first, int count, int to) {
     add(first, count, to, args.grad_scale, products);
     if (args.grad_term.data != nullptr) add(first, count, to, args.grad_term, grads);
   });
 }
 
 }  // namespace gc
+#endif  // GC_DEVICE_CODE

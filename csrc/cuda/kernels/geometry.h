@@ -1,5 +1,5 @@
 // How a block's threads and registers are laid over a feature map: shared by the kernels and by the host's launch
-// plans.
+// plans. README.md says what each word for a piece of work means.
 //
 // A tile is rows x contiguous elements. In NCHW a row is a channel and the elements are its pixels; in NHWC
 // (channels_last) a row is a pixel and the elements are its channels. A thread keeps `rows` vectors of 16 bytes, so
@@ -12,13 +12,13 @@
 //            +------------------------------------+
 #pragma once
 
+// GC_SHARED: of a Shared that a plan makes on the host, which nvcc need not compile for it.
 #if defined(__CUDACC__)
 #define GC_BOTH __host__ __device__ constexpr
 #define GC_SHARED __device__ __forceinline__
 #else
 #define GC_BOTH constexpr
-#define GC_SHARED \
-  inline  // of a kernel's Shared: its plan constructs that on the host, nvcc compiles it for the GPU only
+#define GC_SHARED inline
 #endif
 
 // Kernels' headers are included where there is no CUDA toolkit, too: plans read the facts in them. What only compiles
@@ -41,8 +41,8 @@ struct TileShape {
 };
 
 // The work of a launch: every image's pixels in `splits` ranges of whole tiles, every tile's channels in chunks.
-// Block (image * splits + split, chunk); backwards, the first blocks to run take the last images, which a pass over x
-// just before has left in the second-level cache.
+// Block (image * splits + split, chunk) takes one split of one chunk. With `backwards`, the first blocks to run take
+// the last images, which a pass over x just before has left in the second-level cache.
 struct Walk {
   int images, channels, pixels;
   int splits, tiles_per_split;
@@ -51,9 +51,10 @@ struct Walk {
   TileShape shape;
 };
 
-// The two thread axes seen from the mathematics: who shares a pixel, who shares a channel.
 GC_BOTH bool channels_are_fast(Layout layout) { return layout == Layout::kNHWC; }
 
+// The two thread axes as mathematics sees them: a thread shares its pixels with the other channel threads, its channels
+// with the other pixel threads.
 GC_BOTH int channel_threads(Layout layout, TileShape shape) {
   return channels_are_fast(layout) ? shape.fast_threads : shape.slow_threads;
 }
@@ -61,16 +62,7 @@ GC_BOTH int pixel_threads(Layout layout, TileShape shape) {
   return channels_are_fast(layout) ? shape.slow_threads : shape.fast_threads;
 }
 
-// `parts` partial results of different blocks become one in two rounds (split_merge.h): each `group` of them leaves a
-// partial result of its own behind them, unless it is the only one.
-GC_BOTH int groups_of(int parts, int group) { return (parts + group - 1) / group; }
-GC_BOTH int merged_rows(int parts, int group) { return parts > group ? parts + groups_of(parts, group) : parts; }
-GC_BOTH int merged_at_most(int parts, int group) {  // in one round
-  return groups_of(parts, group) > group ? groups_of(parts, group) : group;
-}
-GC_BOTH int merge_tickets(int parts, int group) { return parts > group ? groups_of(parts, group) + 1 : 1; }
-
-// A reduction over one axis is finished inside each warp by shuffles; what is left are this many values a kept index.
+// A reduction over one axis is finished inside each warp by shuffles. This many values for each kept index remain.
 GC_BOTH int axis_slots(bool over_fast, TileShape shape) {
   if (over_fast) return shape.fast_threads > kWarp ? shape.fast_threads / kWarp : 1;
   const int warps = shape.fast_threads * shape.slow_threads / kWarp;
@@ -82,7 +74,7 @@ GC_BOTH int axis_scratch(bool over_fast, TileShape shape, int count) {
   return axis_slots(over_fast, shape) * (over_fast ? shape.slow_threads : shape.fast_threads) * count;
 }
 
-// The same by meaning: for a reduction over the channel threads, and over the pixel threads.
+// The same for a reduction over the channel threads, and over the pixel threads.
 GC_BOTH int over_channels_scratch(Layout layout, TileShape shape, int count) {
   return axis_scratch(channels_are_fast(layout), shape, count);
 }
@@ -90,22 +82,51 @@ GC_BOTH int over_pixels_scratch(Layout layout, TileShape shape, int count) {
   return axis_scratch(!channels_are_fast(layout), shape, count);
 }
 
-// Elements of shared memory for a thread's share of `vectors` interleaved vectors over the channels. Runs of several
-// vectors end in a gap of 16 bytes: without it those of neighbouring threads would begin in the same banks.
-GC_BOTH int staged_run(int channels, int vectors, int element_bytes) {
+// A block's tile, in channels and pixels.
+struct BlockTile {
+  Layout layout;
+  TileShape shape;
+  int thread_channels, thread_pixels;  // what one thread holds
+
+  GC_BOTH int channels() const { return thread_channels * channel_threads(layout, shape); }
+  GC_BOTH int pixels() const { return thread_pixels * pixel_threads(layout, shape); }
+  GC_BOTH int over_channels(int count) const { return over_channels_scratch(layout, shape, count); }
+  GC_BOTH int over_pixels(int count) const { return over_pixels_scratch(layout, shape, count); }
+};
+
+// `rows` vectors of `elements` a thread.
+GC_BOTH BlockTile block_tile(Layout layout, TileShape shape, int rows, int elements) {
+  return channels_are_fast(layout) ? BlockTile{layout, shape, elements, rows}
+                                   : BlockTile{layout, shape, rows, elements};
+}
+
+// `partials` partial results of different blocks become one in two rounds (split_merge.h). Each `group` of them leaves
+// a partial result of its own, in a row after theirs, unless it is the only group.
+GC_BOTH int groups_of(int partials, int group) { return (partials + group - 1) / group; }
+GC_BOTH int merged_rows(int partials, int group) {
+  return partials > group ? partials + groups_of(partials, group) : partials;
+}
+GC_BOTH int merged_at_most(int partials, int group) {  // in one round
+  return groups_of(partials, group) > group ? groups_of(partials, group) : group;
+}
+GC_BOTH int merge_tickets(int partials, int group) { return partials > group ? groups_of(partials, group) + 1 : 1; }
+
+// Elements of shared memory that a thread takes for `vectors` interleaved vectors over its channels. Several vectors
+// are followed by a gap of 16 bytes: without it, those of neighbouring threads would begin in the same banks.
+GC_BOTH int staged_elements(int channels, int vectors, int element_bytes) {
   return channels * vectors + (vectors > 1 ? kVectorBytes / element_bytes : 0);
 }
 
-// Stands for the block's shared memory (port::SharedArena) on the host, and only counts. A kernel's Shared takes the same
-// arrays from either, so that a plan's number of bytes is the kernel's own.
+// Stands for a block's shared memory (port::SharedArena) in a plan, and only counts: a kernel's traits take the same
+// arrays from it as the kernel.
 class CountingArena {
  public:
   template <typename T>
-  constexpr T* take(int count) {
+  GC_BOTH T* take(int count) {
     bytes_ += (count * static_cast<int>(sizeof(T)) + kVectorBytes - 1) / kVectorBytes * kVectorBytes;
     return nullptr;
   }
-  constexpr int bytes() const { return bytes_; }
+  GC_BOTH int bytes() const { return bytes_; }
 
  private:
   int bytes_ = 0;

@@ -1,14 +1,38 @@
-// dots[n, s] = vector[n] . (x[n, :, s] - offset[n]) + bias: one dot product over the channels for every pixel; without
-// an offset for the logits, and with the context for the gradients of attention.
+// One dot product over the channels for every pixel:
 //
-// Only for feature maps with too many channels for a block's registers: the pooling kernels then take these as given
-// instead of computing them from the registers they already hold. vector [N or 1, C], offset [N, C], x [N, C, S] or [N,
-// S, C].
+//   dots[n, s] = vector[n] . (x[n, :, s] - offset[n]) + bias
 //
-// Decomposition: block image * splits + split walks the tiles of its pixel range, and for each tile the chunks of
-// channels. Moves: x once (N*C*S elements), writes N*S values of the accumulation type.
+// The forward pass makes its logits with this, without an offset; the backward pass makes the gradients of its
+// attention, with the context as the offset. Both do so only for feature maps with too many channels for a block's
+// registers: the pooling kernels then take the dot products as given.
+//
+// vector [N or 1, C], offset [N, C], x [N, C, S] or [N, S, C].
+//
+// Decomposition: block image * splits + split walks the tiles of its split, and for each tile the chunks of channels.
+//
+// Moves: x once (N*C*S elements), writes N*S values of the accumulation type.
 #pragma once
 
+#include "args.h"
+#include "traits.h"
+
+namespace gc {
+
+struct PixelDotTraits : KernelTraits {
+  static constexpr KernelKind kKind = KernelKind::kPixelDot;
+  static constexpr const char* kName = "pixel_dot";
+  static constexpr bool kWalksChunks = true;
+  static constexpr int kWaves = 4;
+
+  template <typename A>
+  static GC_BOTH void take_shared(CountingArena& arena, const BlockTile& tile, const Walk&, bool) {
+    arena.take<A>(2 * tile.over_channels(tile.thread_pixels));  // dots
+  }
+};
+
+}  // namespace gc
+
+#if defined(GC_DEVICE_CODE)
 #include "tile.h"
 
 namespace gc {
@@ -20,6 +44,7 @@ pixel_dot(const PixelDotArgs args) {
   using TileT = Tile<T, kLayout, kRows, kWidth>;
   constexpr int kChannels = TileT::kChannels;
   constexpr int kPixels = TileT::kPixels;
+  static_assert(has_tile<PixelDotTraits>(kRows, kLayout, sizeof(T)), "no plan has such tiles");
 
   typename TileT::Map map(args.walk);
   const T* const x = static_cast<const T*>(args.x) + map.image0();
@@ -30,7 +55,7 @@ pixel_dot(const PixelDotArgs args) {
 
   port::SharedArena arena;
   const int dot_count = over_channels_scratch(kLayout, map.shape, kPixels);
-  A* const dot_scratch = arena.take<A>(2 * dot_count);
+  const ScratchInTurn<A> dots{arena.take<A>(2 * dot_count), dot_count};
 
   for (int tile_index = map.first_tile; tile_index < map.end_tile; ++tile_index) {
     const int pixel0 = tile_index * map.tile_pixels();
@@ -40,22 +65,21 @@ pixel_dot(const PixelDotArgs args) {
     for (map.channel0 = 0; map.channel0 < map.channels; map.channel0 += map.tile_channels()) {
       TileT tile;
       tile.load(x, map, pixel0);
-      A part[kPixels];  // of this chunk: the chains of additions stay short
+      A chunk_dot[kPixels];  // added up by itself: the chains of additions stay short
       GC_UNROLL
-      for (int p = 0; p < kPixels; ++p) part[p] = 0;
+      for (int p = 0; p < kPixels; ++p) chunk_dot[p] = 0;
       GC_UNROLL
       for (int c = 0; c < kChannels; ++c) {
         const bool inside = map.channel(c) < map.channels;
         const A weight = inside ? read<T>(args.vector, vector0 + map.channel(c)) : A(0);
         const A zero = inside && offset != nullptr ? offset[map.channel(c)] : A(0);
         GC_UNROLL
-        for (int p = 0; p < kPixels; ++p) part[p] += weight * (tile(c, p) - zero);
+        for (int p = 0; p < kPixels; ++p) chunk_dot[p] += weight * (tile(c, p) - zero);
       }
       GC_UNROLL
-      for (int p = 0; p < kPixels; ++p) dot[p] += part[p];
+      for (int p = 0; p < kPixels; ++p) dot[p] += chunk_dot[p];
     }
-    // Two scratch areas in turn: who writes one again has passed the barrier after which nobody reads it.
-    A* const scratch = dot_scratch + (tile_index & 1) * dot_count;
+    A* const scratch = dots.of_tile(tile_index);
     OverChannels<kLayout, kPixels>::publish(map, dot, scratch);
     port::sync_block<kSyncPixelDot>();
     OverChannels<kLayout, kPixels>::collect(map, dot, scratch);
@@ -70,3 +94,4 @@ pixel_dot(const PixelDotArgs args) {
 }
 
 }  // namespace gc
+#endif  // GC_DEVICE_CODE

@@ -1,13 +1,14 @@
 // Backward of softmax pooling, in one launch and one read of x. With gc = grad_context[n] and a = softmax(logits[n]):
 //
-//   grad_logits[s] = a[s] * (gc . (x[:, s] - context))
-//   grad_x[:, s]   = a[s] * gc + grad_logits[s] * mask_weight       (the second term with a mask)
-//   grad_mask_weight = sum of grad_logits[s] * (x[:, s] - context)  (with a mask; over n and s)
+//   grad_logits[s]   = a[s] * (gc . (x[:, s] - context))
+//   grad_x[:, s]     = a[s] * gc + grad_logits[s] * mask_weight         (the second term with a mask)
+//   grad_mask_weight = sum of grad_logits[s] * (x[:, s] - context)      (with a mask; over n and s)
 //
-// With kBlock, the same for a whole context block, whose out = x * scale + ...: grad_x gains grad * scale.
+// With kBlock, the same for a whole context block, whose out = x * scale + ...: grad_x gains grad * scale. With
+// kLogits, grad_logits is written instead of being folded into grad_x.
 //
-// The softmax's inner product sum_s a[s] * (gc . x[:, s]) equals gc . context, which the forward pass has kept: so
-// every pixel is on its own. With kLogits, grad_logits is written instead of being folded into grad_x.
+// The softmax's inner product sum_s a[s] * (gc . x[:, s]) equals gc . context, which the forward pass has kept: so the
+// pixels do not depend on each other.
 //
 // x is taken relative to the context wherever it meets a gradient of the logits. gc . x - gc . context would leave the
 // rounding errors of two large numbers where they cancel, which is everywhere where one pixel has all the weight: there
@@ -21,15 +22,57 @@
 // Moves: x once, grad_x once, with kBlock grad once (N*C*S elements each), logits once (N*S accumulation type).
 #pragma once
 
+#include "args.h"
+#include "traits.h"
+
+namespace gc {
+
+// The kinds. A partial result is the sums that are the weight gradient.
+template <PoolGradient kGradient_>
+struct PoolBackwardTraits : KernelTraits {
+  static constexpr PoolGradient kGradient = kGradient_;
+  static constexpr bool kMask = kGradient != PoolGradient::kLogits;
+  static constexpr bool kBlock = kGradient == PoolGradient::kBlock;
+
+  static constexpr KernelKind kKind = kBlock  ? KernelKind::kPoolBackwardBlock
+                                      : kMask ? KernelKind::kPoolBackwardMask
+                                              : KernelKind::kPoolBackwardLogits;
+  static constexpr const char* kName = kBlock  ? "pool_backward_block"
+                                       : kMask ? "pool_backward_mask"
+                                               : "pool_backward_logits";
+  static constexpr int kTallRows = 16;
+  static constexpr bool kWholeChannels = true;
+  static constexpr bool kBackwards = true;
+  static constexpr Merge kMerge = kMask ? Merge::kAll : Merge::kNone;
+  static constexpr int kPartialVectors = kMask ? 1 : 0;
+
+  // As measured on an H100. A tile of 16 rows leaves no registers to fetch more than one row of the gradient at a time.
+  static constexpr TileChoice kChoices[] = {{8, 256, kLongRow},  {8, 512, kLongRow}, {16, 512, kLongRow},
+                                            {16, 512, kFairRow}, {16, 512, 0},       {8, 512, 0}};
+  static GC_BOTH TileChoices choices(int /*element_bytes*/) { return kChoices; }
+
+  // Of each channel, side by side: grad_context, the context, the mask weight, the scale.
+  static constexpr int kStaged = kBlock ? 4 : kMask ? 3 : 2;
+  template <typename A>
+  static GC_BOTH void take_shared(CountingArena& arena, const BlockTile& tile, const Walk&, bool dots_given) {
+    const int threads = channel_threads(tile.layout, tile.shape);
+    arena.take<A>(staged_elements(tile.thread_channels, kStaged, sizeof(A)) * threads);  // staged
+    if (!dots_given) arena.take<A>(2 * tile.over_channels(tile.thread_pixels));          // dots
+    if (kMask) arena.take<A>(tile.over_pixels(tile.thread_channels));                    // sum_scratch
+    if (kMask) arena.take<int>(1);                                                       // flag
+  }
+};
+
+}  // namespace gc
+
+#if defined(GC_DEVICE_CODE)
 #include "softmax.h"
 #include "split_merge.h"
 #include "tile.h"
 
 namespace gc {
 
-// Taller tiles serve only launches whose blocks hold all channels: they never take `dots`, and spare its registers.
-inline constexpr int kDotsRows = 8;
-// Vectors of grad that a thread fetches together, as far as registers go beside the tile's.
+// Vectors of grad that a thread fetches together, as far as there are registers beside the tile's.
 template <typename T, int kRows>
 inline constexpr int kGradRows = kRows > 8        ? 1
                                  : sizeof(T) == 2 ? 4
@@ -42,8 +85,11 @@ pool_backward(const PoolBackwardArgs args) {
   using TileT = Tile<T, kLayout, kRows, kWidth>;
   constexpr int kChannels = TileT::kChannels;
   constexpr int kPixels = TileT::kPixels;
-  constexpr bool kMask = kGradient != PoolGradient::kLogits;
-  constexpr bool kBlock = kGradient == PoolGradient::kBlock;
+  using Traits = PoolBackwardTraits<kGradient>;
+  constexpr bool kMask = Traits::kMask;
+  constexpr bool kBlock = Traits::kBlock;
+  constexpr int kStaged = Traits::kStaged;
+  static_assert(has_tile<Traits>(kRows, kLayout, sizeof(T)), "no plan has such tiles");
 
   const typename TileT::Map map(args.walk);
   const A* const state = static_cast<const A*>(args.state) + map.state0();
@@ -51,11 +97,9 @@ pool_backward(const PoolBackwardArgs args) {
   const A inverse_z = A(1) / state[1];
 
   port::SharedArena arena;
-  // Of each channel, side by side: grad_context, the context, the mask weight, the scale.
-  constexpr int kStaged = kBlock ? 4 : kMask ? 3 : 2;
-  A* staged = arena.take<A>(staged_run(kChannels, kStaged, sizeof(A)) * channel_threads(kLayout, map.shape));
+  A* staged = arena.take<A>(staged_elements(kChannels, kStaged, sizeof(A)) * channel_threads(kLayout, map.shape));
   const int dot_count = over_channels_scratch(kLayout, map.shape, kPixels);
-  A* const dot_scratch = arena.take<A>(args.dots == nullptr ? 2 * dot_count : 0);
+  const ScratchInTurn<A> dots{arena.take<A>(args.dots == nullptr ? 2 * dot_count : 0), dot_count};
   stage_channels<kStaged>(map, staged, [&](int c) { return read<T>(args.grad_context, map.channels0() + c); });
   stage_channels<kStaged>(map, staged + 1, [&](int c) { return state[2 + c]; });
   if constexpr (kMask) stage_channels<kStaged>(map, staged + 2, [&](int c) { return read<T>(args.mask_weight, c); });
@@ -65,8 +109,8 @@ pool_backward(const PoolBackwardArgs args) {
                             [&](int c) { return scaled ? read<T>(args.scale, map.channels0() + c) : A(1); });
   }
   port::sync_block<kSyncGradStaged>();
-  staged += map.channel_thread() * staged_run(kChannels, kStaged, sizeof(A));
-  // The tile's registers take x - context, but those of half the size, which it would be rounded for.
+  staged += map.channel_thread() * staged_elements(kChannels, kStaged, sizeof(A));
+  // The tile's registers take x - context, unless it would have to be rounded for them.
   constexpr bool kCentred = sizeof(T) == sizeof(A);
 
   A weight_sums[kChannels];
@@ -89,7 +133,8 @@ pool_backward(const PoolBackwardArgs args) {
     const auto centred = [&](int c, int p) { return kCentred ? tile(c, p) : tile(c, p) - staged[c * kStaged + 1]; };
 
     A grad_logit[kPixels];  // gc . (x - context) first
-    if (kRows > kDotsRows || args.dots == nullptr) {
+    // Only blocks with all channels have tall tiles: they never take `dots`, and spare its registers.
+    if (kRows == Traits::kTallRows || args.dots == nullptr) {
       GC_UNROLL
       for (int p = 0; p < kPixels; ++p) grad_logit[p] = 0;
       GC_UNROLL
@@ -98,8 +143,7 @@ pool_backward(const PoolBackwardArgs args) {
         GC_UNROLL
         for (int p = 0; p < kPixels; ++p) grad_logit[p] += g * centred(c, p);
       }
-      // Two scratch areas in turn: who writes one again has passed the barrier after which nobody reads it.
-      A* const scratch = dot_scratch + (tile_index & 1) * dot_count;
+      A* const scratch = dots.of_tile(tile_index);
       OverChannels<kLayout, kPixels>::publish(map, grad_logit, scratch);
       tile.keep_packed();
       port::sync_block<kSyncGradDot>();
@@ -164,30 +208,32 @@ pool_backward(const PoolBackwardArgs args) {
     OverPixels<kLayout, kChannels>::publish(map, weight_sums, sum_scratch);
     port::sync_block<kSyncWeightSum>();
     OverPixels<kLayout, kChannels>::collect(map, weight_sums, sum_scratch);
-    // One part for each block of the chunk, of all images.
-    A* const rows = static_cast<A*>(args.partial_weight);
-    const int part = map.block_of(args.walk);
+    // One partial result for each block of the chunk, of all images.
+    A* const partials = static_cast<A*>(args.partial_weight);
+    const int own = map.block_of(args.walk);
     if (map.pixel_thread() == 0) {
       GC_UNROLL
       for (int c = 0; c < kChannels; ++c) {
         if (map.channel(c) < map.channels)
-          rows[static_cast<long long>(part) * map.channels + map.channel(c)] = weight_sums[c];
+          partials[static_cast<long long>(own) * map.channels + map.channel(c)] = weight_sums[c];
       }
     }
-    const int parts = args.walk.images * args.walk.splits;
-    merge_parts(part, parts, args.walk.group, args.tickets + port::block_y() * merge_tickets(parts, args.walk.group),
-                flag, [&](int first, int count, int to) {
-                  add_rows(
-                      map, rows + static_cast<long long>(first) * map.channels, count, [](int) { return A(1); },
-                      [&](int c, A sum) {
-                        if (to == kMergedResult) {
-                          write<T>(args.grad_weight, c, sum);
-                        } else {
-                          rows[static_cast<long long>(to) * map.channels + c] = sum;
-                        }
-                      });
-                });
+    const int count = args.walk.images * args.walk.splits;
+    merge_partials(own, count, args.walk.group, args.tickets + port::block_y() * merge_tickets(count, args.walk.group),
+                   flag, [&](int first, int how_many, int to) {
+                     add_partials(
+                         map, partials + static_cast<long long>(first) * map.channels, how_many,
+                         [](int) { return A(1); },
+                         [&](int c, A sum) {
+                           if (to == kMergedResult) {
+                             write<T>(args.grad_weight, c, sum);
+                           } else {
+                             partials[static_cast<long long>(to) * map.channels + c] = sum;
+                           }
+                         });
+                   });
   }
 }
 
 }  // namespace gc
+#endif  // GC_DEVICE_CODE

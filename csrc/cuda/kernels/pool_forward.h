@@ -9,16 +9,62 @@
 // x [N, C, S] (NCHW) or [N, S, C] (NHWC) -> context [N, C], state [N, C + 2] = (m, z, context unrounded); with kUniform
 // (0, S, context unrounded). Either may be left out.
 //
-// Decomposition: block (image * splits + split, chunk) walks the tiles of its pixel range for its chunk of channels
-// (with kMask the one chunk holds all channels). Every thread keeps kRows vectors of x and a running (m, z, sums over
-// its pixels); threads of the same pixels agree bit for bit, for they read the same dot products. At the end the block
-// combines its pixel threads, writes (m, z, sums) of its split, and the last blocks of an image and chunk merge the
-// splits in order (split_merge.h).
+// Decomposition: block (image * splits + split, chunk) walks the tiles of its split for its chunk of channels (with
+// kMask the one chunk holds all channels). Every thread keeps kRows vectors of x and a running (m, z, sums over its
+// pixels); threads of the same pixels agree bit for bit, for they read the same dot products. At the end the block
+// combines its pixel threads and writes (m, z, sums) as the partial result of its split. The last blocks of an image
+// and chunk merge the partial results in order (split_merge.h).
 //
-// Moves: x once (N*C*S elements), logits once (N*S accumulation type, read or written), N*splits*(C + 2) partial
-// values.
+// Moves: x once (N*C*S elements), logits once (N*S accumulation type, read or written), N*splits*(C + 2) values of
+// partial results.
 #pragma once
 
+#include "args.h"
+#include "traits.h"
+
+namespace gc {
+
+// The kinds. Their partial results are the sums over pixels, and for a softmax m and z.
+template <Weighting kWeighting_>
+struct PoolForwardTraits : KernelTraits {
+  static constexpr Weighting kWeighting = kWeighting_;
+  static constexpr bool kMask = kWeighting == Weighting::kMask;
+  static constexpr bool kSoftmax = kWeighting != Weighting::kUniform;
+
+  static constexpr KernelKind kKind = kMask      ? KernelKind::kPoolMask
+                                      : kSoftmax ? KernelKind::kPoolLogits
+                                                 : KernelKind::kPoolUniform;
+  static constexpr const char* kName = kMask ? "pool_mask" : kSoftmax ? "pool_logits" : "pool_uniform";
+  static constexpr int kTallRows = kMask ? 16 : 0;
+  static constexpr bool kWholeChannels = kMask;
+  static constexpr Merge kMerge = Merge::kImage;
+  static constexpr int kPartialVectors = 1;
+  static constexpr int kPartialValues = kSoftmax ? 2 : 0;
+
+  // As measured on an H100: two blocks of 256 threads on a multiprocessor hide each other's arithmetic, which for
+  // halves is worth more than long rows.
+  static constexpr TileChoice kChoices[] = {{8, 256, kLongRow},  {16, 256, kLongRow}, {8, 512, kLongRow},
+                                            {8, 256, kFairRow},  {16, 256, kFairRow}, {8, 512, kFairRow},
+                                            {16, 512, kFairRow}, {16, 512, 0},        {8, 512, 0}};
+  static constexpr TileChoice kChoicesOfHalves[] = {{8, 256, kFairRow}, {8, 512, kFairRow}, {8, 512, 0}};
+  static GC_BOTH TileChoices choices(int element_bytes) {
+    return element_bytes == 2 ? TileChoices(kChoicesOfHalves) : TileChoices(kChoices);
+  }
+
+  template <typename A>
+  static GC_BOTH void take_shared(CountingArena& arena, const BlockTile& tile, const Walk& walk, bool /*dots_given*/) {
+    if (kMask) arena.take<A>(tile.channels());                             // the mask weights
+    if (kMask) arena.take<A>(2 * tile.over_channels(tile.thread_pixels));  // dots
+    if (kSoftmax) arena.take<A>(tile.over_pixels(1));                      // max_scratch
+    arena.take<A>(tile.over_pixels(tile.thread_channels + 1));             // sum_scratch
+    if (walk.splits > 1) arena.take<int>(1);                               // flag
+    if (kSoftmax && walk.splits > 1) arena.take<A>(3 * merged_at_most(walk.splits, walk.group));
+  }
+};
+
+}  // namespace gc
+
+#if defined(GC_DEVICE_CODE)
 #include "softmax.h"
 #include "split_merge.h"
 #include "tile.h"
@@ -40,13 +86,13 @@ GC_DEVICE void write_stats(const PoolForwardArgs& args, const Map& map, Acc<T> m
   state[1] = kWeighting == Weighting::kUniform ? static_cast<Acc<T>>(map.pixels) : z;
 }
 
-// Merges parts first .. first + count of the block's image and chunk into part `to` or the result: each thread some
-// channels, each channel in the order of the parts. shared: 3 values a part.
+// Merges the partial results first .. first + count of the block's image and chunk into number `to` or the result: each
+// thread some channels, each channel in the order of the partial results. shared: 3 values for each of them.
 template <Weighting kWeighting, typename T, typename Map>
 GC_DEVICE void merge_splits(const PoolForwardArgs& args, const Map& map, int first, int count, int to, Acc<T>* shared) {
   using A = Acc<T>;
   const int rows = merged_rows(args.walk.splits, args.walk.group);
-  A* const parts = static_cast<A*>(args.partial_context) + map.channels0() * rows;
+  A* const sums = static_cast<A*>(args.partial_context) + map.channels0() * rows;
   A* const stats = static_cast<A*>(args.partial_stats) + map.image_chunk() * rows * 2;
   A* const weight = shared + 2 * count;
   A m = minus_infinity<A>();
@@ -59,14 +105,14 @@ GC_DEVICE void merge_splits(const PoolForwardArgs& args, const Map& map, int fir
     port::sync_block<kSyncSplitWeights>();
     for (int k = 0; k < count; ++k) z += weight[k] * shared[2 * k + 1];
   }
-  add_rows(
-      map, parts + static_cast<long long>(first) * map.channels, count,
+  add_partials(
+      map, sums + static_cast<long long>(first) * map.channels, count,
       [&](int k) { return kWeighting == Weighting::kUniform ? A(1) : weight[k]; },
       [&](int channel, A sum) {
         if (to == kMergedResult) {
           write_context<kWeighting, T>(args, map, channel, sum, z);
         } else {
-          parts[static_cast<long long>(to) * map.channels + channel] = sum;
+          sums[static_cast<long long>(to) * map.channels + channel] = sum;
         }
       });
   if (to == kMergedResult) {
@@ -84,18 +130,19 @@ pool_forward(const PoolForwardArgs args) {
   using TileT = Tile<T, kLayout, kRows, kWidth>;
   constexpr int kChannels = TileT::kChannels;
   constexpr int kPixels = TileT::kPixels;
+  using Traits = PoolForwardTraits<kWeighting>;
+  static_assert(has_tile<Traits>(kRows, kLayout, sizeof(T)), "no plan has such tiles");
 
   const typename TileT::Map map(args.walk);
   const T* const x = static_cast<const T*>(args.x) + map.image0();
 
   port::SharedArena arena;
   A* weight = nullptr;
-  A* dot_scratch = nullptr;
-  const int dot_count = over_channels_scratch(kLayout, map.shape, kPixels);
+  ScratchInTurn<A> dots{nullptr, over_channels_scratch(kLayout, map.shape, kPixels)};
   A bias = 0;
-  if constexpr (kWeighting == Weighting::kMask) {
+  if constexpr (Traits::kMask) {
     weight = arena.take<A>(map.tile_channels());
-    dot_scratch = arena.take<A>(2 * dot_count);
+    dots.areas = arena.take<A>(2 * dots.count);
     stage_channels(map, weight, [&](int channel) { return read<T>(args.mask_weight, channel); });
     if (args.mask_bias.data != nullptr) bias = read<T>(args.mask_bias, 0);
     port::sync_block<kSyncStaged>();
@@ -113,7 +160,7 @@ pool_forward(const PoolForwardArgs args) {
     tile.load(x, map, pixel0);
 
     A a[kPixels];  // logits, then attention relative to m
-    if constexpr (kWeighting == Weighting::kMask) {
+    if constexpr (Traits::kMask) {
       GC_UNROLL
       for (int p = 0; p < kPixels; ++p) a[p] = 0;
       GC_UNROLL
@@ -121,8 +168,7 @@ pool_forward(const PoolForwardArgs args) {
         GC_UNROLL
         for (int p = 0; p < kPixels; ++p) a[p] += weight[c] * tile(c, p);
       }
-      // Two scratch areas in turn: who writes one again has passed the barrier after which nobody reads it.
-      A* const scratch = dot_scratch + (tile_index & 1) * dot_count;
+      A* const scratch = dots.of_tile(tile_index);
       OverChannels<kLayout, kPixels>::publish(map, a, scratch);
       tile.keep_packed();
       port::sync_block<kSyncDot>();
@@ -136,7 +182,7 @@ pool_forward(const PoolForwardArgs args) {
           if (pixel < map.pixels) static_cast<A*>(args.logits)[map.pixels0() + pixel] = a[p];
         }
       }
-    } else if constexpr (kWeighting == Weighting::kLogits) {
+    } else if constexpr (Traits::kSoftmax) {
       GC_UNROLL
       for (int p = 0; p < kPixels; ++p) {
         const int pixel = map.pixel(pixel0, p);
@@ -144,7 +190,7 @@ pool_forward(const PoolForwardArgs args) {
       }
     }
 
-    if constexpr (kWeighting == Weighting::kUniform) {
+    if constexpr (!Traits::kSoftmax) {
       GC_UNROLL
       for (int p = 0; p < kPixels; ++p) a[p] = 1;
     } else {
@@ -174,7 +220,7 @@ pool_forward(const PoolForwardArgs args) {
   }
 
   A block_max[1] = {m};
-  if constexpr (kWeighting != Weighting::kUniform) {
+  if constexpr (Traits::kSoftmax) {
     A* const max_scratch = arena.take<A>(over_pixels_scratch(kLayout, map.shape, 1));
     OverPixels<kLayout, 1, Max>::publish(map, block_max, max_scratch);
     port::sync_block<kSyncPixelMax>();
@@ -207,7 +253,7 @@ pool_forward(const PoolForwardArgs args) {
     for (int c = 0; c < kChannels; ++c) {
       if (map.channel(c) < map.channels) out[map.channel(c)] = sums[c];
     }
-    if (kWeighting != Weighting::kUniform && map.channel_thread() == 0) {
+    if (Traits::kSoftmax && map.channel_thread() == 0) {
       A* const stats = static_cast<A*>(args.partial_stats) + (map.image_chunk() * rows + map.split) * 2;
       stats[0] = block_max[0];
       stats[1] = z;
@@ -215,10 +261,12 @@ pool_forward(const PoolForwardArgs args) {
   }
   int* const flag = arena.take<int>(1);
   const int most = merged_at_most(args.walk.splits, args.walk.group);
-  A* const shared = arena.take<A>(kWeighting == Weighting::kUniform ? 0 : 3 * most);
+  A* const merged = arena.take<A>(Traits::kSoftmax ? 3 * most : 0);
   unsigned* const tickets = args.tickets + map.image_chunk() * merge_tickets(args.walk.splits, args.walk.group);
-  merge_parts(map.split, args.walk.splits, args.walk.group, tickets, flag,
-              [&](int first, int count, int to) { merge_splits<kWeighting, T>(args, map, first, count, to, shared); });
+  merge_partials(map.split, args.walk.splits, args.walk.group, tickets, flag, [&](int first, int count, int to) {
+    merge_splits<kWeighting, T>(args, map, first, count, to, merged);
+  });
 }
 
 }  // namespace gc
+#endif  // GC_DEVICE_CODE

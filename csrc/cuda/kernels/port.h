@@ -61,8 +61,9 @@ GC_DEVICE void wait_for(const unsigned* counter, unsigned value) {
   while (*static_cast<const volatile unsigned*>(counter) < value) __nanosleep(32);
 }
 
-// Dynamic shared memory, handed out array by array in the same order by every thread of the block. A plan computes the
-// total with shared_bytes(). On the host each array is an allocation of its own, so an overrun cannot stay unseen.
+// Dynamic shared memory, handed out array by array in the same order by every thread of the block. Its
+// plan takes the same arrays from a CountingArena. On the host each array is an allocation of its own, so an overrun
+// cannot stay unseen.
 class SharedArena {
  public:
   template <typename T>

@@ -6,16 +6,16 @@ namespace gc {
 
 enum Site : int {
   kSyncStaged,         // pool_forward: the mask weights are in shared memory
-  kSyncDot,            // pool_forward: every warp's part of the logits is in scratch
+  kSyncDot,            // pool_forward: every warp's values of the logits is in scratch
   kSyncPixelMax,       // pool_forward: every warp's largest logit is in scratch
-  kSyncPixelSum,       // pool_forward: every warp's part of the sums over pixels is in scratch
+  kSyncPixelSum,       // pool_forward: every warp's values of the sums over pixels is in scratch
   kSyncSplitStats,     // pool_forward: the largest logit and the sum of every split are in shared memory
   kSyncSplitWeights,   // pool_forward: the weight of every split is in shared memory
   kSyncGradStaged,     // pool_backward: grad_context, context, mask weights and scale are in shared memory
-  kSyncGradDot,        // pool_backward: every warp's part of gc . (x - context) is in scratch
-  kSyncWeightSum,      // pool_backward: every warp's part of the weight gradient is in scratch
-  kSyncPixelDot,       // pixel_dot: every warp's part of the dot products is in scratch
-  kSyncGradSum,        // broadcast_mul_backward: every warp's part of the sums over pixels is in scratch
+  kSyncGradDot,        // pool_backward: every warp's values of gc . (x - context) is in scratch
+  kSyncWeightSum,      // pool_backward: every warp's values of the weight gradient is in scratch
+  kSyncPixelDot,       // pixel_dot: every warp's values of the dot products is in scratch
+  kSyncGradSum,        // broadcast_mul_backward: every warp's values of the sums over pixels is in scratch
   kSyncBeforeTicket,   // arrive_last: the whole block has written its partial results
   kSyncAfterTicket,    // arrive_last: the whole block knows whether it is the last
   kFenceRelease,       // arrive_last: partial results are visible before the ticket

@@ -1,8 +1,9 @@
-// Splits of one image run in different blocks, and their partial results are merged in two rounds: the last block of a
-// group of splits to arrive merges the group's, the last of these the groups'. One block alone, reading all splits one
-// after the other, held up the whole launch: on an H100 pooling took 52 us at 2x1024x50x84 so, and 36 in two rounds.
-// The order of the additions is that of the splits and groups, whatever the order of arrival, so a result never
-// depends on timing.
+// Splits of one image run in different blocks. Their partial results are merged in two rounds: the last block of a
+// group to arrive merges the group's partial results, and the last of these blocks merges the groups'. The order of the
+// additions is that of the splits and groups, whatever the order of arrival, so a result never depends on timing.
+//
+// In one round, one block would read all partial results one after the other, and the whole launch would wait for it:
+// on an H100 pooling of 2x1024x50x84 took 52 us in one round and takes 36 in two.
 #pragma once
 
 #include "geometry.h"
@@ -30,54 +31,56 @@ GC_DEVICE bool arrive_last(unsigned* counter, int blocks, int* shared_flag) {
 
 inline constexpr int kMergedResult = -1;
 
-// To be called when this block has written part `part` of `parts`: calls merge(first part, how many, to), in which
-// `to` is the part that takes the sum or kMergedResult. Parts from `parts` on are the groups' results.
-// tickets: [merge_tickets(parts, group)].
-template <typename Merge>
-GC_DEVICE void merge_parts(int part, int parts, int group, unsigned* tickets, int* shared_flag, const Merge& merge) {
-  const int groups = groups_of(parts, group);
-  unsigned* ticket = tickets + part / group;
-  int first = part / group * group;
-  int count = parts - first < group ? parts - first : group;
-  int to = groups > 1 ? parts + part / group : kMergedResult;
+// To be called when this block has written partial result `own` of `partials`. Calls merge(first, how many, to) for
+// each range of them that this block is to merge: `to` is the number of the group's partial result, from `partials` on,
+// or kMergedResult.
+// tickets: [merge_tickets(partials, group)].
+template <typename MergeRange>
+GC_DEVICE void merge_partials(int own, int partials, int group, unsigned* tickets, int* shared_flag,
+                              const MergeRange& merge) {
+  const int groups = groups_of(partials, group);
+  unsigned* ticket = tickets + own / group;
+  int first = own / group * group;
+  int count = partials - first < group ? partials - first : group;
+  int to = groups > 1 ? partials + own / group : kMergedResult;
   GC_UNROLL_BY(1)
   while (arrive_last(ticket, count, shared_flag)) {
     merge(first, count, to);
     if (to == kMergedResult) return;
     ticket = tickets + groups;
-    first = parts;
+    first = partials;
     count = groups;
     to = kMergedResult;
   }
 }
 
-// Adds `count` rows of [count, channels], each times its weight, for the block's chunk of channels: in order, but
-// kRowsAtOnce of them to each other first, for the rounding errors grow with the length of a chain of additions.
+// Adds `count` partial results [count, channels], each times its weight, for the block's chunk of channels. In order,
+// but kAtOnce of them to each other first, for rounding errors grow with the length of a chain of additions.
 template <typename A, typename Map, typename Weight, typename Write>
-GC_DEVICE void add_rows(const Map& map, const A* rows, int count, const Weight& weight, const Write& write) {
-  constexpr int kChannelsAtOnce = 4, kRowsAtOnce = 4;  // the product is a thread's loads in flight
+GC_DEVICE void add_partials(const Map& map, const A* partials, int count, const Weight& weight, const Write& write) {
+  constexpr int kChannelsAtOnce = 4, kAtOnce = 4;  // the product is a thread's loads in flight
   const int step = port::block_threads();
   const int end = map.end_channel();
   for (int c0 = map.channel0 + port::thread_index(); c0 < end; c0 += kChannelsAtOnce * step) {
-    const auto add_row = [&](A(&sum)[kChannelsAtOnce], int k) {
-      const A* const row = rows + static_cast<long long>(k) * map.channels;
+    const auto add_one = [&](A(&sum)[kChannelsAtOnce], int k) {
+      const A* const partial = partials + static_cast<long long>(k) * map.channels;
       GC_UNROLL
       for (int i = 0; i < kChannelsAtOnce; ++i) {
-        if (c0 + i * step < end) sum[i] += weight(k) * row[c0 + i * step];
+        if (c0 + i * step < end) sum[i] += weight(k) * partial[c0 + i * step];
       }
     };
     A sum[kChannelsAtOnce] = {};
     int k = 0;
     GC_UNROLL_BY(1)
-    for (; k + kRowsAtOnce <= count; k += kRowsAtOnce) {
-      A part[kChannelsAtOnce] = {};
+    for (; k + kAtOnce <= count; k += kAtOnce) {
+      A together[kChannelsAtOnce] = {};
       GC_UNROLL
-      for (int j = 0; j < kRowsAtOnce; ++j) add_row(part, k + j);
+      for (int j = 0; j < kAtOnce; ++j) add_one(together, k + j);
       GC_UNROLL
-      for (int i = 0; i < kChannelsAtOnce; ++i) sum[i] += part[i];
+      for (int i = 0; i < kChannelsAtOnce; ++i) sum[i] += together[i];
     }
     GC_UNROLL_BY(1)
-    for (; k < count; ++k) add_row(sum, k);
+    for (; k < count; ++k) add_one(sum, k);
     GC_UNROLL
     for (int i = 0; i < kChannelsAtOnce; ++i) {
       if (c0 + i * step < end) write(c0 + i * step, sum[i]);

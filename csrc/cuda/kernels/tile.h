@@ -7,10 +7,11 @@
 
 #include "numeric.h"
 #include "sites.h"
+#include "traits.h"
 
 namespace gc {
 
-// Where this thread stands: the block's image and range of tiles, its own channels and pixels within the block's tile.
+// Where this thread stands: the block's image and split, the thread's own channels and pixels within the block's tile.
 template <Layout kLayout, int kRows, int kElementsPerRow>
 struct TileMap {
   static constexpr bool kChannelsFast = channels_are_fast(kLayout);
@@ -22,7 +23,7 @@ struct TileMap {
   int channel0;              // first channel of the block
   int fast, slow;            // this thread
   int image, split;          // this block
-  int first_tile, end_tile;  // its range
+  int first_tile, end_tile;  // of the split
 
   GC_DEVICE explicit TileMap(const Walk& walk)
       : shape(walk.shape),
@@ -38,7 +39,7 @@ struct TileMap {
     end_tile = first_tile + walk.tiles_per_split < tiles ? first_tile + walk.tiles_per_split : tiles;
   }
 
-  // This block among those of its chunk: image * splits + split. Not kept, for it takes a register.
+  // The number of this block among those of its chunk: image * splits + split. Not kept, for it takes a register.
   GC_DEVICE static int block_of(const Walk& walk) {
     return walk.backwards ? port::grid_x() - 1 - port::block_x() : port::block_x();
   }
@@ -76,8 +77,8 @@ struct TileMap {
   GC_DEVICE int row_extent() const { return kChannelsFast ? channels : pixels; }
 };
 
-// kWidth: the elements moved by one load or store. The tail of an image is a predicate on each of them: the width
-// divides the extent, so none straddles it.
+// kWidth: the elements moved by one load or store. At the end of a row each of these has a predicate: the width divides
+// the row's extent, so none straddles its end.
 template <typename T, Layout kLayout, int kRows, int kWidth>
 class Tile {
  public:
@@ -93,7 +94,7 @@ class Tile {
     Map::kChannelsFast ? rows_[pixel].set(channel, v) : rows_[channel].set(pixel, v);
   }
 
-  // To be called between two uses of the whole tile: without it the compiler unpacks every half once, keeps the floats
+  // To be called between two uses of the whole tile. Without it, the compiler unpacks every half once, keeps the floats
   // for the second use, and runs out of registers.
   GC_DEVICE void keep_packed() {
     if constexpr (sizeof(T) == 2) {
@@ -113,11 +114,11 @@ class Tile {
   GC_DEVICE static void load_row(PackedVector<T>& row, const T* image, const Map& map, int pixel0, int r) {
     GC_UNROLL
     for (int k = 0; k < kVectorBytes / 4; ++k) row.word[k] = 0;
-    each_piece(map, pixel0, r, [&](int e, int offset) { row.template load<kWidth>(e, image + offset); });
+    each_access(map, pixel0, r, [&](int e, int offset) { row.template load<kWidth>(e, image + offset); });
   }
   // What lies outside the image is not written.
   GC_DEVICE void store_row(T* image, const Map& map, int pixel0, int r) const {
-    each_piece(map, pixel0, r, [&](int e, int offset) { rows_[r].template store<kWidth>(e, image + offset); });
+    each_access(map, pixel0, r, [&](int e, int offset) { rows_[r].template store<kWidth>(e, image + offset); });
   }
   GC_DEVICE void store(T* image, const Map& map, int pixel0) const {
     GC_UNROLL
@@ -125,11 +126,11 @@ class Tile {
   }
 
  private:
-  // Calls body(element within the vector, offset within the image) for the pieces of row r that lie inside the image.
+  // Calls body(element within the vector, offset within the image) for the loads or stores of row r inside the image.
   template <typename Body>
-  GC_DEVICE static void each_piece(const Map& map, int pixel0, int r, const Body& body) {
+  GC_DEVICE static void each_access(const Map& map, int pixel0, int r, const Body& body) {
     unsigned row_step = map.shape.slow_threads;
-    port::forget(row_step);  // or every row's offset and predicate would be kept from tile to tile, in registers
+    port::forget(row_step);  // otherwise every row's offset and predicate would stay in registers from tile to tile
     const int row = map.row(pixel0, 0) + r * static_cast<int>(row_step);
     if (row >= map.rows()) return;
     const int element = map.element(pixel0);
@@ -141,6 +142,16 @@ class Tile {
   }
 
   PackedVector<T> rows_[kRows];
+};
+
+// Two areas of scratch that tiles use in turn. One barrier a tile is then enough: a thread that writes an area again
+// has passed the barrier of the tile between, after which nobody reads what was there.
+template <typename A>
+struct ScratchInTurn {
+  A* areas;
+  int count;  // elements of one
+
+  GC_DEVICE A* of_tile(int tile) const { return areas + (tile & 1) * count; }
 };
 
 struct Sum {
@@ -156,7 +167,7 @@ struct Max {  // a NaN loses: it reaches the result through the sum, as it does 
   }
 };
 
-// A thread's own run of shared memory, moved 16 bytes at a time where its length allows.
+// A thread's own values in shared memory lie side by side. They move 16 bytes at a time where their number allows.
 template <int kCount, typename A>
 inline constexpr int kSharedStep = kCount % kElements<A> == 0 ? kElements<A> : 1;
 
@@ -165,9 +176,9 @@ GC_DEVICE void read_shared(A (&value)[kCount], const A* source) {
   constexpr int kStep = kSharedStep<kCount, A>;
   GC_UNROLL
   for (int i = 0; i < kCount; i += kStep) {
-    const Vector<A, kStep> piece = *reinterpret_cast<const Vector<A, kStep>*>(source + i);
+    const Vector<A, kStep> vector = *reinterpret_cast<const Vector<A, kStep>*>(source + i);
     GC_UNROLL
-    for (int k = 0; k < kStep; ++k) value[i + k] = piece.value[k];
+    for (int k = 0; k < kStep; ++k) value[i + k] = vector.value[k];
   }
 }
 
@@ -176,16 +187,16 @@ GC_DEVICE void write_shared(A* target, const A (&value)[kCount]) {
   constexpr int kStep = kSharedStep<kCount, A>;
   GC_UNROLL
   for (int i = 0; i < kCount; i += kStep) {
-    Vector<A, kStep> piece;
+    Vector<A, kStep> vector;
     GC_UNROLL
-    for (int k = 0; k < kStep; ++k) piece.value[k] = value[i + k];
-    *reinterpret_cast<Vector<A, kStep>*>(target + i) = piece;
+    for (int k = 0; k < kStep; ++k) vector.value[k] = value[i + k];
+    *reinterpret_cast<Vector<A, kStep>*>(target + i) = vector;
   }
 }
 
-// A reduction over the channel threads or the pixel threads of a block, in two steps with a barrier of the caller's
-// between them: publish() combines inside the warp and leaves axis_slots() values in scratch, collect() combines those
-// in slot order. Every thread gets the result, and all get the same bits.
+// A reduction over the channel threads or the pixel threads of a block, in two steps. publish() combines inside the
+// warp and leaves axis_slots() values in scratch; after a barrier of the caller's, collect() combines those in slot
+// order. Every thread gets the result, and all get the same bits.
 template <bool kOverFast, int kCount, typename Op = Sum>
 struct AxisReduce {
   template <typename A, typename Map>
@@ -212,10 +223,10 @@ struct AxisReduce {
     read_shared(value, scratch + own(map) * kCount);
     GC_UNROLL_BY(2)
     for (int slot = 1; slot < slots; ++slot) {
-      A part[kCount];
-      read_shared(part, scratch + (slot * kept(map) + own(map)) * kCount);
+      A other[kCount];
+      read_shared(other, scratch + (slot * kept(map) + own(map)) * kCount);
       GC_UNROLL
-      for (int i = 0; i < kCount; ++i) value[i] = Op::combine(value[i], part[i]);
+      for (int i = 0; i < kCount; ++i) value[i] = Op::combine(value[i], other[i]);
     }
   }
 
@@ -235,15 +246,15 @@ using OverChannels = AxisReduce<channels_are_fast(kLayout), kCount, Op>;
 template <Layout kLayout, int kCount, typename Op = Sum>
 using OverPixels = AxisReduce<!channels_are_fast(kLayout), kCount, Op>;
 
-// A vector over the block's channels in shared memory, in the order in which threads use it: thread t's channel i at
-// t * staged_run(..) + i * kStride, so that a thread reads its own with vector loads; kStride vectors lie interleaved.
-// Needs a barrier before it is read.
+// Puts a vector over the block's channels into shared memory, in the order in which threads use it. Channel i of thread
+// t lies at t * staged_elements(..) + i * kStride, so that a thread reads its own with vector loads; kStride vectors
+// lie interleaved. A barrier must follow before it is read.
 template <int kStride = 1, typename Map, typename A, typename Source>
 GC_DEVICE void stage_channels(const Map& map, A* shared, const Source& source) {
   for (int slot = port::thread_index(); slot < map.tile_channels(); slot += port::block_threads()) {
     const int thread = slot / Map::kChannels, i = slot % Map::kChannels;
     const int channel = map.channel(thread, i);
-    shared[thread * staged_run(Map::kChannels, kStride, sizeof(A)) + i * kStride] =
+    shared[thread * staged_elements(Map::kChannels, kStride, sizeof(A)) + i * kStride] =
         channel < map.channels ? source(channel) : A(0);
   }
 }

@@ -1,4 +1,5 @@
-// From a plan's run-time choices to the kernels' template arguments, and the launch itself.
+// From a plan's run-time choices to the kernels' template arguments, and the launch itself. The instantiations are
+// those that the kernels' traits name (kernels/traits.h), and plans choose among the same.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -20,10 +21,14 @@ struct Constant {
   static constexpr auto value = kValue;
 };
 
-// Tiles of 16 rows a thread instead of 8: for NCHW with many channels, where they make longer segments of pixels. Only
-// for float32: what a thread computes from 16 vectors of the other types does not fit its registers.
-template <typename T, Layout kLayout>
-inline constexpr bool has_tall_tiles = kLayout == Layout::kNCHW && sizeof(T) == sizeof(float);
+// One instantiation of a kernel on feature maps. KernelTraits: those of the plan's kind, see kernels/traits.h.
+template <typename Traits_, typename Element_, Layout kLayout_, int kRows_, int kWidth_>
+struct Instance {
+  using Traits = Traits_;
+  using T = Element_;
+  static constexpr Layout kLayout = kLayout_;
+  static constexpr int kRows = kRows_, kWidth = kWidth_;
+};
 
 // Calls body(Constant<width>) for a power of two up to kMax: a width, or another number of such a kind.
 template <int kMax, typename Body>
@@ -50,16 +55,33 @@ cudaError_t dispatch_type(ElementType type, const Body& body) {
   return cudaErrorInvalidValue;
 }
 
-// Calls body(Type<T>, Constant<layout>, Constant<width>) as the plan says.
-template <typename Body>
-cudaError_t dispatch(const Plan& plan, const Body& body) {
-  const auto with_layout = [&](auto layout) {
-    return dispatch_type(plan.type, [&](auto type) {
-      return dispatch_width<kElements<typename decltype(type)::type>>(
-          plan.width, [&](auto width) { return body(type, layout, width); });
+// Calls body(Instance) as the plan says, for a plan of this kind.
+template <typename Traits, typename Body>
+cudaError_t dispatch_kind(const Plan& plan, const Body& body) {
+  return dispatch_type(plan.type, [&](auto type) {
+    using T = typename decltype(type)::type;
+    return dispatch_width<kElements<T>>(plan.width, [&](auto width) {
+      constexpr int kWidth = decltype(width)::value;
+      const auto with_layout = [&](auto layout) {
+        constexpr Layout kLayout = decltype(layout)::value;
+        if (plan.rows == Traits::kRows) return body(Instance<Traits, T, kLayout, Traits::kRows, kWidth>{});
+        if constexpr (has_tall_tiles<Traits>(kLayout, sizeof(T))) {
+          if (plan.rows == Traits::kTallRows) return body(Instance<Traits, T, kLayout, Traits::kTallRows, kWidth>{});
+        }
+        return cudaErrorInvalidValue;
+      };
+      return plan.layout == Layout::kNCHW ? with_layout(Constant<Layout::kNCHW>{})
+                                          : with_layout(Constant<Layout::kNHWC>{});
     });
-  };
-  return plan.layout == Layout::kNCHW ? with_layout(Constant<Layout::kNCHW>{}) : with_layout(Constant<Layout::kNHWC>{});
+  });
+}
+
+// Calls body(Instance) as the plan says, for a plan of one of these kinds.
+template <typename... Kinds, typename Body>
+cudaError_t dispatch(const Plan& plan, const Body& body) {
+  cudaError_t status = cudaErrorInvalidValue;
+  ((plan.kind == Kinds::kKind && (status = dispatch_kind<Kinds>(plan, body), true)) || ...);
+  return status;
 }
 
 template <typename Args>

@@ -5,10 +5,9 @@
 namespace gc {
 
 cudaError_t launch_pixel_dot(const Plan& plan, PixelDotArgs args, cudaStream_t stream) {
-  return dispatch(plan, [&](auto type, auto layout, auto width) {
-    using T = typename decltype(type)::type;
-    constexpr Layout kLayout = decltype(layout)::value;
-    return launch(pixel_dot<T, kLayout, 8, decltype(width)::value>, plan, args, stream);
+  return dispatch<PixelDotTraits>(plan, [&](auto instance) {
+    using I = decltype(instance);
+    return launch(pixel_dot<typename I::T, I::kLayout, I::kRows, I::kWidth>, plan, args, stream);
   });
 }
 

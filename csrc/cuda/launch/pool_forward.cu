@@ -5,24 +5,13 @@
 namespace gc {
 
 cudaError_t launch_pool_forward(const Plan& plan, PoolForwardArgs args, cudaStream_t stream) {
-  return dispatch(plan, [&](auto type, auto layout, auto width) {
-    using T = typename decltype(type)::type;
-    constexpr Layout kLayout = decltype(layout)::value;
-    constexpr int kWidth = decltype(width)::value;
-    switch (plan.kind) {
-      case KernelKind::kPoolMask:
-        if constexpr (has_tall_tiles<T, kLayout>) {
-          if (plan.rows == 16)
-            return launch(pool_forward<T, kLayout, 16, kWidth, Weighting::kMask>, plan, args, stream);
-        }
-        return launch(pool_forward<T, kLayout, 8, kWidth, Weighting::kMask>, plan, args, stream);
-      case KernelKind::kPoolLogits:
-        return launch(pool_forward<T, kLayout, 8, kWidth, Weighting::kLogits>, plan, args, stream);
-      case KernelKind::kPoolUniform:
-        return launch(pool_forward<T, kLayout, 8, kWidth, Weighting::kUniform>, plan, args, stream);
-      default:
-        return cudaErrorInvalidValue;
-    }
+  using Mask = PoolForwardTraits<Weighting::kMask>;
+  using Logits = PoolForwardTraits<Weighting::kLogits>;
+  using Uniform = PoolForwardTraits<Weighting::kUniform>;
+  return dispatch<Mask, Logits, Uniform>(plan, [&](auto instance) {
+    using I = decltype(instance);
+    constexpr Weighting kWeighting = I::Traits::kWeighting;
+    return launch(pool_forward<typename I::T, I::kLayout, I::kRows, I::kWidth, kWeighting>, plan, args, stream);
   });
 }
 

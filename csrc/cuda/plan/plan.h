@@ -1,11 +1,12 @@
-// Launch plans: every heuristic of the CUDA launches, computed on the host into an object that can be printed and
-// tested without a GPU. Knows neither torch nor the CUDA runtime.
+// Launch plans: what the CUDA kernels are launched with, computed on the host into an object that can be printed and
+// tested without a GPU. What differs from kernel to kernel stands in the traits of its header (kernels/traits.h). Plans
+// know neither torch nor the CUDA runtime: every build has them.
 #pragma once
 
 #include <cstdint>
 #include <string>
 
-#include "cuda/kernels/geometry.h"
+#include "cuda/kernels/traits.h"
 
 namespace gc {
 
@@ -13,19 +14,6 @@ enum class ElementType : int { kFloat, kHalf, kBFloat16, kDouble };
 
 int element_bytes(ElementType type);
 int accumulation_bytes(ElementType type);
-
-enum class KernelKind : int {
-  kPoolMask,            // pool_forward, logits from the mask weights
-  kPoolLogits,          // pool_forward, logits given
-  kPoolUniform,         // pool_forward, the sum or the mean
-  kPoolBackwardMask,    // pool_backward with a weight gradient
-  kPoolBackwardLogits,  // pool_backward with a gradient for given logits
-  kPoolBackwardBlock,   // pool_backward of a whole block
-  kPixelDot,
-  kBroadcast,
-  kBroadcastMulBackward,
-};
-inline constexpr int kKernelKinds = 9;
 
 // The names used in to_string() and by Python: "pool_mask", "float32", "NCHW" ...
 const char* name_of(KernelKind kind);
@@ -50,20 +38,21 @@ struct Plan {
   KernelKind kind;
   ElementType type;
   Layout layout;
-  int rows;   // vectors a thread holds
+  int rows;   // vectors a thread holds of a feature map
   int width;  // elements moved by one load or store
   Walk walk;
   int chunks;           // of channels
-  bool flat;            // kBroadcast: an image as one run of vectors; a tile is `rows` of them a thread
-  bool holds_channels;  // false: this kernel wants a pixel's dot product over all channels, and a block holds too few;
+  bool flat;            // the kernel's flat form: an image as one contiguous range; a tile is `rows` vectors a thread
+  bool holds_channels;  // false: this kernel needs a pixel's dot product over all channels, and a block holds too few;
                         // run kPixelDot first and plan with dots_given
   int shared_bytes;     // dynamic shared memory of a block
   int64_t workspace;    // elements of the accumulation type for partial results; 0: none
   int64_t tickets;      // counters; 0: none
 
   int threads() const { return walk.shape.fast_threads * walk.shape.slow_threads; }
-  int tile_channels() const;
-  int tile_pixels() const;
+  BlockTile tile() const;
+  int tile_channels() const { return tile().channels(); }
+  int tile_pixels() const { return tile().pixels(); }
   int64_t grid_x() const { return static_cast<int64_t>(walk.images) * walk.splits; }
   int grid_y() const { return chunks; }
   // One line, e.g. "pool_mask float32 NCHW 2x512x16800: 16 rows x 4, 8x32 threads, 132 splits of 4 tiles, ..."
