@@ -55,25 +55,30 @@ cudaError_t dispatch_type(ElementType type, const Body& body) {
   return cudaErrorInvalidValue;
 }
 
-// Calls body(Instance) as the plan says, for a plan of this kind.
+// Calls body(Instance) as the plan says, for a plan of this kind. The types are named in functions of their own, and not
+// in nested lambdas, where g++ 12 loses them.
+template <typename Traits, typename T, Layout kLayout, int kWidth, typename Body>
+cudaError_t dispatch_rows(const Plan& plan, const Body& body) {
+  if (plan.rows == Traits::kRows) return body(Instance<Traits, T, kLayout, Traits::kRows, kWidth>{});
+  if constexpr (has_tall_tiles<Traits>(kLayout, sizeof(T))) {
+    if (plan.rows == Traits::kTallRows) return body(Instance<Traits, T, kLayout, Traits::kTallRows, kWidth>{});
+  }
+  return cudaErrorInvalidValue;
+}
+
+template <typename Traits, typename T, typename Body>
+cudaError_t dispatch_layout(const Plan& plan, const Body& body) {
+  return dispatch_width<kElements<T>>(plan.width, [&](auto width) {
+    constexpr int kWidth = decltype(width)::value;
+    return plan.layout == Layout::kNCHW ? dispatch_rows<Traits, T, Layout::kNCHW, kWidth>(plan, body)
+                                        : dispatch_rows<Traits, T, Layout::kNHWC, kWidth>(plan, body);
+  });
+}
+
 template <typename Traits, typename Body>
 cudaError_t dispatch_kind(const Plan& plan, const Body& body) {
-  return dispatch_type(plan.type, [&](auto type) {
-    using T = typename decltype(type)::type;
-    return dispatch_width<kElements<T>>(plan.width, [&](auto width) {
-      constexpr int kWidth = decltype(width)::value;
-      const auto with_layout = [&](auto layout) {
-        constexpr Layout kLayout = decltype(layout)::value;
-        if (plan.rows == Traits::kRows) return body(Instance<Traits, T, kLayout, Traits::kRows, kWidth>{});
-        if constexpr (has_tall_tiles<Traits>(kLayout, sizeof(T))) {
-          if (plan.rows == Traits::kTallRows) return body(Instance<Traits, T, kLayout, Traits::kTallRows, kWidth>{});
-        }
-        return cudaErrorInvalidValue;
-      };
-      return plan.layout == Layout::kNCHW ? with_layout(Constant<Layout::kNCHW>{})
-                                          : with_layout(Constant<Layout::kNHWC>{});
-    });
-  });
+  return dispatch_type(plan.type,
+                       [&](auto type) { return dispatch_layout<Traits, typename decltype(type)::type>(plan, body); });
 }
 
 // Calls body(Instance) as the plan says, for a plan of one of these kinds.
