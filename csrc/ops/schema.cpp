@@ -36,7 +36,7 @@ TORCH_LIBRARY(gc_cuda, m) {
   m.def(
       "global_context(Tensor x, Tensor? mask_weight, Tensor? mask_bias, Tensor[] add, Tensor[] mul, float eps, "
       "int activation, int gate) -> Tensor");
-  // The same, and what its backward pass takes (Kept in branches.h).
+  // The same, and what its backward pass takes (Kept in state.h).
   m.def(
       "global_context_kept(Tensor x, Tensor? mask_weight, Tensor? mask_bias, Tensor[] add, Tensor[] mul, float eps, "
       "int activation, int gate) -> (Tensor out, Tensor kept)");
