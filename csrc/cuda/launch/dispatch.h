@@ -55,8 +55,8 @@ cudaError_t dispatch_type(ElementType type, const Body& body) {
   return cudaErrorInvalidValue;
 }
 
-// Calls body(Instance) as the plan says, for a plan of this kind. The types are named in functions of their own, and not
-// in nested lambdas, where g++ 12 loses them.
+// Calls body(Instance) as the plan says, for a plan of this kind. The types are named in functions of their own, and
+// not in nested lambdas, where g++ 12 loses them.
 template <typename Traits, typename T, Layout kLayout, int kWidth, typename Body>
 cudaError_t dispatch_rows(const Plan& plan, const Body& body) {
   if (plan.rows == Traits::kRows) return body(Instance<Traits, T, kLayout, Traits::kRows, kWidth>{});
