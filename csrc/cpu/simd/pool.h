@@ -99,15 +99,15 @@ inline void merge_image(const PoolArgs<T>& args, int64_t image) {
   using V = Vec<A>;
   const int64_t channels = args.shape.channels;
   const int64_t splits = args.plan.splits;
-  const A* partials = args.partials + image * splits * (channels + 2);
-  A* state = args.state + image * (channels + 2);
+  const A* partials = args.partials + image * splits * (channels + kStatistics);
+  A* state = args.state + image * (channels + kStatistics);
 
   A m = -std::numeric_limits<A>::infinity();
-  for (int64_t k = 0; k < splits; ++k) m = max_or_nan(m, partials[k * (channels + 2)]);
+  for (int64_t k = 0; k < splits; ++k) m = max_or_nan(m, partials[k * (channels + kStatistics)]);
   A factors[kMaxSplits];
   A z = 0;
   for (int64_t k = 0; k < splits; ++k) {
-    const A* partial = partials + k * (channels + 2);
+    const A* partial = partials + k * (channels + kStatistics);
     factors[k] = splits == 1 || args.weighting == Weighting::kUniform ? A(1) : exp_scalar(partial[0] - shift_of(m));
     z += factors[k] * partial[1];
   }
@@ -115,14 +115,14 @@ inline void merge_image(const PoolArgs<T>& args, int64_t image) {
   for_each_vector<V::size()>(0, channels, [&](int64_t c, int n, auto) {
     V sum(A(0));
     for (int64_t k = 0; k < splits; ++k) {
-      sum = at::vec::fmadd(V::loadu(partials + k * (channels + 2) + 2 + c, n), V(factors[k]), sum);
+      sum = at::vec::fmadd(V::loadu(partials + k * (channels + kStatistics) + kStatistics + c, n), V(factors[k]), sum);
     }
-    (sum / divisor).store(state + 2 + c, n);
+    (sum / divisor).store(state + kStatistics + c, n);
   });
   state[0] = m;
   state[1] = z;
   if (!args.context) return;
-  for (int64_t c = 0; c < channels; ++c) args.context[image * channels + c] = static_cast<T>(state[2 + c]);
+  for (int64_t c = 0; c < channels; ++c) args.context[image * channels + c] = static_cast<T>(state[kStatistics + c]);
 }
 
 template <typename T>
@@ -138,9 +138,9 @@ void pool(const PoolArgs<T>& args, int64_t split_begin, int64_t split_end) {
   }
   for (int64_t split = split_begin; split < split_end; ++split) {
     const auto [image, begin, end] = split_at(shape, plan, split);
-    A* partial = args.partials + split * (shape.channels + 2);
+    A* partial = args.partials + split * (shape.channels + kStatistics);
     A& z = partial[1];
-    A* sums = partial + 2;
+    A* sums = partial + kStatistics;
     A m = args.weighting == Weighting::kUniform ? A(0) : -std::numeric_limits<A>::infinity();
     z_and_sums.start(partial + 1);
 
@@ -210,8 +210,8 @@ void pool_backward(const PoolBackwardArgs<T>& args, int64_t split_begin, int64_t
   Sums<A> weight_sums(channels);
   for (int64_t split = split_begin; split < split_end; ++split) {
     const auto [image, begin, end] = split_at(shape, plan, split);
-    const A* state = args.state + image * (channels + 2);
-    const A* context = state + 2;
+    const A* state = args.state + image * (channels + kStatistics);
+    const A* context = state + kStatistics;
     const A* grad_context = args.grad_context + image * channels;
     A* grad_weight = args.grad_mask_weight ? args.grad_mask_weight + split * channels : nullptr;
     if (grad_weight) weight_sums.start(grad_weight);

@@ -101,7 +101,7 @@ pool_backward(const PoolBackwardArgs args) {
   const int dot_count = over_channels_scratch(kLayout, map.shape, kPixels);
   const ScratchInTurn<A> dots{arena.take<A>(args.dots == nullptr ? 2 * dot_count : 0), dot_count};
   stage_channels<kStaged>(map, staged, [&](int c) { return read<T>(args.grad_context, map.channels0() + c); });
-  stage_channels<kStaged>(map, staged + 1, [&](int c) { return state[2 + c]; });
+  stage_channels<kStaged>(map, staged + 1, [&](int c) { return state[kStatistics + c]; });
   if constexpr (kMask) stage_channels<kStaged>(map, staged + 2, [&](int c) { return read<T>(args.mask_weight, c); });
   if constexpr (kBlock) {
     const bool scaled = args.scale.data != nullptr;

@@ -75,7 +75,7 @@ template <Weighting kWeighting, typename T, typename Map>
 GC_DEVICE void write_context(const PoolForwardArgs& args, const Map& map, int channel, Acc<T> sum, Acc<T> z) {
   const Acc<T> context = kWeighting == Weighting::kUniform ? sum * static_cast<Acc<T>>(args.factor) : sum / z;
   if (args.context.data != nullptr) write<T>(args.context, map.channels0() + channel, context);
-  if (args.state != nullptr) static_cast<Acc<T>*>(args.state)[map.state0() + 2 + channel] = context;
+  if (args.state != nullptr) static_cast<Acc<T>*>(args.state)[map.state0() + kStatistics + channel] = context;
 }
 
 template <Weighting kWeighting, typename T, typename Map>

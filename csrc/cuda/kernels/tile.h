@@ -48,7 +48,7 @@ struct TileMap {
   GC_DEVICE long long image0() const { return static_cast<long long>(image) * channels * pixels; }
   GC_DEVICE long long pixels0() const { return static_cast<long long>(image) * pixels; }
   GC_DEVICE long long channels0() const { return static_cast<long long>(image) * channels; }
-  GC_DEVICE long long state0() const { return static_cast<long long>(image) * (channels + 2); }
+  GC_DEVICE long long state0() const { return static_cast<long long>(image) * (channels + kStatistics); }
   // The image and chunk as one index.
   GC_DEVICE long long image_chunk() const { return static_cast<long long>(image) * port::grid_y() + port::block_y(); }
   GC_DEVICE int end_channel() const {

@@ -92,7 +92,6 @@ cudaError_t dispatch(const Plan& plan, const Body& body) {
 template <typename Args>
 cudaError_t launch(void (*kernel)(Args), dim3 grid, int threads, int shared_bytes, const Args& args,
                    cudaStream_t stream) {
-  constexpr int kSharedWithoutAsking = 48 * 1024;
   if (shared_bytes > kSharedWithoutAsking) {
     const cudaError_t status = allow_all_shared_memory(reinterpret_cast<const void*>(kernel));
     if (status != cudaSuccess) return status;

@@ -34,6 +34,9 @@ struct DeviceLimits {
   int shared_bytes;  // that a block can opt in to
 };
 
+// Bytes of shared memory that a launch may have without asking for it.
+inline constexpr int kSharedWithoutAsking = 48 * 1024;
+
 struct Plan {
   KernelKind kind;
   ElementType type;

@@ -33,9 +33,6 @@ struct TransformPlan {
   std::string to_string() const;
 };
 
-// What a launch may have without asking for it. The forward pass asks; slabs are chosen so that the backward pass need not.
-inline constexpr int kSharedWithoutAsking = 48 * 1024;
-
 // How much of the backward pass is wanted.
 enum class TransformDepth : int {
   kLastLayer,   // gradients of w2 and b2 only: one phase
