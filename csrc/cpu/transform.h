@@ -169,8 +169,8 @@ void transform(const FeatureMap& x, const Branches& branches, const TransformFor
   run_together(second);
 }
 
-// The gradients of a branch on the way, and sums that are parameters' gradients before they are narrowed. Null is what is
-// not needed.
+// The gradients of a branch on the way, and sums that are parameters' gradients before they are narrowed. Null is what
+// is not needed.
 template <typename A>
 struct BranchGradients {
   A* activated = nullptr;                           // [N, P]

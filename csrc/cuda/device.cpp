@@ -1,6 +1,6 @@
-// The CUDA device (csrc/backend.h): passes on tensors become planned launches on the current stream. No synchronisation;
-// every buffer but the counters (launch/counters.cpp) comes from torch's allocator. Of csrc/cuda, only this file,
-// transform.h and tensors.h know torch, and launch/ what it asks torch for.
+// The CUDA device (csrc/backend.h): passes on tensors become planned launches on the current stream. No
+// synchronisation; every buffer but the counters (launch/counters.cpp) comes from torch's allocator. Of csrc/cuda, only
+// this file, transform.h and tensors.h know torch, and launch/ what it asks torch for.
 #include <initializer_list>
 #include <optional>
 

@@ -32,8 +32,8 @@ inline Tensor empty_gradient(const Tensor& parameter) {
   return at::empty_strided(parameter.sizes(), parameter.strides(), parameter.options());
 }
 
-// A feature map keeps its layout: channels_last stays channels_last, anything that is neither that nor NCHW is copied to
-// the nearer of the two. Its device is current while it lives.
+// A feature map keeps its layout: channels_last stays channels_last, anything that is neither that nor NCHW is copied
+// to the nearer of the two. Its device is current while it lives.
 class FeatureMap {
  public:
   FeatureMap(const Tensor& x, const char* name) {

@@ -42,7 +42,8 @@ struct TransformBackwardShared {
 
 namespace gc {
 
-// Waits for the previous phase as late as may be: a weight matrix, and the gradient that is given, can be fetched before.
+// Waits for the previous phase as late as may be: a weight matrix, and the gradient that is given, can be fetched
+// before.
 class PreviousPhase {
  public:
   GC_DEVICE explicit PreviousPhase(const Phase& phase) : phase_(phase) {}

@@ -9,10 +9,10 @@
 //
 // context [N, C] -> out [N, C] of each branch; W1 [P, C], W2 [C, P]. All sums are in the accumulation type.
 //
-// Decomposition: two phases (phases.h), the products with W1 and those with W2. Both cut rows x images into tiles, which
-// blocks take one after the other. In a tile, a warp multiplies a few rows with a few images' vectors; where there are
-// few tiles, several warps share the length of the rows. In the second phase every block computes the norm of its
-// tile's images for itself.
+// Decomposition: two phases (phases.h), the products with W1 and those with W2. Both cut rows x images into tiles,
+// which blocks take one after the other. In a tile, a warp multiplies a few rows with a few images' vectors; where
+// there are few tiles, several warps share the length of the rows. In the second phase every block computes the norm of
+// its tile's images for itself.
 //
 // Moves: W1 and W2 once from memory; context and h from the second-level cache, once for each row of tiles.
 #pragma once
@@ -28,8 +28,8 @@ inline constexpr int kFewImages = 2;
 inline constexpr int kManyImages = 8;
 static_assert(kTileRows * kManyImages == kWarp, "a lane keeps one sum");
 
-// The product with a matrix of so many rows, for all images, is cut into row_tiles() x image_tiles() tiles. `shares` warps
-// share the length of a row.
+// The product with a matrix of so many rows, for all images, is cut into row_tiles() x image_tiles() tiles. `shares`
+// warps share the length of a row.
 GC_BOTH int tile_rows(int shares) { return kTileRows * (kTransformWarps / shares); }
 GC_BOTH int row_tiles(int rows, int shares) { return (rows + tile_rows(shares) - 1) / tile_rows(shares); }
 GC_BOTH int image_tiles(int images, int tile_images) { return (images + tile_images - 1) / tile_images; }
@@ -102,8 +102,8 @@ struct ProductTile {
   int number;                    // of the tile among those of the same images and branch
 };
 
-// The tiles of a phase's products, in the order of branches, then of images, then of rows. In the first phase a branch's
-// matrix is W1, with a row for each hidden unit, in the second W2, with a row for each channel.
+// The tiles of a phase's products, in the order of branches, then of images, then of rows. In the first phase a
+// branch's matrix is W1, with a row for each hidden unit, in the second W2, with a row for each channel.
 class PhaseTiles {
  public:
   GC_DEVICE PhaseTiles(const TransformForwardArgs& args, bool first) : args_(args), first_(first) {}
@@ -151,10 +151,10 @@ struct Product {
   long long stride;
   int shares;  // warps that share the length of a row
 
-  // Of `own_rows` rows that begin at `row` and of the tile's images, over elements begin .. end, the lane's sum: that of
-  // row r and image n where r * kImages + n = scattered_index(lane). Rows and images past the last are computed as the
-  // last. A lane takes pairs of elements, however they are loaded: the order of additions does
-  // not depend on the addresses of the parameters.
+  // Of `own_rows` rows that begin at `row` and of the tile's images, over elements begin .. end, the lane's sum: that
+  // of row r and image n where r * kImages + n = scattered_index(lane). Rows and images past the last are computed as
+  // the last. A lane takes pairs of elements, however they are loaded: the order of additions does not depend on the
+  // addresses of the parameters.
   template <int kWidth, int kImages, typename W>
   GC_DEVICE A dots_of(const W* row, int own_rows, int begin, int end) const {
     // Loads in flight, as far as registers go.
@@ -193,8 +193,8 @@ struct Product {
   }
 };
 
-// Calls write(image, row, matrix[row] . vectors[image]) for the images and the rows of the tile that begins at tile_row.
-// scratch: [kTransformThreads].
+// Calls write(image, row, matrix[row] . vectors[image]) for the images and the rows of the tile that begins at
+// tile_row. scratch: [kTransformThreads].
 template <typename T, int kWidth, typename Write>
 GC_DEVICE void multiply_tile(const Product<Acc<T>>& product, int tile_row, Acc<T>* scratch, const Write& write) {
   using A = Acc<T>;
@@ -231,7 +231,8 @@ GC_DEVICE void multiply_tile(const Product<Acc<T>>& product, int tile_row, Acc<T
   if (lane < kTileRows * images && row < product.rows && image < product.images) write(image, row, sum);
 }
 
-// The norm and the activation for the tile's images, of which a warp takes one at a time. y: [images, P], shared memory.
+// The norm and the activation for the tile's images, of which a warp takes one at a time. y: [images, P], shared
+// memory.
 template <typename T>
 GC_DEVICE void normalize(const TransformForwardArgs& args, const TransformBranch& branch, const ProductTile& tile,
                          Acc<T>* y) {

@@ -1,5 +1,6 @@
-// The slabs of transform_backward. A weight matrix [rows, columns] is cut into slabs of kSteps * kStepRows rows by kWarp
-// columns, of which a block takes one at a time. It holds the slab and its gradient in registers while the images go by:
+// The slabs of transform_backward. A weight matrix [rows, columns] is cut into slabs of kSteps * kStepRows rows by
+// kWarp columns, of which a block takes one at a time. It holds the slab and its gradient in registers while the images
+// go by:
 //
 //                    lane 0     column0 .. column0 + 31    lane 31
 //     row0           +-------------------------------------------+
@@ -226,8 +227,8 @@ GC_DEVICE void slab_backward(const LayerT& layer, const Slab& slab, const SlabSh
 template <typename T, int kSteps>
 class ImageSums {
  public:
-  // scratch: [2, kTransformThreads] in shared memory. The two areas are used in turn: a thread that writes one again has
-  // passed the barrier after which nobody reads it.
+  // scratch: [2, kTransformThreads] in shared memory. The two areas are used in turn: a thread that writes one again
+  // has passed the barrier after which nobody reads it.
   GC_DEVICE ImageSums(int images, Acc<T>* scratch) : images_(images), scratch_(scratch) {}
 
   // out[row] = sum over n of value(n, row). Nothing happens where out is null.
