@@ -1,4 +1,4 @@
-// What the torch side of the CPU path (binding.cpp, block_*.cpp) and its vector side (simd/*.h) agree on: arguments on
+// What the torch side of the CPU path (device.cpp, transform.h) and its vector side (simd/*.h) agree on: arguments on
 // raw pointers, and one table of functions for each instruction set. Each function works through a range of independent
 // items, so that the caller may hand ranges to as many threads as it likes; no result depends on where the ranges end.
 //
