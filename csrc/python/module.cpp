@@ -1,6 +1,7 @@
 // The Python module gc_cuda._C: it carries the operators, says how it was built, and prints launch plans.
 #include <torch/extension.h>
 
+#include <optional>
 #include <string>
 
 #include "cuda/plan/transform_plan.h"
@@ -23,17 +24,18 @@ Enum named(const std::string& name, int count, const char* argument) {
 }
 
 gc::Plan plan(const std::string& kernel, int64_t images, int64_t channels, int64_t pixels, const std::string& layout,
-              const std::string& dtype, int alignment, int multiprocessors, int shared_bytes, bool dots_given) {
+              const std::string& dtype, int alignment, int multiprocessors, int shared_bytes, bool dots_given,
+              const std::string& paths) {
   const gc::Problem problem{
       images,   channels, pixels, named<gc::Layout>(layout, 2, "layout"), named<gc::ElementType>(dtype, 4, "dtype"),
       alignment};
   return gc::make_plan(named<gc::KernelKind>(kernel, gc::kKernelKinds, "kernel"), problem,
-                       {multiprocessors, shared_bytes}, dots_given);
+                       {multiprocessors, shared_bytes, gc::paths_named(paths)}, dots_given);
 }
 
 gc::TransformPlan transform_plan(const std::string& pass, int64_t images, int64_t channels,
                                  const std::vector<int64_t>& hidden, const std::string& dtype, bool pairs,
-                                 int multiprocessors, int shared_bytes) {
+                                 int multiprocessors, int shared_bytes, const std::string& paths) {
   if (hidden.empty() || hidden.size() > 2) {
     throw std::invalid_argument("hidden must have one or two numbers, got " + std::to_string(hidden.size()));
   }
@@ -43,7 +45,7 @@ gc::TransformPlan transform_plan(const std::string& pass, int64_t images, int64_
                                      {hidden[0], hidden.back()},
                                      named<gc::ElementType>(dtype, 4, "dtype"),
                                      pairs};
-  const gc::DeviceLimits device{multiprocessors, shared_bytes};
+  const gc::DeviceLimits device{multiprocessors, shared_bytes, gc::paths_named(paths)};
   if (pass == "forward") return gc::make_transform_forward_plan(problem, device);
   if (pass == "backward") return gc::make_transform_backward_plan(problem, device, gc::TransformDepth::kContext);
   throw std::invalid_argument("pass must be one of forward, backward, got " + pass);
@@ -56,11 +58,13 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("build_config", &gc::build_config, "What was built: a dict of str.");
   gc::bind_reading(m);
   gc::bind_calls(m);
+  gc::chosen_paths();  // a wrong GC_CUDA_PATHS is an error now, and not at the first launch
 
   py::class_<gc::Plan>(m, "Plan", "How a kernel would be launched; print it.")
       .def_readonly("rows", &gc::Plan::rows)
       .def_readonly("width", &gc::Plan::width)
       .def_readonly("flat", &gc::Plan::flat)
+      .def_property_readonly("paths", [](const gc::Plan& self) { return gc::names_of(self.paths); })
       .def_readonly("chunks", &gc::Plan::chunks)
       .def_readonly("holds_channels", &gc::Plan::holds_channels)
       .def_readonly("shared_bytes", &gc::Plan::shared_bytes)
@@ -79,7 +83,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("plan", &plan, "The launch plan of a CUDA kernel; needs no GPU.", py::arg("kernel"), py::arg("images"),
         py::arg("channels"), py::arg("pixels"), py::arg("layout") = "NCHW", py::arg("dtype") = "float32",
         py::arg("alignment") = 16, py::arg("multiprocessors") = 132, py::arg("shared_bytes") = 232448,
-        py::arg("dots_given") = false);
+        py::arg("dots_given") = false, py::arg("paths") = "none");
 
   py::class_<gc::TransformPlan>(m, "TransformPlan", "How a kernel of the transform would be launched; print it.")
       .def_readonly("width", &gc::TransformPlan::width)
@@ -98,5 +102,22 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("transform_plan", &transform_plan,
         "The launch plan of the transform, pass forward or backward; hidden has the hidden units of each branch.",
         py::arg("pass_"), py::arg("images"), py::arg("channels"), py::arg("hidden"), py::arg("dtype") = "float32",
-        py::arg("pairs") = true, py::arg("multiprocessors") = 132, py::arg("shared_bytes") = 232448);
+        py::arg("pairs") = true, py::arg("multiprocessors") = 132, py::arg("shared_bytes") = 232448,
+        py::arg("paths") = "none");
+
+  m.def(
+      "choose_paths",
+      [](const std::optional<std::string>& list) {
+        gc::choose_paths(list ? std::optional(gc::paths_named(*list)) : std::nullopt);
+      },
+      "Which newer ways the CUDA launches of this process go: names with commas between, all, none; or None for those "
+      "that were measured on the GPU at hand.",
+      py::arg("paths"));
+  m.def(
+      "chosen_paths",
+      []() -> std::optional<std::string> {
+        const auto paths = gc::chosen_paths();
+        return paths ? std::optional(gc::names_of(*paths)) : std::nullopt;
+      },
+      "What choose_paths, or GC_CUDA_PATHS, has chosen; or None.");
 }

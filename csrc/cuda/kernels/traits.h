@@ -3,6 +3,7 @@
 #pragma once
 
 #include "geometry.h"
+#include "paths.h"
 
 namespace gc {
 
@@ -51,6 +52,8 @@ struct TileChoices {
 // The facts of a kernel that has nothing special. The traits of a kind derive from this and restate what differs; all
 // have kKind and kName.
 struct KernelTraits {
+  // The newer ways that its instantiations go. A plan chooses among those of one kind.
+  static constexpr Paths kPaths = {};
   // Vectors that a thread holds of each feature map, and the same for the tall tiles, or 0.
   static constexpr int kRows = 8;
   static constexpr int kTallRows = 0;

@@ -81,11 +81,12 @@ cudaError_t dispatch_kind(const Plan& plan, const Body& body) {
                        [&](auto type) { return dispatch_layout<Traits, typename decltype(type)::type>(plan, body); });
 }
 
-// Calls body(Instance) as the plan says, for a plan of one of these kinds.
+// Calls body(Instance) as the plan says, for a plan of one of these kinds and ways.
 template <typename... Kinds, typename Body>
 cudaError_t dispatch(const Plan& plan, const Body& body) {
   cudaError_t status = cudaErrorInvalidValue;
-  ((plan.kind == Kinds::kKind && (status = dispatch_kind<Kinds>(plan, body), true)) || ...);
+  ((plan.kind == Kinds::kKind && plan.paths == Kinds::kPaths && (status = dispatch_kind<Kinds>(plan, body), true)) ||
+   ...);
   return status;
 }
 

@@ -13,7 +13,17 @@ DeviceLimits limits_of(int device) {
   DeviceLimits limits;
   C10_CUDA_CHECK(cudaDeviceGetAttribute(&limits.multiprocessors, cudaDevAttrMultiProcessorCount, device));
   C10_CUDA_CHECK(cudaDeviceGetAttribute(&limits.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  int major = 0, minor = 0;
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
+  limits.paths = chosen_paths().value_or(default_paths(10 * major + minor));
   return limits;
+}
+
+// Of a key: another choice of paths makes other plans.
+int64_t with_choice(int64_t number) {
+  const auto chosen = chosen_paths();
+  return number * (int64_t{1} << (kPathCount + 1)) + (chosen ? 1 + 2 * int64_t{chosen->bits} : 0);
 }
 
 }  // namespace
@@ -26,7 +36,7 @@ Plan planned(KernelKind kind, const Problem& problem, int device, bool dots_give
                    static_cast<int64_t>(problem.layout),
                    static_cast<int64_t>(problem.type),
                    problem.alignment,
-                   static_cast<int64_t>(kind) * 2 + dots_given,
+                   with_choice(static_cast<int64_t>(kind) * 2 + dots_given),
                    device};
   return plans.get(key, [&] { return make_plan(kind, problem, limits_of(device), dots_given); });
 }
@@ -39,7 +49,7 @@ TransformPlan planned(TransformPass pass, const TransformProblem& problem, int d
                    problem.hidden[0],
                    problem.hidden[1],
                    static_cast<int64_t>(problem.type) * 2 + problem.pairs,
-                   static_cast<int64_t>(pass) * 4 + static_cast<int64_t>(depth),
+                   with_choice(static_cast<int64_t>(pass) * 4 + static_cast<int64_t>(depth)),
                    device};
   return plans.get(key, [&] {
     const DeviceLimits limits = limits_of(device);

@@ -172,6 +172,7 @@ Plan plan_for(const Problem& p, const DeviceLimits& device, bool dots_given) {
 
   Plan plan{};
   plan.kind = Traits::kKind;
+  plan.paths = Traits::kPaths;
   plan.type = p.type;
   plan.layout = p.layout;
   plan.rows = Traits::kRows;
@@ -211,10 +212,26 @@ Plan plan_for(const Problem& p, const DeviceLimits& device, bool dots_given) {
   }
   plan.shared_bytes = arena.bytes();
   if (whole && plan.shared_bytes > device.shared_bytes) plan.holds_channels = false;
-  require(plan.shared_bytes <= device.shared_bytes || !plan.holds_channels,
-          "a block needs " + std::to_string(plan.shared_bytes) + " bytes of shared memory, the device has " +
-              std::to_string(device.shared_bytes));
   return plan;
+}
+
+// The plan of the first of these ways that is switched on and fits the device. The last is always on.
+template <typename Traits, typename... Others>
+Plan best_plan(const Problem& p, const DeviceLimits& device, bool dots_given) {
+  if constexpr (sizeof...(Others) > 0) {
+    if (!Traits::kPaths.within(device.paths)) return best_plan<Others...>(p, device, dots_given);
+    const Plan plan = plan_for<Traits>(p, device, dots_given);
+    return plan.holds_channels && plan.shared_bytes <= device.shared_bytes
+               ? plan
+               : best_plan<Others...>(p, device, dots_given);
+  } else {
+    static_assert(Traits::kPaths == Paths{}, "the last way is the measured one");
+    const Plan plan = plan_for<Traits>(p, device, dots_given);
+    require(plan.shared_bytes <= device.shared_bytes || !plan.holds_channels,
+            "a block needs " + std::to_string(plan.shared_bytes) + " bytes of shared memory, the device has " +
+                std::to_string(device.shared_bytes));
+    return plan;
+  }
 }
 
 struct Kernel {
@@ -223,9 +240,11 @@ struct Kernel {
   Plan (*plan)(const Problem&, const DeviceLimits&, bool dots_given);
 };
 
-template <typename Traits>
+// The ways of one kind, the newest first.
+template <typename Traits, typename... Others>
 constexpr Kernel kernel() {
-  return {Traits::kKind, Traits::kName, &plan_for<Traits>};
+  static_assert(((Others::kKind == Traits::kKind) && ...), "one kind");
+  return {Traits::kKind, Traits::kName, &best_plan<Traits, Others...>};
 }
 
 // Every kind, in the order of KernelKind.
@@ -278,6 +297,7 @@ std::string Plan::to_string() const {
       << " threads" << (flat ? " on flat images, " : ", ") << walk.splits << " splits of " << walk.tiles_per_split
       << " tiles, merged by " << walk.group << ", grid " << grid_x() << 'x' << grid_y() << ", " << shared_bytes
       << " bytes shared, " << workspace << " workspace elements, " << tickets << " tickets";
+  if (!(paths == Paths{})) out << "; " << names_of(paths);
   if (!holds_channels) out << "; too many channels for a block: needs pixel_dot first";
   return out.str();
 }

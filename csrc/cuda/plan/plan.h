@@ -7,6 +7,7 @@
 #include <string>
 
 #include "cuda/kernels/traits.h"
+#include "cuda/plan/paths.h"
 
 namespace gc {
 
@@ -32,6 +33,7 @@ struct Problem {
 struct DeviceLimits {
   int multiprocessors;
   int shared_bytes;  // that a block can opt in to
+  Paths paths = {};  // that are switched on
 };
 
 // Bytes of shared memory that a launch may have without asking for it.
@@ -41,8 +43,9 @@ struct Plan {
   KernelKind kind;
   ElementType type;
   Layout layout;
-  int rows;   // vectors a thread holds of a feature map
-  int width;  // elements moved by one load or store
+  int rows;     // vectors a thread holds of a feature map
+  int width;    // elements moved by one load or store
+  Paths paths;  // those that it takes
   Walk walk;
   int chunks;           // of channels
   bool flat;            // the kernel's flat form: an image as one contiguous range; a tile is `rows` vectors a thread

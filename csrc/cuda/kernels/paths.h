@@ -1,0 +1,35 @@
+// Newer ways of doing a part of a launch. Each stands beside the way that was measured on a GPU. A plan takes one only
+// where it is switched on (plan/paths.h), so kernels, plans and launches name them alike.
+#pragma once
+
+#include "geometry.h"
+
+namespace gc {
+
+enum class Path : unsigned {
+  kStagedGrad = 1 << 0,   // pool_backward: grad comes through shared memory, together with the tile of x
+  kTilesAhead = 1 << 1,   // pool_forward with a mask: the next tile comes while this one is worked on
+  kLateMerge = 1 << 2,    // pool_forward leaves partial results, and the transform's first phase merges them
+  kEarlyStart = 1 << 3,   // a launch begins while the one before it ends
+  kFullMachine = 1 << 4,  // pool_forward without weights: as many blocks as are resident at once
+  kNeighbours = 1 << 5,   // the same: neighbouring threads read neighbouring pieces of a row of narrow loads
+};
+inline constexpr int kPathCount = 6;
+
+// A set of them.
+struct Paths {
+  unsigned bits = 0;
+
+  constexpr Paths() = default;
+  GC_BOTH Paths(Path path) : bits(static_cast<unsigned>(path)) {}
+  GC_BOTH bool has(Path path) const { return (bits & static_cast<unsigned>(path)) != 0; }
+  GC_BOTH bool within(Paths others) const { return (bits & ~others.bits) == 0; }
+  GC_BOTH Paths operator|(Paths other) const {
+    Paths both;
+    both.bits = bits | other.bits;
+    return both;
+  }
+  GC_BOTH bool operator==(Paths other) const { return bits == other.bits; }
+};
+
+}  // namespace gc
