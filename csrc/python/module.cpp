@@ -58,7 +58,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("build_config", &gc::build_config, "What was built: a dict of str.");
   gc::bind_reading(m);
   gc::bind_calls(m);
-  gc::chosen_paths();  // a wrong GC_CUDA_PATHS is an error now, and not at the first launch
 
   py::class_<gc::Plan>(m, "Plan", "How a kernel would be launched; print it.")
       .def_readonly("rows", &gc::Plan::rows)

@@ -62,13 +62,18 @@ def library() -> Path:
     )
 
 
-@pytest.mark.parametrize("test", TESTS)
-def test_binding(library: Path, test: str) -> None:
+# With newer ways of a launch: what they hand from one launch to the next.
+WAYS = [*((test, "none") for test in TESTS), ("blocks/blocks", "all")]
+
+
+@pytest.mark.parametrize(("test", "ways"), WAYS)
+def test_binding(library: Path, test: str, ways: str) -> None:
     folder, name = test.split("/")
     paths = [str(ROOT), str(BINDING), os.environ.get("PYTHONPATH", "")]
     environment = {
         "GC_CUDA_BINDING": str(library),
         "GC_CUDA_DRY": "1",
+        "GC_CUDA_PATHS": ways,
         "PYTHONPATH": os.pathsep.join(paths),
         "LD_PRELOAD": ":".join(preloaded()),
         "ASAN_OPTIONS": "detect_leaks=0",

@@ -88,6 +88,8 @@ struct BlockTile {
   TileShape shape;
   int thread_channels, thread_pixels;  // what one thread holds
 
+  GC_BOTH int rows() const { return channels_are_fast(layout) ? thread_pixels : thread_channels; }
+  GC_BOTH int threads() const { return shape.fast_threads * shape.slow_threads; }
   GC_BOTH int channels() const { return thread_channels * channel_threads(layout, shape); }
   GC_BOTH int pixels() const { return thread_pixels * pixel_threads(layout, shape); }
   GC_BOTH int over_channels(int count) const { return over_channels_scratch(layout, shape, count); }
@@ -116,6 +118,10 @@ GC_BOTH int merge_tickets(int partials, int group) { return partials > group ? g
 GC_BOTH int staged_elements(int channels, int vectors, int element_bytes) {
   return channels * vectors + (vectors > 1 ? kVectorBytes / element_bytes : 0);
 }
+
+// A vector of a tile in shared memory; and the least bytes that a copy there moves while the thread goes on.
+struct alignas(kVectorBytes) VectorPlace {};
+inline constexpr int kLeastStaged = 4;
 
 // Stands for a block's shared memory (port::SharedArena) in a plan, and only counts: a kernel's traits take the same
 // arrays from it as the kernel.

@@ -15,6 +15,9 @@
 // combines its pixel threads and writes (m, z, sums) as the partial result of its split. The last blocks of an image
 // and chunk merge the partial results in order (split_merge.h).
 //
+// With kTilesAhead (and a mask), a tile comes through shared memory: the next one is on the way while the block works on
+// this one, the first while the mask weights are fetched. Otherwise it waits for each.
+//
 // Moves: x once (N*C*S elements), logits once (N*S accumulation type, read or written), N*splits*(C + 2) values of
 // partial results.
 #pragma once
@@ -25,9 +28,10 @@
 namespace gc {
 
 // The kinds. Their partial results are the sums over pixels, and for a softmax m and z.
-template <Weighting kWeighting_>
+template <Weighting kWeighting_, bool kTilesAhead_ = false>
 struct PoolForwardTraits : KernelTraits {
   static constexpr Weighting kWeighting = kWeighting_;
+  static constexpr bool kTilesAhead = kTilesAhead_;
   static constexpr bool kMask = kWeighting == Weighting::kMask;
   static constexpr bool kSoftmax = kWeighting != Weighting::kUniform;
 
@@ -35,6 +39,9 @@ struct PoolForwardTraits : KernelTraits {
                                       : kSoftmax ? KernelKind::kPoolLogits
                                                  : KernelKind::kPoolUniform;
   static constexpr const char* kName = kMask ? "pool_mask" : kSoftmax ? "pool_logits" : "pool_uniform";
+  static_assert(kMask || !kTilesAhead, "other tiles are not waited for at a barrier");
+  static constexpr Paths kPaths = kTilesAhead ? Paths(Path::kTilesAhead) : Paths();
+  static constexpr int kLeastAccess = kTilesAhead ? kLeastStaged : 1;
   static constexpr int kTallRows = kMask ? 16 : 0;
   static constexpr bool kWholeChannels = kMask;
   static constexpr Merge kMerge = Merge::kImage;
@@ -53,11 +60,12 @@ struct PoolForwardTraits : KernelTraits {
 
   template <typename A>
   static GC_BOTH void take_shared(CountingArena& arena, const BlockTile& tile, const Walk& walk, bool /*dots_given*/) {
-    if (kMask) arena.take<A>(tile.channels());                             // the mask weights
-    if (kMask) arena.take<A>(2 * tile.over_channels(tile.thread_pixels));  // dots
-    if (kSoftmax) arena.take<A>(tile.over_pixels(1));                      // max_scratch
-    arena.take<A>(tile.over_pixels(tile.thread_channels + 1));             // sum_scratch
-    if (walk.splits > 1) arena.take<int>(1);                               // flag
+    if (kMask) arena.take<A>(tile.channels());                               // the mask weights
+    if (kMask) arena.take<A>(2 * tile.over_channels(tile.thread_pixels));    // dots
+    if (kTilesAhead) arena.take<VectorPlace>(tile.rows() * tile.threads());  // places
+    if (kSoftmax) arena.take<A>(tile.over_pixels(1));                        // max_scratch
+    arena.take<A>(tile.over_pixels(tile.thread_channels + 1));               // sum_scratch
+    if (walk.splits > 1) arena.take<int>(1);                                 // flag
     if (kSoftmax && walk.splits > 1) arena.take<A>(3 * merged_at_most(walk.splits, walk.group));
   }
 };
@@ -123,14 +131,14 @@ GC_DEVICE void merge_splits(const PoolForwardArgs& args, const Map& map, int fir
   }
 }
 
-template <typename T, Layout kLayout, int kRows, int kWidth, Weighting kWeighting>
+template <typename T, Layout kLayout, int kRows, int kWidth, Weighting kWeighting, bool kTilesAhead>
 GC_KERNEL(kMaxThreads, 1)
 pool_forward(const PoolForwardArgs args) {
   using A = Acc<T>;
   using TileT = Tile<T, kLayout, kRows, kWidth>;
   constexpr int kChannels = TileT::kChannels;
   constexpr int kPixels = TileT::kPixels;
-  using Traits = PoolForwardTraits<kWeighting>;
+  using Traits = PoolForwardTraits<kWeighting, kTilesAhead>;
   static_assert(has_tile<Traits>(kRows, kLayout, sizeof(T)), "no plan has such tiles");
 
   const typename TileT::Map map(args.walk);
@@ -139,10 +147,15 @@ pool_forward(const PoolForwardArgs args) {
   port::SharedArena arena;
   A* weight = nullptr;
   ScratchInTurn<A> dots{nullptr, over_channels_scratch(kLayout, map.shape, kPixels)};
+  typename TileT::Place* places = nullptr;
   A bias = 0;
   if constexpr (Traits::kMask) {
     weight = arena.take<A>(map.tile_channels());
     dots.areas = arena.take<A>(2 * dots.count);
+    if constexpr (kTilesAhead) {
+      places = arena.take<typename TileT::Place>(TileT::places());
+      TileT::stage(places, x, map, map.first_tile * map.tile_pixels());
+    }
     stage_channels(map, weight, [&](int channel) { return read<T>(args.mask_weight, channel); });
     if (args.mask_bias.data != nullptr) bias = read<T>(args.mask_bias, 0);
     port::sync_block<kSyncStaged>();
@@ -157,7 +170,13 @@ pool_forward(const PoolForwardArgs args) {
   for (int tile_index = map.first_tile; tile_index < map.end_tile; ++tile_index) {
     const int pixel0 = tile_index * map.tile_pixels();
     TileT tile;
-    tile.load(x, map, pixel0);
+    if constexpr (kTilesAhead) {
+      port::await_staged<kAwaitTile>();
+      tile.take(places);
+      if (tile_index + 1 < map.end_tile) TileT::stage(places, x, map, pixel0 + map.tile_pixels());
+    } else {
+      tile.load(x, map, pixel0);
+    }
 
     A a[kPixels];  // logits, then attention relative to m
     if constexpr (Traits::kMask) {

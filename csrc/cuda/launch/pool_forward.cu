@@ -8,10 +8,13 @@ cudaError_t launch_pool_forward(const Plan& plan, PoolForwardArgs args, cudaStre
   using Mask = PoolForwardTraits<Weighting::kMask>;
   using Logits = PoolForwardTraits<Weighting::kLogits>;
   using Uniform = PoolForwardTraits<Weighting::kUniform>;
-  return dispatch<Mask, Logits, Uniform>(plan, [&](auto instance) {
+  using MaskAhead = PoolForwardTraits<Weighting::kMask, true>;
+  return dispatch<Mask, Logits, Uniform, MaskAhead>(plan, [&](auto instance) {
     using I = decltype(instance);
     constexpr Weighting kWeighting = I::Traits::kWeighting;
-    return launch(pool_forward<typename I::T, I::kLayout, I::kRows, I::kWidth, kWeighting>, plan, args, stream);
+    constexpr bool kTilesAhead = I::Traits::kTilesAhead;
+    return launch(pool_forward<typename I::T, I::kLayout, I::kRows, I::kWidth, kWeighting, kTilesAhead>, plan, args,
+                  stream);
   });
 }
 

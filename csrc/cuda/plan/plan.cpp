@@ -221,9 +221,9 @@ Plan best_plan(const Problem& p, const DeviceLimits& device, bool dots_given) {
   if constexpr (sizeof...(Others) > 0) {
     if (!Traits::kPaths.within(device.paths)) return best_plan<Others...>(p, device, dots_given);
     const Plan plan = plan_for<Traits>(p, device, dots_given);
-    return plan.holds_channels && plan.shared_bytes <= device.shared_bytes
-               ? plan
-               : best_plan<Others...>(p, device, dots_given);
+    const bool fits = plan.holds_channels && plan.shared_bytes <= device.shared_bytes &&
+                      plan.width * element_bytes(plan.type) >= Traits::kLeastAccess;
+    return fits ? plan : best_plan<Others...>(p, device, dots_given);
   } else {
     static_assert(Traits::kPaths == Paths{}, "the last way is the measured one");
     const Plan plan = plan_for<Traits>(p, device, dots_given);
@@ -248,15 +248,16 @@ constexpr Kernel kernel() {
 }
 
 // Every kind, in the order of KernelKind.
-constexpr Kernel kKernels[] = {kernel<PoolForwardTraits<Weighting::kMask>>(),
-                               kernel<PoolForwardTraits<Weighting::kLogits>>(),
-                               kernel<PoolForwardTraits<Weighting::kUniform>>(),
-                               kernel<PoolBackwardTraits<PoolGradient::kMask>>(),
-                               kernel<PoolBackwardTraits<PoolGradient::kLogits>>(),
-                               kernel<PoolBackwardTraits<PoolGradient::kBlock>>(),
-                               kernel<PixelDotTraits>(),
-                               kernel<BroadcastTraits>(),
-                               kernel<BroadcastMulBackwardTraits>()};
+constexpr Kernel kKernels[] = {
+    kernel<PoolForwardTraits<Weighting::kMask, true>, PoolForwardTraits<Weighting::kMask>>(),
+    kernel<PoolForwardTraits<Weighting::kLogits>>(),
+    kernel<PoolForwardTraits<Weighting::kUniform>>(),
+    kernel<PoolBackwardTraits<PoolGradient::kMask>>(),
+    kernel<PoolBackwardTraits<PoolGradient::kLogits>>(),
+    kernel<PoolBackwardTraits<PoolGradient::kBlock, true>, PoolBackwardTraits<PoolGradient::kBlock>>(),
+    kernel<PixelDotTraits>(),
+    kernel<BroadcastTraits>(),
+    kernel<BroadcastMulBackwardTraits>()};
 
 constexpr bool in_order() {
   int kind = 0;

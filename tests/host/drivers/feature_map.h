@@ -174,13 +174,15 @@ class Tickets {
   Buffer<unsigned> buffer_;
 };
 
-// A plan for a small device, so that small feature maps are split. The alignment is what misaligned elements leave.
+// A plan for a small device, so that small feature maps are split. The alignment is what misaligned elements leave. With
+// newer ways of a launch, its blocks have as much shared memory as those ways want.
 template <typename T>
 Plan plan_for(KernelKind kind, Shape shape, Layout layout, int multiprocessors, bool dots_given = false,
-              int misaligned = 0) {
+              int misaligned = 0, Paths paths = {}) {
   Problem problem{shape.images, shape.channels, shape.pixels, layout, Element<T>::type};
   while (misaligned * static_cast<int>(sizeof(T)) % problem.alignment != 0) problem.alignment /= 2;
-  return make_plan(kind, problem, {multiprocessors, host::kMaxSharedOptIn}, dots_given);
+  const int shared_bytes = paths == Paths{} ? host::kMaxSharedOptIn : host::kMostSharedOptIn;
+  return make_plan(kind, problem, {multiprocessors, shared_bytes, paths}, dots_given);
 }
 
 // Runs a launch and checks what every launch must fulfil.

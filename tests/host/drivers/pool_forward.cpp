@@ -11,9 +11,16 @@ namespace {
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 
-const char* name_of(Weighting weighting) {
-  return weighting == Weighting::kMask ? "mask" : weighting == Weighting::kLogits ? "logits" : "uniform";
-}
+struct Way {
+  const char* name;
+  Weighting weighting;
+  Paths paths = {};  // that the plan takes
+};
+
+constexpr Way kWays[] = {{"mask", Weighting::kMask},
+                         {"logits", Weighting::kLogits},
+                         {"uniform", Weighting::kUniform},
+                         {"mask_ahead", Weighting::kMask, Path::kTilesAhead}};
 
 // What is put into x and the logits on top of random numbers. Image 0 always keeps the random ones.
 enum class Special { kNone, kAllMinusInfinity, kFirstHalfMinusInfinity, kPlusInfinity, kNaN, kInfiniteX, kFarFromZero };
@@ -22,11 +29,12 @@ template <typename T>
 struct Pooling {
   using A = Acc<T>;
 
-  Weighting weighting;
+  Way way;
   ShapeCase on;
   Layout layout;
   bool wide;  // the small vectors, and the context
   Special special;
+  Weighting weighting = way.weighting;
 
   FeatureMap<T> x{"x", on.shape, layout, Use::kInput, on.misaligned};
   SmallVector<T> mask_weight{"mask_weight", static_cast<std::size_t>(on.shape.channels), wide, Use::kInput};
@@ -41,8 +49,8 @@ struct Pooling {
   SmallVector<T> context{"context", channels_in_all(), wide, Use::kOutput};
   Buffer<A> state{"state", channels_in_all() + 2 * on.shape.images, Use::kOutput};
 
-  Pooling(Weighting weighting_, const ShapeCase& on_, Layout layout_, bool wide_, Special special_)
-      : weighting(weighting_), on(on_), layout(layout_), wide(wide_), special(special_) {
+  Pooling(const Way& way_, const ShapeCase& on_, Layout layout_, bool wide_, Special special_)
+      : way(way_), on(on_), layout(layout_), wide(wide_), special(special_) {
     Numbers numbers(3);
     x.fill(numbers, 2);
     mask_weight.fill(numbers, 2 / std::sqrt(on.shape.channels));
@@ -72,9 +80,12 @@ struct Pooling {
   void run(const host::Schedule& schedule) {
     const KernelKind kinds[] = {KernelKind::kPoolMask, KernelKind::kPoolLogits, KernelKind::kPoolUniform};
     const auto plan_of = [&](KernelKind kind, bool dots_given) {
-      return plan_for<T>(kind, on.shape, layout, on.multiprocessors, dots_given, on.misaligned);
+      return plan_for<T>(kind, on.shape, layout, on.multiprocessors, dots_given, on.misaligned, way.paths);
     };
     Plan plan = plan_of(kinds[static_cast<int>(weighting)], false);
+    // Of more channels, the tile leaves no room in shared memory; and single halves are not copied.
+    const bool too_many = on.shape.channels > 4096, too_narrow = plan.width * sizeof(T) < kLeastStaged;
+    host::require(plan.paths == way.paths || too_many || too_narrow, "the path is taken: " + plan.to_string());
     PoolForwardArgs args{};
     args.x = x.buffer().data();
     args.factor = factor;
@@ -190,11 +201,11 @@ struct Pooling {
 };
 
 template <typename T>
-host::Case case_of(const std::string& name, const char* reason, Weighting weighting, const ShapeCase& on, Layout layout,
+host::Case case_of(const std::string& name, const char* reason, const Way& way, const ShapeCase& on, Layout layout,
                    bool wide, Special special) {
   auto bits = std::make_shared<SameBits>();
   return {name, reason, [=](const host::Schedule& schedule) {
-            Pooling<T> pooling(weighting, on, layout, wide, special);
+            Pooling<T> pooling(way, on, layout, wide, special);
             pooling.run(schedule);
             pooling.check();
             if (pooling.with_context) bits->check(pooling.context);
@@ -209,12 +220,11 @@ std::vector<host::Case> cases() {
     for (const Layout layout : kLayouts) {
       each_type(on.all_types, [&](auto element) {
         using T = decltype(element);
-        for (const Weighting weighting : {Weighting::kMask, Weighting::kLogits, Weighting::kUniform}) {
+        for (const Way& way : kWays) {
           wide = !wide;
-          const std::string name = std::string(name_of(weighting)) + "-" + Element<T>::name + "-" +
-                                   gc::name_of(layout) + "-" + on.shape.to_string() +
-                                   (on.misaligned ? "+" + std::to_string(on.misaligned) : "");
-          list.push_back(case_of<T>(name, on.reason, weighting, on, layout, wide, Special::kNone));
+          const std::string name = std::string(way.name) + "-" + Element<T>::name + "-" + gc::name_of(layout) + "-" +
+                                   on.shape.to_string() + (on.misaligned ? "+" + std::to_string(on.misaligned) : "");
+          list.push_back(case_of<T>(name, on.reason, way, on, layout, wide, Special::kNone));
         }
       });
     }
@@ -238,11 +248,12 @@ std::vector<host::Case> cases() {
     for (const Layout layout : kLayouts) {
       each_type(true, [&](auto element) {
         using T = decltype(element);
-        for (const Weighting weighting : {Weighting::kLogits, Weighting::kMask}) {
-          if (weighting == Weighting::kMask && !special.with_mask) continue;
+        for (const Way& way : kWays) {
+          if (way.weighting == Weighting::kUniform) continue;
+          if (way.weighting == Weighting::kMask && !special.with_mask) continue;
           const std::string name =
-              std::string(name_of(weighting)) + "-" + Element<T>::name + "-" + gc::name_of(layout) + "-" + special.name;
-          list.push_back(case_of<T>(name, special.reason, weighting, on, layout, true, special.special));
+              std::string(way.name) + "-" + Element<T>::name + "-" + gc::name_of(layout) + "-" + special.name;
+          list.push_back(case_of<T>(name, special.reason, way, on, layout, true, special.special));
         }
       });
     }

@@ -27,6 +27,8 @@ inline constexpr int kMaxGridYZ = 65535;
 inline constexpr int kSharedLimit = 48 * 1024;
 // What a GPU gives when asked: the least of those that are supported (sm_75).
 inline constexpr int kMaxSharedOptIn = 64 * 1024;
+// The most that any gives (sm_90).
+inline constexpr int kMostSharedOptIn = 227 * 1024;
 inline constexpr int kMaxSites = 256;
 
 // What a launch did wrong. The message begins with its kind: "data race", "deadlock", "divergent barrier", "shared
@@ -67,6 +69,10 @@ void fence(int site);
 std::uint64_t shuffle(std::uint64_t bits, int lane_mask);
 unsigned take_ticket(unsigned* counter);
 void wait_for(const unsigned* counter, unsigned value);
+// A copy to shared memory that is done at once, later or when it is waited for, by the schedule; until it is waited for,
+// its target must not be touched.
+void stage(void* to, const void* from, std::size_t bytes);
+void await_staged(int site);
 void open_arena();
 void* take_shared(int ordinal, int count, int element_bytes);
 
