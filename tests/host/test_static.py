@@ -163,6 +163,25 @@ def test_hot_kernels_do_not_spill(resources: list[Resources]) -> None:
     assert not spills, "\n" + cudatools.table(spills)
 
 
+def bound_of(kernel: str) -> int:
+    """The registers of a thread that plans count on, by the constants of kernels/traits.h."""
+    text = (ROOT / "csrc" / "cuda" / "kernels" / "traits.h").read_text()
+    constants = dict(re.findall(r"constexpr int (k\w*Registers\w*) = (\d+);", text))
+    name = "kRegistersOfThread"
+    if "(gc::Path)16" in kernel and "broadcast_flat" in kernel:
+        name = "kMoreRegisters" if "half" in kernel or "bfloat16" in kernel else "kFullMachineRegisters"
+    elif "(gc::Path)16" in kernel and "<double" not in kernel:
+        name = "kFullMachineRegisters"
+    return int(constants[name])
+
+
+def test_a_thread_takes_no_more_registers_than_plans_count_on(resources: list[Resources]) -> None:
+    """Or fewer blocks would be resident at once than a plan fills the machine with."""
+    assert len({bound_of(one.kernel) for one in resources}) == 3
+    more = [one for one in resources if one.registers > bound_of(one.kernel)]
+    assert not more, "\n" + cudatools.table(more)
+
+
 @pytest.mark.parametrize("launch_file", [name for name in LAUNCH_FILES if "transform" not in name])
 def test_hot_kernels_load_16_bytes(every_kernel: dict[str, Path], launch_file: str) -> None:
     cubins = list(every_kernel[launch_file].glob(f"*{DISASSEMBLED}*.cubin"))

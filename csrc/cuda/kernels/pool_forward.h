@@ -24,9 +24,10 @@
 
 namespace gc {
 
-// The kinds. Their partial results are the sums over pixels, and for a softmax m and z.
-template <Weighting kWeighting_>
+// The kinds. Their partial results are the sums over pixels, and for a softmax m and z. kNewer: the newer ways.
+template <Weighting kWeighting_, Path... kNewer>
 struct PoolForwardTraits : KernelTraits {
+  static constexpr Paths kPaths = Paths(kNewer...);
   static constexpr Weighting kWeighting = kWeighting_;
   static constexpr bool kMask = kWeighting == Weighting::kMask;
   static constexpr bool kSoftmax = kWeighting != Weighting::kUniform;
@@ -40,6 +41,15 @@ struct PoolForwardTraits : KernelTraits {
   static constexpr Merge kMerge = Merge::kImage;
   static constexpr int kPartialVectors = 1;
   static constexpr int kPartialValues = kSoftmax ? 2 : 0;
+
+  // With Path::kFullMachine. Blocks are half as long, so twice as many partial results are merged in one round.
+  static constexpr bool kFullMachine = kPaths.has(Path::kFullMachine);
+  static_assert(!kFullMachine || !kSoftmax, "a thread's registers for a softmax are more");
+  static constexpr int kMostThreads = kFullMachine ? 256 : kMaxThreads;
+  static constexpr int kMergedAtOnce = kFullMachine ? 16 : 8;
+  static GC_BOTH int registers(int element_bytes) {
+    return kFullMachine && element_bytes < 8 ? kFullMachineRegisters : kRegistersOfThread;
+  }
 
   // As measured on an H100: two blocks of 256 threads on a multiprocessor hide each other's arithmetic, which for
   // halves is worth more than long rows.
@@ -88,9 +98,10 @@ GC_DEVICE void write_stats(const PoolForwardArgs& args, const Map& map, Acc<T> m
 
 // Merges the partial results first .. first + count of the block's image and chunk into number `to` or the result: each
 // thread some channels, each channel in the order of the partial results. shared: 3 values for each of them.
-template <Weighting kWeighting, typename T, typename Map>
+template <typename Traits, typename T, typename Map>
 GC_DEVICE void merge_splits(const PoolForwardArgs& args, const Map& map, int first, int count, int to, Acc<T>* shared) {
   using A = Acc<T>;
+  constexpr Weighting kWeighting = Traits::kWeighting;
   const int rows = merged_rows(args.walk.splits, args.walk.group);
   A* const sums = static_cast<A*>(args.partial_context) + map.channels0() * rows;
   A* const stats = static_cast<A*>(args.partial_stats) + map.image_chunk() * rows * 2;
@@ -105,16 +116,23 @@ GC_DEVICE void merge_splits(const PoolForwardArgs& args, const Map& map, int fir
     port::sync_block<kSyncSplitWeights>();
     for (int k = 0; k < count; ++k) z += weight[k] * shared[2 * k + 1];
   }
-  add_partials(
-      map, sums + static_cast<long long>(first) * map.channels, count,
-      [&](int k) { return kWeighting == Weighting::kUniform ? A(1) : weight[k]; },
-      [&](int channel, A sum) {
-        if (to == kMergedResult) {
-          write_context<kWeighting, T>(args, map, channel, sum, z);
-        } else {
-          sums[static_cast<long long>(to) * map.channels + channel] = sum;
-        }
-      });
+  if constexpr (Traits::kFullMachine) {
+    sum_partials<8>(map, sums + static_cast<long long>(first) * map.channels, count, [&](int channel, A sum) {
+      if (to == kMergedResult) return write_context<kWeighting, T>(args, map, channel, sum, z);
+      sums[static_cast<long long>(to) * map.channels + channel] = sum;
+    });
+  } else {
+    add_partials(
+        map, sums + static_cast<long long>(first) * map.channels, count,
+        [&](int k) { return kWeighting == Weighting::kUniform ? A(1) : weight[k]; },
+        [&](int channel, A sum) {
+          if (to == kMergedResult) {
+            write_context<kWeighting, T>(args, map, channel, sum, z);
+          } else {
+            sums[static_cast<long long>(to) * map.channels + channel] = sum;
+          }
+        });
+  }
   if (to == kMergedResult) {
     write_stats<kWeighting, T>(args, map, m, z);
   } else if (kWeighting != Weighting::kUniform && port::thread_index() == 0) {
@@ -123,14 +141,14 @@ GC_DEVICE void merge_splits(const PoolForwardArgs& args, const Map& map, int fir
   }
 }
 
-template <typename T, Layout kLayout, int kRows, int kWidth, Weighting kWeighting>
-GC_KERNEL(kMaxThreads, 1)
+template <typename T, Layout kLayout, int kRows, int kWidth, typename Traits>
+GC_KERNEL(Traits::kMostThreads, (resident_blocks(Traits::kMostThreads, Traits::registers(sizeof(T)))))
 pool_forward(const PoolForwardArgs args) {
   using A = Acc<T>;
-  using TileT = Tile<T, kLayout, kRows, kWidth>;
+  using TileT = TileOf<Traits, T, kLayout, kRows, kWidth>;
   constexpr int kChannels = TileT::kChannels;
   constexpr int kPixels = TileT::kPixels;
-  using Traits = PoolForwardTraits<kWeighting>;
+  constexpr Weighting kWeighting = Traits::kWeighting;
   static_assert(has_tile<Traits>(kRows, kLayout, sizeof(T)), "no plan has such tiles");
 
   const typename TileT::Map map(args.walk);
@@ -263,9 +281,8 @@ pool_forward(const PoolForwardArgs args) {
   const int most = merged_at_most(args.walk.splits, args.walk.group);
   A* const merged = arena.take<A>(Traits::kSoftmax ? 3 * most : 0);
   unsigned* const tickets = args.tickets + map.image_chunk() * merge_tickets(args.walk.splits, args.walk.group);
-  merge_partials(map.split, args.walk.splits, args.walk.group, tickets, flag, [&](int first, int count, int to) {
-    merge_splits<kWeighting, T>(args, map, first, count, to, merged);
-  });
+  merge_partials(map.split, args.walk.splits, args.walk.group, tickets, flag,
+                 [&](int first, int count, int to) { merge_splits<Traits, T>(args, map, first, count, to, merged); });
 }
 
 }  // namespace gc

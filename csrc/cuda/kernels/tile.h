@@ -12,7 +12,8 @@
 namespace gc {
 
 // Where this thread stands: the block's image and split, the thread's own channels and pixels within the block's tile.
-template <Layout kLayout, int kRows, int kElementsPerRow>
+// kPlanned: the splits are those of a newer way, see Walk.
+template <Layout kLayout, int kRows, int kElementsPerRow, bool kPlanned = false>
 struct TileMap {
   static constexpr bool kChannelsFast = channels_are_fast(kLayout);
   static constexpr int kChannels = kChannelsFast ? kElementsPerRow : kRows;  // a thread's
@@ -35,6 +36,11 @@ struct TileMap {
         image(block_of(walk) / walk.splits),
         split(block_of(walk) - image * walk.splits),
         first_tile(split * walk.tiles_per_split) {
+    if constexpr (kPlanned) {
+      first_tile += split < walk.longer ? split : walk.longer;
+      end_tile = first_tile + walk.tiles_per_split + (split < walk.longer);
+      return;
+    }
     const int tiles = (pixels + tile_pixels() - 1) / tile_pixels();
     end_tile = first_tile + walk.tiles_per_split < tiles ? first_tile + walk.tiles_per_split : tiles;
   }
@@ -79,10 +85,10 @@ struct TileMap {
 
 // kWidth: the elements moved by one load or store. At the end of a row each of these has a predicate: the width divides
 // the row's extent, so none straddles its end.
-template <typename T, Layout kLayout, int kRows, int kWidth>
+template <typename T, Layout kLayout, int kRows, int kWidth, bool kPlanned = false>
 class Tile {
  public:
-  using Map = TileMap<kLayout, kRows, kElements<T>>;
+  using Map = TileMap<kLayout, kRows, kElements<T>, kPlanned>;
   static constexpr int kChannels = Map::kChannels;
   static constexpr int kPixels = Map::kPixels;
   static constexpr int kRowElements = kElements<T>;
@@ -143,6 +149,10 @@ class Tile {
 
   PackedVector<T> rows_[kRows];
 };
+
+// The tile of an instantiation with these traits.
+template <typename Traits, typename T, Layout kLayout, int kRows, int kWidth>
+using TileOf = Tile<T, kLayout, kRows, kWidth, !(Traits::kPaths == Paths{})>;
 
 // Two areas of scratch that tiles use in turn. One barrier a tile is then enough: a thread that writes an area again
 // has passed the barrier of the tile between, after which nobody reads what was there.

@@ -90,6 +90,25 @@ cudaError_t dispatch(const Plan& plan, const Body& body) {
   return status;
 }
 
+// One instantiation of a kernel's flat form.
+template <typename Traits_, typename Element_>
+struct FlatInstance {
+  using Traits = Traits_;
+  using T = Element_;
+};
+
+// The same for the plan of a flat form: calls body(FlatInstance).
+template <typename... Kinds, typename Body>
+cudaError_t dispatch_flat(const Plan& plan, const Body& body) {
+  return dispatch_type(plan.type, [&](auto type) {
+    cudaError_t status = cudaErrorInvalidValue;
+    ((plan.kind == Kinds::kKind && plan.paths == Kinds::kPaths &&
+      (status = body(FlatInstance<Kinds, typename decltype(type)::type>{}), true)) ||
+     ...);
+    return status;
+  });
+}
+
 template <typename Args>
 cudaError_t launch(void (*kernel)(Args), dim3 grid, int threads, int shared_bytes, const Args& args,
                    cudaStream_t stream) {

@@ -8,10 +8,10 @@ cudaError_t launch_pool_forward(const Plan& plan, PoolForwardArgs args, cudaStre
   using Mask = PoolForwardTraits<Weighting::kMask>;
   using Logits = PoolForwardTraits<Weighting::kLogits>;
   using Uniform = PoolForwardTraits<Weighting::kUniform>;
-  return dispatch<Mask, Logits, Uniform>(plan, [&](auto instance) {
+  using UniformFull = PoolForwardTraits<Weighting::kUniform, Path::kFullMachine>;
+  return dispatch<Mask, Logits, Uniform, UniformFull>(plan, [&](auto instance) {
     using I = decltype(instance);
-    constexpr Weighting kWeighting = I::Traits::kWeighting;
-    return launch(pool_forward<typename I::T, I::kLayout, I::kRows, I::kWidth, kWeighting>, plan, args, stream);
+    return launch(pool_forward<typename I::T, I::kLayout, I::kRows, I::kWidth, typename I::Traits>, plan, args, stream);
   });
 }
 

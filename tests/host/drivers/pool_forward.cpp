@@ -27,6 +27,7 @@ struct Pooling {
   Layout layout;
   bool wide;  // the small vectors, and the context
   Special special;
+  Paths paths;  // that are switched on
 
   FeatureMap<T> x{"x", on.shape, layout, Use::kInput, on.misaligned};
   SmallVector<T> mask_weight{"mask_weight", static_cast<std::size_t>(on.shape.channels), wide, Use::kInput};
@@ -41,8 +42,8 @@ struct Pooling {
   SmallVector<T> context{"context", channels_in_all(), wide, Use::kOutput};
   Buffer<A> state{"state", channels_in_all() + 2 * on.shape.images, Use::kOutput};
 
-  Pooling(Weighting weighting_, const ShapeCase& on_, Layout layout_, bool wide_, Special special_)
-      : weighting(weighting_), on(on_), layout(layout_), wide(wide_), special(special_) {
+  Pooling(Weighting weighting_, const ShapeCase& on_, Layout layout_, bool wide_, Special special_, Paths paths_)
+      : weighting(weighting_), on(on_), layout(layout_), wide(wide_), special(special_), paths(paths_) {
     Numbers numbers(3);
     x.fill(numbers, 2);
     mask_weight.fill(numbers, 2 / std::sqrt(on.shape.channels));
@@ -72,7 +73,7 @@ struct Pooling {
   void run(const host::Schedule& schedule) {
     const KernelKind kinds[] = {KernelKind::kPoolMask, KernelKind::kPoolLogits, KernelKind::kPoolUniform};
     const auto plan_of = [&](KernelKind kind, bool dots_given) {
-      return plan_for<T>(kind, on.shape, layout, on.multiprocessors, dots_given, on.misaligned);
+      return plan_for<T>(kind, on.shape, layout, on.multiprocessors, dots_given, on.misaligned, paths);
     };
     Plan plan = plan_of(kinds[static_cast<int>(weighting)], false);
     PoolForwardArgs args{};
@@ -191,10 +192,10 @@ struct Pooling {
 
 template <typename T>
 host::Case case_of(const std::string& name, const char* reason, Weighting weighting, const ShapeCase& on, Layout layout,
-                   bool wide, Special special) {
+                   bool wide, Special special, Paths paths = {}) {
   auto bits = std::make_shared<SameBits>();
-  return {name, reason, [=](const host::Schedule& schedule) {
-            Pooling<T> pooling(weighting, on, layout, wide, special);
+  return {name + suffix_of(paths), reason, [=](const host::Schedule& schedule) {
+            Pooling<T> pooling(weighting, on, layout, wide, special, paths);
             pooling.run(schedule);
             pooling.check();
             if (pooling.with_context) bits->check(pooling.context);
@@ -215,9 +216,19 @@ std::vector<host::Case> cases() {
                                    gc::name_of(layout) + "-" + on.shape.to_string() +
                                    (on.misaligned ? "+" + std::to_string(on.misaligned) : "");
           list.push_back(case_of<T>(name, on.reason, weighting, on, layout, wide, Special::kNone));
+          if (weighting != Weighting::kUniform) continue;
+          list.push_back(case_of<T>(name, on.reason, weighting, on, layout, wide, Special::kNone, Path::kFullMachine));
         }
       });
     }
+  }
+  for (const Layout layout : kLayouts) {
+    each_type(false, [&](auto element) {
+      using T = decltype(element);
+      const std::string name = std::string("uniform-") + Element<T>::name + "-" + gc::name_of(layout) + "-uneven";
+      list.push_back(case_of<T>(name, uneven_case().reason, Weighting::kUniform, uneven_case(), layout, true,
+                                Special::kNone, Path::kFullMachine));
+    });
   }
   struct SpecialCase {
     Special special;
