@@ -220,6 +220,24 @@ def test_splits_of_a_full_machine_differ_by_one_tile():
     assert "16 splits of 2 or 3 tiles" in str(p) and str(p).endswith("; full_machine"), p
 
 
+def test_neighbours_are_for_loads_of_less_than_a_vector():
+    for problem, layout, dtype, narrow in (
+        ((2, 2048, 1050), "NCHW", "float32", True),
+        ((2, 2048, 1050), "NCHW", "float16", True),
+        ((2, 2048, 1050), "NHWC", "float16", False),
+        ((2, 1024, 4200), "NCHW", "float32", False),
+        ((2, 33, 4200), "NHWC", "float32", True),
+    ):
+        for others in ("", "full_machine"):
+            p = plan(
+                "pool_uniform", *problem, layout, dtype, paths=",".join(filter(None, (others, "neighbours")))
+            )
+            assert p.paths == (",".join(filter(None, (others, "neighbours" if narrow else ""))) or "none"), p
+    for kernel in KERNELS:
+        if kernel != "pool_uniform":
+            assert "neighbours" not in plan(kernel, 2, 2048, 1050, paths="all").paths
+
+
 TRANSFORMS = {
     "one of everything": (1, 1, [1]),
     "c4 at ratio 1/16": (2, 1024, [64]),

@@ -42,6 +42,9 @@ struct PoolForwardTraits : KernelTraits {
   static constexpr int kPartialVectors = 1;
   static constexpr int kPartialValues = kSoftmax ? 2 : 0;
 
+  static constexpr bool kNeighbours = kPaths.has(Path::kNeighbours);
+  static_assert(!kNeighbours || !kSoftmax, "measured for uniform pooling only");
+
   // With Path::kFullMachine. Blocks are half as long, so twice as many partial results are merged in one round.
   static constexpr bool kFullMachine = kPaths.has(Path::kFullMachine);
   static_assert(!kFullMachine || !kSoftmax, "a thread's registers for a softmax are more");
@@ -150,6 +153,7 @@ pool_forward(const PoolForwardArgs args) {
   constexpr int kPixels = TileT::kPixels;
   constexpr Weighting kWeighting = Traits::kWeighting;
   static_assert(has_tile<Traits>(kRows, kLayout, sizeof(T)), "no plan has such tiles");
+  static_assert(has_width<Traits>(kWidth, kElements<T>), "no plan has such loads");
 
   const typename TileT::Map map(args.walk);
   const T* const x = static_cast<const T*>(args.x) + map.image0();

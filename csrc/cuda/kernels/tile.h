@@ -12,12 +12,14 @@
 namespace gc {
 
 // Where this thread stands: the block's image and split, the thread's own channels and pixels within the block's tile.
-// kPlanned: the splits are those of a newer way, see Walk.
-template <Layout kLayout, int kRows, int kElementsPerRow, bool kPlanned = false>
+// kPlanned: the splits are those of a newer way, see Walk. kPiece: where it is less than kElementsPerRow, a thread's
+// elements of a row are pieces of that length, and piece k of a thread lies beside piece k of its neighbour.
+template <Layout kLayout, int kRows, int kElementsPerRow, bool kPlanned = false, int kPiece = kElementsPerRow>
 struct TileMap {
   static constexpr bool kChannelsFast = channels_are_fast(kLayout);
   static constexpr int kChannels = kChannelsFast ? kElementsPerRow : kRows;  // a thread's
   static constexpr int kPixels = kChannelsFast ? kRows : kElementsPerRow;    // a thread's
+  static constexpr bool kNeighbours = kPiece < kElementsPerRow;
 
   TileShape shape;
   int channels, pixels;      // of the image
@@ -67,11 +69,17 @@ struct TileMap {
   GC_DEVICE int pixel_thread() const { return kChannelsFast ? slow : fast; }
 
   GC_DEVICE int channel(int thread, int i) const {
+    if constexpr (kNeighbours && kChannelsFast) return channel0 + in_row(thread, i);
     return channel0 + (kChannelsFast ? thread * kChannels + i : i * shape.slow_threads + thread);
   }
   GC_DEVICE int channel(int i) const { return channel(channel_thread(), i); }
   GC_DEVICE int pixel(int pixel0, int j) const {
+    if constexpr (kNeighbours && !kChannelsFast) return pixel0 + in_row(fast, j);
     return pixel0 + (kChannelsFast ? j * shape.slow_threads + slow : fast * kPixels + j);
+  }
+  // With kNeighbours: where element e of a thread of the fast axis lies in the tile's row.
+  GC_DEVICE int in_row(int thread, int e) const {
+    return e / kPiece * (shape.fast_threads * kPiece) + thread * kPiece + e % kPiece;
   }
 
   // The same seen as rows x elements of memory.
@@ -79,16 +87,16 @@ struct TileMap {
     return (kChannelsFast ? pixel0 : channel0) + r * shape.slow_threads + slow;
   }
   GC_DEVICE int rows() const { return kChannelsFast ? pixels : channels; }
-  GC_DEVICE int element(int pixel0) const { return (kChannelsFast ? channel0 : pixel0) + fast * kElementsPerRow; }
+  GC_DEVICE int element(int pixel0) const { return (kChannelsFast ? channel0 : pixel0) + fast * kPiece; }
   GC_DEVICE int row_extent() const { return kChannelsFast ? channels : pixels; }
 };
 
 // kWidth: the elements moved by one load or store. At the end of a row each of these has a predicate: the width divides
 // the row's extent, so none straddles its end.
-template <typename T, Layout kLayout, int kRows, int kWidth, bool kPlanned = false>
+template <typename T, Layout kLayout, int kRows, int kWidth, bool kPlanned = false, bool kNeighbours = false>
 class Tile {
  public:
-  using Map = TileMap<kLayout, kRows, kElements<T>, kPlanned>;
+  using Map = TileMap<kLayout, kRows, kElements<T>, kPlanned, kNeighbours ? kWidth : kElements<T>>;
   static constexpr int kChannels = Map::kChannels;
   static constexpr int kPixels = Map::kPixels;
   static constexpr int kRowElements = kElements<T>;
@@ -143,7 +151,12 @@ class Tile {
     const int offset = row * map.row_extent() + element;
     GC_UNROLL
     for (int e = 0; e < kElements<T>; e += kWidth) {
-      if (element + e < map.row_extent()) body(e, offset + e);
+      if constexpr (Map::kNeighbours) {
+        const int step = e * map.shape.fast_threads;
+        if (element + step < map.row_extent()) body(e, offset + step);
+      } else {
+        if (element + e < map.row_extent()) body(e, offset + e);
+      }
     }
   }
 
@@ -152,7 +165,7 @@ class Tile {
 
 // The tile of an instantiation with these traits.
 template <typename Traits, typename T, Layout kLayout, int kRows, int kWidth>
-using TileOf = Tile<T, kLayout, kRows, kWidth, !(Traits::kPaths == Paths{})>;
+using TileOf = Tile<T, kLayout, kRows, kWidth, !(Traits::kPaths == Paths{}), Traits::kNeighbours>;
 
 // Two areas of scratch that tiles use in turn. One barrier a tile is then enough: a thread that writes an area again
 // has passed the barrier of the tile between, after which nobody reads what was there.

@@ -99,6 +99,8 @@ struct KernelTraits {
   static constexpr bool kFlatOnly = false;
   // Path::kFullMachine, where it is among kPaths.
   static constexpr bool kFullMachine = false;
+  // The same of Path::kNeighbours, which only loads of less than a vector can take.
+  static constexpr bool kNeighbours = false;
   // Takes what the kernel takes of shared memory: in the same order, and with the same counts. Every launch of the host
   // tests compares the two sums. A: the accumulation type. dots_given: by pixel_dot.
   template <typename A>
@@ -110,6 +112,12 @@ struct KernelTraits {
 template <typename Traits>
 GC_BOTH bool has_tall_tiles(Layout layout, int element_bytes) {
   return Traits::kTallRows > 0 && layout == Layout::kNCHW && element_bytes == 4;
+}
+
+// Is there an instantiation of the kernel for loads of so many of the elements of a vector?
+template <typename Traits>
+GC_BOTH bool has_width(int width, int elements) {
+  return !Traits::kNeighbours || width < elements;
 }
 
 // Is there an instantiation of the kernel for tiles of this height?

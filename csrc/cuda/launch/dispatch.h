@@ -70,8 +70,11 @@ template <typename Traits, typename T, typename Body>
 cudaError_t dispatch_layout(const Plan& plan, const Body& body) {
   return dispatch_width<kElements<T>>(plan.width, [&](auto width) {
     constexpr int kWidth = decltype(width)::value;
-    return plan.layout == Layout::kNCHW ? dispatch_rows<Traits, T, Layout::kNCHW, kWidth>(plan, body)
-                                        : dispatch_rows<Traits, T, Layout::kNHWC, kWidth>(plan, body);
+    if constexpr (has_width<Traits>(kWidth, kElements<T>)) {
+      return plan.layout == Layout::kNCHW ? dispatch_rows<Traits, T, Layout::kNCHW, kWidth>(plan, body)
+                                          : dispatch_rows<Traits, T, Layout::kNHWC, kWidth>(plan, body);
+    }
+    return cudaErrorInvalidValue;
   });
 }
 

@@ -8,8 +8,10 @@ cudaError_t launch_pool_forward(const Plan& plan, PoolForwardArgs args, cudaStre
   using Mask = PoolForwardTraits<Weighting::kMask>;
   using Logits = PoolForwardTraits<Weighting::kLogits>;
   using Uniform = PoolForwardTraits<Weighting::kUniform>;
-  using UniformFull = PoolForwardTraits<Weighting::kUniform, Path::kFullMachine>;
-  return dispatch<Mask, Logits, Uniform, UniformFull>(plan, [&](auto instance) {
+  using Full = PoolForwardTraits<Weighting::kUniform, Path::kFullMachine>;
+  using Narrow = PoolForwardTraits<Weighting::kUniform, Path::kNeighbours>;
+  using FullNarrow = PoolForwardTraits<Weighting::kUniform, Path::kFullMachine, Path::kNeighbours>;
+  return dispatch<Mask, Logits, Uniform, Full, Narrow, FullNarrow>(plan, [&](auto instance) {
     using I = decltype(instance);
     return launch(pool_forward<typename I::T, I::kLayout, I::kRows, I::kWidth, typename I::Traits>, plan, args, stream);
   });

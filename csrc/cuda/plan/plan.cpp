@@ -251,7 +251,7 @@ Plan plan_for(const Problem& p, const DeviceLimits& device, bool dots_given) {
 // Is this a plan that the way is for?
 template <typename Traits>
 bool suits(const Plan& plan) {
-  return !Traits::kFlatOnly || plan.flat;
+  return (!Traits::kFlatOnly || plan.flat) && has_width<Traits>(plan.width, kVectorBytes / element_bytes(plan.type));
 }
 
 // The plan of the first of these ways that is switched on, for such a problem, and fits the device. The last is always
@@ -291,7 +291,9 @@ constexpr Kernel kernel() {
 constexpr Kernel kKernels[] = {
     kernel<PoolForwardTraits<Weighting::kMask>>(),
     kernel<PoolForwardTraits<Weighting::kLogits>>(),
-    kernel<PoolForwardTraits<Weighting::kUniform, Path::kFullMachine>, PoolForwardTraits<Weighting::kUniform>>(),
+    kernel<PoolForwardTraits<Weighting::kUniform, Path::kFullMachine, Path::kNeighbours>,
+           PoolForwardTraits<Weighting::kUniform, Path::kNeighbours>,
+           PoolForwardTraits<Weighting::kUniform, Path::kFullMachine>, PoolForwardTraits<Weighting::kUniform>>(),
     kernel<PoolBackwardTraits<PoolGradient::kMask>>(),
     kernel<PoolBackwardTraits<PoolGradient::kLogits>>(),
     kernel<PoolBackwardTraits<PoolGradient::kBlock>>(),

@@ -2,6 +2,7 @@
 // plain loops.
 #include <limits>
 
+#include "cuda/kernels/tile.h"
 #include "feature_map.h"
 #include "shapes.h"
 
@@ -76,6 +77,9 @@ struct Pooling {
       return plan_for<T>(kind, on.shape, layout, on.multiprocessors, dots_given, on.misaligned, paths);
     };
     Plan plan = plan_of(kinds[static_cast<int>(weighting)], false);
+    const bool narrow = plan.width < kElements<T>;
+    host::require(plan.paths == paths || (!narrow && !plan.paths.has(Path::kNeighbours) && plan.paths.within(paths)),
+                  "a plan that takes its ways: " + plan.to_string());
     PoolForwardArgs args{};
     args.x = x.buffer().data();
     args.factor = factor;
@@ -203,6 +207,46 @@ host::Case case_of(const std::string& name, const char* reason, Weighting weight
           }};
 }
 
+// The newer ways of uniform pooling.
+std::vector<Paths> uniform_paths() {
+  return {Path::kFullMachine, Path::kNeighbours, {Path::kFullMachine, Path::kNeighbours}};
+}
+
+// Where Path::kNeighbours puts the elements of a tile's row: a tile of 4 threads by 8, in both layouts.
+template <typename T, Layout kLayout, int kWidth>
+void check_neighbours(const host::Schedule& schedule) {
+  using Map = typename Tile<T, kLayout, 8, kWidth, true, true>::Map;
+  constexpr int kFast = 4, kSlow = 8, kRow = kFast * kElements<T>;
+  Walk walk{};
+  walk.channels = walk.pixels = kRow * kSlow;
+  walk.splits = 1;
+  walk.shape = {kFast, kSlow};
+  std::vector<std::vector<int>> element(kFast);
+  const auto kernel = [&] {
+    const Map map(walk);
+    if (map.slow != 0) return;
+    for (int e = 0; e < kElements<T>; ++e) {
+      element[map.fast].push_back(Map::kChannelsFast ? map.channel(e) : map.pixel(0, e));
+    }
+  };
+  host::launch({1, 1, 1}, kFast * kSlow, 0, schedule, kernel, host::kMaxSharedOptIn);
+  for (int fast = 0; fast < kFast; ++fast) {
+    for (int e = 0; e < kElements<T>; ++e) {
+      const int piece = e / kWidth, begin = (piece * kFast + fast) * kWidth;
+      host::require(element[fast][e] == begin + e % kWidth, "neighbouring threads read neighbouring pieces");
+    }
+  }
+}
+
+template <typename T, int kWidth>
+host::Case neighbours_case() {
+  return {std::string("neighbours-") + Element<T>::name + "-" + std::to_string(kWidth),
+          "piece k of a thread lies beside piece k of its neighbour", [](const host::Schedule& schedule) {
+            check_neighbours<T, Layout::kNCHW, kWidth>(schedule);
+            check_neighbours<T, Layout::kNHWC, kWidth>(schedule);
+          }};
+}
+
 std::vector<host::Case> cases() {
   std::vector<host::Case> list;
   bool wide = false;  // small vectors in the element's type and in the accumulation type take turns
@@ -217,7 +261,9 @@ std::vector<host::Case> cases() {
                                    (on.misaligned ? "+" + std::to_string(on.misaligned) : "");
           list.push_back(case_of<T>(name, on.reason, weighting, on, layout, wide, Special::kNone));
           if (weighting != Weighting::kUniform) continue;
-          list.push_back(case_of<T>(name, on.reason, weighting, on, layout, wide, Special::kNone, Path::kFullMachine));
+          for (const Paths paths : uniform_paths()) {
+            list.push_back(case_of<T>(name, on.reason, weighting, on, layout, wide, Special::kNone, paths));
+          }
         }
       });
     }
@@ -226,10 +272,15 @@ std::vector<host::Case> cases() {
     each_type(false, [&](auto element) {
       using T = decltype(element);
       const std::string name = std::string("uniform-") + Element<T>::name + "-" + gc::name_of(layout) + "-uneven";
-      list.push_back(case_of<T>(name, uneven_case().reason, Weighting::kUniform, uneven_case(), layout, true,
-                                Special::kNone, Path::kFullMachine));
+      for (const Paths paths : uniform_paths()) {
+        list.push_back(case_of<T>(name, uneven_case().reason, Weighting::kUniform, uneven_case(), layout, true,
+                                  Special::kNone, paths));
+      }
     });
   }
+  list.push_back(neighbours_case<float, 2>());
+  list.push_back(neighbours_case<__half, 2>());
+  list.push_back(neighbours_case<__half, 1>());
   struct SpecialCase {
     Special special;
     const char* name;
