@@ -196,6 +196,21 @@ def test_hot_kernels_load_16_bytes(every_kernel: dict[str, Path], launch_file: s
     assert not narrow, f"no LDG.E.128 in {narrow}"
 
 
+def test_newer_ways_of_uniform_pooling_load_without_a_division(every_kernel: dict[str, Path]) -> None:
+    """A block's first load waits for all that comes before it."""
+    cubin = next(every_kernel["pool_forward"].glob(f"*{DISASSEMBLED}*.cubin"))
+    try:
+        code = cudatools.disassemble(cubin)
+    except cudatools.Unavailable as error:
+        pytest.skip(str(error))
+    before_load = {
+        kernel: text.split("LDG")[0] for kernel, text in code.items() if "(gc::Weighting)2" in kernel
+    }
+    divide = {kernel for kernel, text in before_load.items() if "MUFU.RCP" in text}
+    assert divide == {kernel for kernel in before_load if "(gc::Path)" not in kernel}
+    assert 0 < len(divide) < len(before_load)
+
+
 def _compile_volta(launch_file: str, kernels: list[str]) -> tuple[str, str]:
     """The PTX of these kernels by NVRTC 12.6, and ptxas's log for sm_70."""
     folder = _folder(f"{launch_file}-volta", *kernels)

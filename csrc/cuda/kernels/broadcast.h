@@ -106,20 +106,23 @@ broadcast_flat(const BroadcastArgs args) {
   static_assert(kRows == Traits::kFlatRows, "no plan has such tiles");
   const Walk& walk = args.walk;
   const int block = walk.backwards ? port::grid_x() - 1 - port::block_x() : port::block_x();
-  const int image = block / walk.splits;
+  int image, first, end;  // the latter of tiles
+  if constexpr (Traits::kFullMachine) {
+    const PlannedBlock planned(walk, block);
+    image = planned.image;
+    first = planned.first_tile;
+    end = planned.end_tile;
+  } else {
+    image = block / walk.splits;
+    first = (block - image * walk.splits) * walk.tiles_per_split;
+    end = first + walk.tiles_per_split;
+  }
   const unsigned elements = static_cast<unsigned>(walk.channels) * walk.pixels;  // below 2^31
   const unsigned pixels = walk.pixels;
   const long long channel0 = static_cast<long long>(image) * walk.channels;
   const T* const x = static_cast<const T*>(args.x) + channel0 * pixels;
   T* const out = static_cast<T*>(args.out) + channel0 * pixels;
   const unsigned tile_elements = kRows * kStep * port::block_threads();
-  const int split = block - image * walk.splits;
-  int first = split * walk.tiles_per_split;
-  int end = first + walk.tiles_per_split;
-  if constexpr (Traits::kFullMachine) {
-    first += split < walk.longer ? split : walk.longer;
-    end = first + walk.tiles_per_split + (split < walk.longer);
-  }
   for (int tile = first; tile < end; ++tile) {
     const unsigned begin = tile * tile_elements + port::thread_index() * kStep;
     PackedVector<T> rows[kRows];

@@ -49,8 +49,11 @@ struct Walk {
   int splits, tiles_per_split;
   int group;  // of partial results, see split_merge.h
   bool backwards;
+  // For newer ways, which do not divide before they load.
+  unsigned char fast_shift;  // fast_threads = 1 << fast_shift
+  unsigned short longer;
   TileShape shape;
-  int longer;
+  unsigned reciprocal;  // of splits, times 2^32: rounded down, and less than 2^32
 };
 
 GC_BOTH bool channels_are_fast(Layout layout) { return layout == Layout::kNHWC; }

@@ -11,6 +11,25 @@
 
 namespace gc {
 
+// Where a newer way's block stands: by what its plan has worked out, for a division takes some hundred cycles, and the
+// first load waits for it. block: image * splits + split.
+struct PlannedBlock {
+  int image, split;
+  int first_tile, end_tile;
+
+  GC_DEVICE PlannedBlock(const Walk& walk, int block) {
+    image = static_cast<int>(static_cast<unsigned long long>(block) * walk.reciprocal >> 32);
+    split = block - image * walk.splits;
+    if (split >= walk.splits) {  // the reciprocal was rounded down
+      ++image;
+      split -= walk.splits;
+    }
+    const int longer = walk.longer;
+    first_tile = split * walk.tiles_per_split + (split < longer ? split : longer);
+    end_tile = first_tile + walk.tiles_per_split + (split < longer);
+  }
+};
+
 // Where this thread stands: the block's image and split, the thread's own channels and pixels within the block's tile.
 // kPlanned: the splits are those of a newer way, see Walk. kPiece: where it is less than kElementsPerRow, a thread's
 // elements of a row are pieces of that length, and piece k of a thread lies beside piece k of its neighbour.
@@ -28,24 +47,7 @@ struct TileMap {
   int image, split;          // this block
   int first_tile, end_tile;  // of the split
 
-  GC_DEVICE explicit TileMap(const Walk& walk)
-      : shape(walk.shape),
-        channels(walk.channels),
-        pixels(walk.pixels),
-        channel0(port::block_y() * tile_channels()),
-        fast(port::thread_index() & (walk.shape.fast_threads - 1)),
-        slow(port::thread_index() / walk.shape.fast_threads),
-        image(block_of(walk) / walk.splits),
-        split(block_of(walk) - image * walk.splits),
-        first_tile(split * walk.tiles_per_split) {
-    if constexpr (kPlanned) {
-      first_tile += split < walk.longer ? split : walk.longer;
-      end_tile = first_tile + walk.tiles_per_split + (split < walk.longer);
-      return;
-    }
-    const int tiles = (pixels + tile_pixels() - 1) / tile_pixels();
-    end_tile = first_tile + walk.tiles_per_split < tiles ? first_tile + walk.tiles_per_split : tiles;
-  }
+  GC_DEVICE explicit TileMap(const Walk& walk) : TileMap(walk, Planned<kPlanned>()) {}
 
   // The number of this block among those of its chunk: image * splits + split. Not kept, for it takes a register.
   GC_DEVICE static int block_of(const Walk& walk) {
@@ -89,6 +91,36 @@ struct TileMap {
   GC_DEVICE int rows() const { return kChannelsFast ? pixels : channels; }
   GC_DEVICE int element(int pixel0) const { return (kChannelsFast ? channel0 : pixel0) + fast * kPiece; }
   GC_DEVICE int row_extent() const { return kChannelsFast ? channels : pixels; }
+
+ private:
+  template <bool>
+  struct Planned {};
+
+  GC_DEVICE TileMap(const Walk& walk, Planned<false>)
+      : shape(walk.shape),
+        channels(walk.channels),
+        pixels(walk.pixels),
+        channel0(port::block_y() * tile_channels()),
+        fast(port::thread_index() & (walk.shape.fast_threads - 1)),
+        slow(port::thread_index() / walk.shape.fast_threads),
+        image(block_of(walk) / walk.splits),
+        split(block_of(walk) - image * walk.splits),
+        first_tile(split * walk.tiles_per_split) {
+    const int tiles = (pixels + tile_pixels() - 1) / tile_pixels();
+    end_tile = first_tile + walk.tiles_per_split < tiles ? first_tile + walk.tiles_per_split : tiles;
+  }
+  GC_DEVICE TileMap(const Walk& walk, Planned<true>) : TileMap(walk, PlannedBlock(walk, block_of(walk))) {}
+  GC_DEVICE TileMap(const Walk& walk, const PlannedBlock& block)
+      : shape(walk.shape),
+        channels(walk.channels),
+        pixels(walk.pixels),
+        channel0(port::block_y() * tile_channels()),
+        fast(port::thread_index() & (walk.shape.fast_threads - 1)),
+        slow(port::thread_index() >> walk.fast_shift),
+        image(block.image),
+        split(block.split),
+        first_tile(block.first_tile),
+        end_tile(block.end_tile) {}
 };
 
 // kWidth: the elements moved by one load or store. At the end of a row each of these has a predicate: the width divides

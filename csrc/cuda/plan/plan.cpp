@@ -117,7 +117,9 @@ void set_splits(Plan& plan, const Problem& p, int64_t tiles, int64_t splits) {
   plan.walk.pixels = static_cast<int>(p.pixels);
   plan.walk.splits = static_cast<int>(splits);
   plan.walk.tiles_per_split = static_cast<int>(tiles_per_split);
-  plan.walk.longer = even ? static_cast<int>(tiles % splits) : 0;
+  plan.walk.longer = even ? static_cast<unsigned short>(tiles % splits) : 0;
+  while (1 << plan.walk.fast_shift < plan.walk.shape.fast_threads) ++plan.walk.fast_shift;
+  plan.walk.reciprocal = 0xffffffffu / static_cast<unsigned>(splits);
 }
 
 // How many blocks of the plan a multiprocessor holds at once.

@@ -220,7 +220,9 @@ void check_neighbours(const host::Schedule& schedule) {
   Walk walk{};
   walk.channels = walk.pixels = kRow * kSlow;
   walk.splits = 1;
+  walk.reciprocal = 0xffffffffu;
   walk.shape = {kFast, kSlow};
+  walk.fast_shift = 2;
   std::vector<std::vector<int>> element(kFast);
   const auto kernel = [&] {
     const Map map(walk);
@@ -232,6 +234,7 @@ void check_neighbours(const host::Schedule& schedule) {
   host::launch({1, 1, 1}, kFast * kSlow, 0, schedule, kernel, host::kMaxSharedOptIn);
   for (int fast = 0; fast < kFast; ++fast) {
     for (int e = 0; e < kElements<T>; ++e) {
+      host::require(static_cast<int>(element[fast].size()) == kElements<T>, "a thread for each place of the fast axis");
       const int piece = e / kWidth, begin = (piece * kFast + fast) * kWidth;
       host::require(element[fast][e] == begin + e % kWidth, "neighbouring threads read neighbouring pieces");
     }
