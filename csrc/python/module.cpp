@@ -72,6 +72,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def_property_readonly("splits", [](const gc::Plan& self) { return self.walk.splits; })
       .def_property_readonly("group", [](const gc::Plan& self) { return self.walk.group; })
       .def_property_readonly("tiles_per_split", [](const gc::Plan& self) { return self.walk.tiles_per_split; })
+      .def_property_readonly("longer", [](const gc::Plan& self) { return self.walk.longer; })
+      .def_readonly("resident", &gc::Plan::resident)
       .def_property_readonly("tile_channels", &gc::Plan::tile_channels)
       .def_property_readonly("tile_pixels", &gc::Plan::tile_pixels)
       .def_property_readonly("threads", &gc::Plan::threads)

@@ -41,14 +41,20 @@ struct TileShape {
 };
 
 // The work of a launch: every image's pixels in `splits` ranges of whole tiles, every tile's channels in chunks.
-// Block (image * splits + split, chunk) takes one split of one chunk. With `backwards`, the first blocks to run take
-// the last images, which a pass over x just before has left in the second-level cache.
+// Block (image * splits + split, chunk) takes one split of one chunk. All splits but the last have tiles_per_split
+// tiles; where the plan took a newer path with a walk of its own (traits.h), the first `longer` of them have one more,
+// and the others tiles_per_split. With `backwards`, the first blocks to run take the last images, which a pass over x
+// just before has left in the second-level cache.
 struct Walk {
   int images, channels, pixels;
   int splits, tiles_per_split;
   int group;  // of partial results, see split_merge.h
   bool backwards;
+  // For newer paths, which do not divide before they load.
+  unsigned char fast_shift;  // fast_threads = 1 << fast_shift
+  unsigned short longer;
   TileShape shape;
+  unsigned reciprocal;  // of splits, times 2^32: rounded down, and less than 2^32
 };
 
 GC_BOTH bool channels_are_fast(Layout layout) { return layout == Layout::kNHWC; }

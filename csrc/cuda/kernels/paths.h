@@ -22,12 +22,19 @@ struct Paths {
 
   constexpr Paths() = default;
   GC_BOTH Paths(Path path) : bits(static_cast<unsigned>(path)) {}
+  template <typename... Others>
+  GC_BOTH Paths(Path path, Others... others) : bits(static_cast<unsigned>(path) | Paths(others...).bits) {}
   GC_BOTH bool has(Path path) const { return (bits & static_cast<unsigned>(path)) != 0; }
   GC_BOTH bool within(Paths others) const { return (bits & ~others.bits) == 0; }
   GC_BOTH Paths operator|(Paths other) const {
     Paths both;
     both.bits = bits | other.bits;
     return both;
+  }
+  GC_BOTH Paths without(Paths others) const {
+    Paths rest;
+    rest.bits = bits & ~others.bits;
+    return rest;
   }
   GC_BOTH bool operator==(Paths other) const { return bits == other.bits; }
 };

@@ -19,8 +19,8 @@
 // the registers cannot, `dots` brings gc . (x[:, s] - context) from pixel_dot. The weight gradient is summed over a
 // block's pixels in registers, over the blocks of all images by the last of them (split_merge.h).
 //
-// With kStagedGrad, grad comes through shared memory: its tile is on the way while the dot products are computed, and
-// needs no registers until then. Otherwise it comes after them, as many rows at a time as there are registers for.
+// With Path::kStagedGrad, grad comes through shared memory: its tile is on the way while the dot products are computed,
+// and needs no registers until then. Otherwise it comes after them, as many rows at a time as there are registers for.
 //
 // Moves: x once, grad_x once, with kBlock grad once (N*C*S elements each), logits once (N*S accumulation type).
 #pragma once
@@ -31,10 +31,11 @@
 namespace gc {
 
 // The kinds. A partial result is the sums that are the weight gradient.
-template <PoolGradient kGradient_, bool kStagedGrad_ = false>
+template <PoolGradient kGradient_, Path... kNewer>
 struct PoolBackwardTraits : KernelTraits {
+  static constexpr Paths kPaths = Paths(kNewer...);
   static constexpr PoolGradient kGradient = kGradient_;
-  static constexpr bool kStagedGrad = kStagedGrad_;
+  static constexpr bool kStagedGrad = kPaths.has(Path::kStagedGrad);
   static constexpr bool kMask = kGradient != PoolGradient::kLogits;
   static constexpr bool kBlock = kGradient == PoolGradient::kBlock;
 
@@ -45,7 +46,6 @@ struct PoolBackwardTraits : KernelTraits {
                                        : kMask ? "pool_backward_mask"
                                                : "pool_backward_logits";
   static_assert(kBlock || !kStagedGrad, "only a block's gradient has grad");
-  static constexpr Paths kPaths = kStagedGrad ? Paths(Path::kStagedGrad) : Paths();
   static constexpr int kLeastAccess = kStagedGrad ? kLeastStaged : 1;
   static constexpr int kTallRows = kStagedGrad ? 0 : 16;
   static constexpr bool kWholeChannels = true;
@@ -90,14 +90,13 @@ inline constexpr int kGradRows = kRows > 8        ? 1
                                  : sizeof(T) == 2 ? 4
                                                   : kRows;
 
-template <typename T, Layout kLayout, int kRows, int kWidth, PoolGradient kGradient, bool kStagedGrad>
+template <typename T, Layout kLayout, int kRows, int kWidth, typename Traits>
 GC_KERNEL(kMaxThreads, 1)
 pool_backward(const PoolBackwardArgs args) {
   using A = Acc<T>;
-  using TileT = Tile<T, kLayout, kRows, kWidth>;
+  using TileT = TileOf<Traits, T, kLayout, kRows, kWidth>;
   constexpr int kChannels = TileT::kChannels;
   constexpr int kPixels = TileT::kPixels;
-  using Traits = PoolBackwardTraits<kGradient, kStagedGrad>;
   constexpr bool kMask = Traits::kMask;
   constexpr bool kBlock = Traits::kBlock;
   constexpr int kStaged = Traits::kStaged;
@@ -113,7 +112,7 @@ pool_backward(const PoolBackwardArgs args) {
   const int dot_count = over_channels_scratch(kLayout, map.shape, kPixels);
   const ScratchInTurn<A> dots{arena.take<A>(args.dots == nullptr ? 2 * dot_count : 0), dot_count};
   typename TileT::Place* grad_places = nullptr;
-  if constexpr (kStagedGrad) grad_places = arena.take<typename TileT::Place>(TileT::places());
+  if constexpr (Traits::kStagedGrad) grad_places = arena.take<typename TileT::Place>(TileT::places());
   stage_channels<kStaged>(map, staged, [&](int c) { return read<T>(args.grad_context, map.channels0() + c); });
   stage_channels<kStaged>(map, staged + 1, [&](int c) { return state[kStatistics + c]; });
   if constexpr (kMask) stage_channels<kStaged>(map, staged + 2, [&](int c) { return read<T>(args.mask_weight, c); });
@@ -133,7 +132,7 @@ pool_backward(const PoolBackwardArgs args) {
 
   for (int tile_index = map.first_tile; tile_index < map.end_tile; ++tile_index) {
     const int pixel0 = tile_index * map.tile_pixels();
-    if constexpr (kStagedGrad) {
+    if constexpr (Traits::kStagedGrad) {
       if (args.grad_x != nullptr) {
         TileT::stage(grad_places, static_cast<const T*>(args.grad) + map.image0(), map, pixel0);
       }
@@ -188,15 +187,15 @@ pool_backward(const PoolBackwardArgs args) {
         }
       }
     }
-    if constexpr (kStagedGrad) port::await_staged<kAwaitGrad>();
+    if constexpr (Traits::kStagedGrad) port::await_staged<kAwaitGrad>();
     // Row by row, each stored when it is done: its registers are free for the next.
-    constexpr int kStep = kStagedGrad ? 1 : kGradRows<T, kRows>;
+    constexpr int kStep = Traits::kStagedGrad ? 1 : kGradRows<T, kRows>;
     GC_UNROLL
     for (int r0 = 0; r0 < kRows; r0 += kStep) {
       PackedVector<T> grad_rows[kStep] = {};
       if constexpr (kBlock) {
         if (args.grad_x != nullptr) {
-          if constexpr (kStagedGrad) {
+          if constexpr (Traits::kStagedGrad) {
             TileT::take_row(grad_rows[0], grad_places, r0);
           } else {
             const T* const grad = static_cast<const T*>(args.grad) + map.image0();

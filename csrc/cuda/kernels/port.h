@@ -84,9 +84,9 @@ GC_DEVICE V load_global(const V* address) {
   return *address;
 }
 
-// Starts to copy kBytes from global to shared memory, both aligned to as many, and takes no registers meanwhile. What it
-// writes may be read after the await_staged that follows, by other threads after a barrier then. Before sm_80 it
-// is done at once.
+// Starts to copy kBytes from global to shared memory, both aligned to as many, and takes no registers meanwhile. What
+// it writes may be read after the await_staged that follows, by other threads after a barrier then. Before sm_80 it is
+// done at once.
 template <int kBytes>
 GC_DEVICE void stage(void* shared, const void* global) {
   static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16, "a copy has 4, 8 or 16 bytes");

@@ -70,12 +70,11 @@ template <typename Traits, typename T, typename Body>
 cudaError_t dispatch_layout(const Plan& plan, const Body& body) {
   return dispatch_width<kElements<T>>(plan.width, [&](auto width) {
     constexpr int kWidth = decltype(width)::value;
-    if constexpr (kWidth * sizeof(T) < Traits::kLeastAccess) {
-      return cudaErrorInvalidValue;
-    } else {
+    if constexpr (has_width<Traits>(kWidth, kElements<T>)) {
       return plan.layout == Layout::kNCHW ? dispatch_rows<Traits, T, Layout::kNCHW, kWidth>(plan, body)
                                           : dispatch_rows<Traits, T, Layout::kNHWC, kWidth>(plan, body);
     }
+    return cudaErrorInvalidValue;
   });
 }
 
@@ -92,6 +91,25 @@ cudaError_t dispatch(const Plan& plan, const Body& body) {
   ((plan.kind == Kinds::kKind && plan.paths == Kinds::kPaths && (status = dispatch_kind<Kinds>(plan, body), true)) ||
    ...);
   return status;
+}
+
+// One instantiation of a kernel's flat form.
+template <typename Traits_, typename Element_>
+struct FlatInstance {
+  using Traits = Traits_;
+  using T = Element_;
+};
+
+// The same for the plan of a flat form: calls body(FlatInstance).
+template <typename... Kinds, typename Body>
+cudaError_t dispatch_flat(const Plan& plan, const Body& body) {
+  return dispatch_type(plan.type, [&](auto type) {
+    cudaError_t status = cudaErrorInvalidValue;
+    ((plan.kind == Kinds::kKind && plan.paths == Kinds::kPaths &&
+      (status = body(FlatInstance<Kinds, typename decltype(type)::type>{}), true)) ||
+     ...);
+    return status;
+  });
 }
 
 template <typename Args>

@@ -174,8 +174,7 @@ class Tickets {
   Buffer<unsigned> buffer_;
 };
 
-// A plan for a small device, so that small feature maps are split. The alignment is what misaligned elements leave. With
-// newer ways of a launch, its blocks have as much shared memory as those ways want.
+// A plan for a small device, so that small feature maps are split. The alignment is what misaligned elements leave.
 template <typename T>
 Plan plan_for(KernelKind kind, Shape shape, Layout layout, int multiprocessors, bool dots_given = false,
               int misaligned = 0, Paths paths = {}) {
@@ -184,6 +183,9 @@ Plan plan_for(KernelKind kind, Shape shape, Layout layout, int multiprocessors, 
   const int shared_bytes = paths == Paths{} ? host::kMaxSharedOptIn : host::kMostSharedOptIn;
   return make_plan(kind, problem, {multiprocessors, shared_bytes, paths}, dots_given);
 }
+
+// "", or "+full_machine": what newer ways add to the name of a case.
+inline std::string suffix_of(Paths paths) { return paths == Paths{} ? "" : "+" + names_of(paths); }
 
 // Runs a launch and checks what every launch must fulfil.
 template <typename AnyPlan>

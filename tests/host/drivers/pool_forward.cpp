@@ -2,6 +2,7 @@
 // plain loops.
 #include <limits>
 
+#include "cuda/kernels/tile.h"
 #include "feature_map.h"
 #include "shapes.h"
 
@@ -11,16 +12,9 @@ namespace {
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 
-struct Way {
-  const char* name;
-  Weighting weighting;
-  Paths paths = {};  // that the plan takes
-};
-
-constexpr Way kWays[] = {{"mask", Weighting::kMask},
-                         {"logits", Weighting::kLogits},
-                         {"uniform", Weighting::kUniform},
-                         {"mask_ahead", Weighting::kMask, Path::kTilesAhead}};
+const char* name_of(Weighting weighting) {
+  return weighting == Weighting::kMask ? "mask" : weighting == Weighting::kLogits ? "logits" : "uniform";
+}
 
 // What is put into x and the logits on top of random numbers. Image 0 always keeps the random ones.
 enum class Special { kNone, kAllMinusInfinity, kFirstHalfMinusInfinity, kPlusInfinity, kNaN, kInfiniteX, kFarFromZero };
@@ -29,12 +23,12 @@ template <typename T>
 struct Pooling {
   using A = Acc<T>;
 
-  Way way;
+  Weighting weighting;
   ShapeCase on;
   Layout layout;
   bool wide;  // the small vectors, and the context
   Special special;
-  Weighting weighting = way.weighting;
+  Paths paths;  // that are switched on
 
   FeatureMap<T> x{"x", on.shape, layout, Use::kInput, on.misaligned};
   SmallVector<T> mask_weight{"mask_weight", static_cast<std::size_t>(on.shape.channels), wide, Use::kInput};
@@ -49,8 +43,8 @@ struct Pooling {
   SmallVector<T> context{"context", channels_in_all(), wide, Use::kOutput};
   Buffer<A> state{"state", channels_in_all() + 2 * on.shape.images, Use::kOutput};
 
-  Pooling(const Way& way_, const ShapeCase& on_, Layout layout_, bool wide_, Special special_)
-      : way(way_), on(on_), layout(layout_), wide(wide_), special(special_) {
+  Pooling(Weighting weighting_, const ShapeCase& on_, Layout layout_, bool wide_, Special special_, Paths paths_)
+      : weighting(weighting_), on(on_), layout(layout_), wide(wide_), special(special_), paths(paths_) {
     Numbers numbers(3);
     x.fill(numbers, 2);
     mask_weight.fill(numbers, 2 / std::sqrt(on.shape.channels));
@@ -80,12 +74,15 @@ struct Pooling {
   void run(const host::Schedule& schedule) {
     const KernelKind kinds[] = {KernelKind::kPoolMask, KernelKind::kPoolLogits, KernelKind::kPoolUniform};
     const auto plan_of = [&](KernelKind kind, bool dots_given) {
-      return plan_for<T>(kind, on.shape, layout, on.multiprocessors, dots_given, on.misaligned, way.paths);
+      return plan_for<T>(kind, on.shape, layout, on.multiprocessors, dots_given, on.misaligned, paths);
     };
     Plan plan = plan_of(kinds[static_cast<int>(weighting)], false);
-    // Of more channels, the tile leaves no room in shared memory; and single halves are not copied.
-    const bool too_many = on.shape.channels > 4096, too_narrow = plan.width * sizeof(T) < kLeastStaged;
-    host::require(plan.paths == way.paths || too_many || too_narrow, "the path is taken: " + plan.to_string());
+    Paths taken = paths;
+    if (plan.width == kElements<T>) taken = taken.without(Path::kNeighbours);
+    if (plan.width * sizeof(T) < kLeastStaged) taken = taken.without(Path::kTilesAhead);
+    // Of more channels, the tile leaves no room for another in shared memory.
+    const bool too_many = on.shape.channels > 4096 && plan.paths.within(taken);
+    host::require(plan.paths == taken || too_many, "a plan that takes its ways: " + plan.to_string());
     PoolForwardArgs args{};
     args.x = x.buffer().data();
     args.factor = factor;
@@ -201,15 +198,60 @@ struct Pooling {
 };
 
 template <typename T>
-host::Case case_of(const std::string& name, const char* reason, const Way& way, const ShapeCase& on, Layout layout,
-                   bool wide, Special special) {
+host::Case case_of(const std::string& name, const char* reason, Weighting weighting, const ShapeCase& on, Layout layout,
+                   bool wide, Special special, Paths paths = {}) {
   auto bits = std::make_shared<SameBits>();
-  return {name, reason, [=](const host::Schedule& schedule) {
-            Pooling<T> pooling(way, on, layout, wide, special);
+  return {name + suffix_of(paths), reason, [=](const host::Schedule& schedule) {
+            Pooling<T> pooling(weighting, on, layout, wide, special, paths);
             pooling.run(schedule);
             pooling.check();
             if (pooling.with_context) bits->check(pooling.context);
             if (pooling.with_state) bits->check(pooling.state);
+          }};
+}
+
+// The newer ways of a kind of pooling.
+std::vector<Paths> newer_paths(Weighting weighting) {
+  if (weighting == Weighting::kMask) return {Path::kTilesAhead};
+  if (weighting == Weighting::kLogits) return {};
+  return {Path::kFullMachine, Path::kNeighbours, {Path::kFullMachine, Path::kNeighbours}};
+}
+
+// Where Path::kNeighbours puts the elements of a tile's row: a tile of 4 threads by 8, in both layouts.
+template <typename T, Layout kLayout, int kWidth>
+void check_neighbours(const host::Schedule& schedule) {
+  using Map = typename Tile<T, kLayout, 8, kWidth, true, true>::Map;
+  constexpr int kFast = 4, kSlow = 8, kRow = kFast * kElements<T>;
+  Walk walk{};
+  walk.channels = walk.pixels = kRow * kSlow;
+  walk.splits = 1;
+  walk.reciprocal = 0xffffffffu;
+  walk.shape = {kFast, kSlow};
+  walk.fast_shift = 2;
+  std::vector<std::vector<int>> element(kFast);
+  const auto kernel = [&] {
+    const Map map(walk);
+    if (map.slow != 0) return;
+    for (int e = 0; e < kElements<T>; ++e) {
+      element[map.fast].push_back(Map::kChannelsFast ? map.channel(e) : map.pixel(0, e));
+    }
+  };
+  host::launch({1, 1, 1}, kFast * kSlow, 0, schedule, kernel, host::kMaxSharedOptIn);
+  for (int fast = 0; fast < kFast; ++fast) {
+    for (int e = 0; e < kElements<T>; ++e) {
+      host::require(static_cast<int>(element[fast].size()) == kElements<T>, "a thread for each place of the fast axis");
+      const int piece = e / kWidth, begin = (piece * kFast + fast) * kWidth;
+      host::require(element[fast][e] == begin + e % kWidth, "neighbouring threads read neighbouring pieces");
+    }
+  }
+}
+
+template <typename T, int kWidth>
+host::Case neighbours_case() {
+  return {std::string("neighbours-") + Element<T>::name + "-" + std::to_string(kWidth),
+          "piece k of a thread lies beside piece k of its neighbour", [](const host::Schedule& schedule) {
+            check_neighbours<T, Layout::kNCHW, kWidth>(schedule);
+            check_neighbours<T, Layout::kNHWC, kWidth>(schedule);
           }};
 }
 
@@ -220,15 +262,32 @@ std::vector<host::Case> cases() {
     for (const Layout layout : kLayouts) {
       each_type(on.all_types, [&](auto element) {
         using T = decltype(element);
-        for (const Way& way : kWays) {
+        for (const Weighting weighting : {Weighting::kMask, Weighting::kLogits, Weighting::kUniform}) {
           wide = !wide;
-          const std::string name = std::string(way.name) + "-" + Element<T>::name + "-" + gc::name_of(layout) + "-" +
-                                   on.shape.to_string() + (on.misaligned ? "+" + std::to_string(on.misaligned) : "");
-          list.push_back(case_of<T>(name, on.reason, way, on, layout, wide, Special::kNone));
+          const std::string name = std::string(name_of(weighting)) + "-" + Element<T>::name + "-" +
+                                   gc::name_of(layout) + "-" + on.shape.to_string() +
+                                   (on.misaligned ? "+" + std::to_string(on.misaligned) : "");
+          list.push_back(case_of<T>(name, on.reason, weighting, on, layout, wide, Special::kNone));
+          for (const Paths paths : newer_paths(weighting)) {
+            list.push_back(case_of<T>(name, on.reason, weighting, on, layout, wide, Special::kNone, paths));
+          }
         }
       });
     }
   }
+  for (const Layout layout : kLayouts) {
+    each_type(false, [&](auto element) {
+      using T = decltype(element);
+      const std::string name = std::string("uniform-") + Element<T>::name + "-" + gc::name_of(layout) + "-uneven";
+      for (const Paths paths : newer_paths(Weighting::kUniform)) {
+        list.push_back(case_of<T>(name, uneven_case().reason, Weighting::kUniform, uneven_case(), layout, true,
+                                  Special::kNone, paths));
+      }
+    });
+  }
+  list.push_back(neighbours_case<float, 2>());
+  list.push_back(neighbours_case<__half, 2>());
+  list.push_back(neighbours_case<__half, 1>());
   struct SpecialCase {
     Special special;
     const char* name;
@@ -248,12 +307,14 @@ std::vector<host::Case> cases() {
     for (const Layout layout : kLayouts) {
       each_type(true, [&](auto element) {
         using T = decltype(element);
-        for (const Way& way : kWays) {
-          if (way.weighting == Weighting::kUniform) continue;
-          if (way.weighting == Weighting::kMask && !special.with_mask) continue;
+        for (const Weighting weighting : {Weighting::kLogits, Weighting::kMask}) {
+          if (weighting == Weighting::kMask && !special.with_mask) continue;
           const std::string name =
-              std::string(way.name) + "-" + Element<T>::name + "-" + gc::name_of(layout) + "-" + special.name;
-          list.push_back(case_of<T>(name, special.reason, way, on, layout, true, special.special));
+              std::string(name_of(weighting)) + "-" + Element<T>::name + "-" + gc::name_of(layout) + "-" + special.name;
+          list.push_back(case_of<T>(name, special.reason, weighting, on, layout, true, special.special));
+          for (const Paths paths : newer_paths(weighting)) {
+            list.push_back(case_of<T>(name, special.reason, weighting, on, layout, true, special.special, paths));
+          }
         }
       });
     }
