@@ -42,12 +42,14 @@ struct TileShape {
 
 // The work of a launch: every image's pixels in `splits` ranges of whole tiles, every tile's channels in chunks.
 // Block (image * splits + split, chunk) takes one split of one chunk. With `backwards`, the first blocks to run take
-// the last images, which a pass over x just before has left in the second-level cache.
+// the last images, which a pass over x just before has left in the second-level cache. With `merged_later`, the partial
+// results of the splits are for another launch to merge (late_merge.h), and `group` has all of an image's.
 struct Walk {
   int images, channels, pixels;
   int splits, tiles_per_split;
   int group;  // of partial results, see split_merge.h
   bool backwards;
+  bool merged_later;
   TileShape shape;
 };
 

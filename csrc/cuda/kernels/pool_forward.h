@@ -13,7 +13,7 @@
 // kMask the one chunk holds all channels). Every thread keeps kRows vectors of x and a running (m, z, sums over its
 // pixels); threads of the same pixels agree bit for bit, for they read the same dot products. At the end the block
 // combines its pixel threads and writes (m, z, sums) as the partial result of its split. The last blocks of an image
-// and chunk merge the partial results in order (split_merge.h).
+// and chunk merge the partial results in order (split_merge.h), unless the transform that follows does (late_merge.h).
 //
 // Moves: x once (N*C*S elements), logits once (N*S accumulation type, read or written), N*splits*(C + 2) values of
 // partial results.
@@ -37,6 +37,7 @@ struct PoolForwardTraits : KernelTraits {
   static constexpr const char* kName = kMask ? "pool_mask" : kSoftmax ? "pool_logits" : "pool_uniform";
   static constexpr int kTallRows = kMask ? 16 : 0;
   static constexpr bool kWholeChannels = kMask;
+  static constexpr Paths kPlannedPaths = Path::kLateMerge;
   static constexpr Merge kMerge = Merge::kImage;
   static constexpr int kPartialVectors = 1;
   static constexpr int kPartialValues = kSoftmax ? 2 : 0;
@@ -57,8 +58,9 @@ struct PoolForwardTraits : KernelTraits {
     if (kMask) arena.take<A>(2 * tile.over_channels(tile.thread_pixels));  // dots
     if (kSoftmax) arena.take<A>(tile.over_pixels(1));                      // max_scratch
     arena.take<A>(tile.over_pixels(tile.thread_channels + 1));             // sum_scratch
-    if (walk.splits > 1) arena.take<int>(1);                               // flag
-    if (kSoftmax && walk.splits > 1) arena.take<A>(3 * merged_at_most(walk.splits, walk.group));
+    if (walk.splits == 1 || walk.merged_later) return;
+    arena.take<int>(1);  // flag
+    if (kSoftmax) arena.take<A>(3 * merged_at_most(walk.splits, walk.group));
   }
 };
 
@@ -259,6 +261,7 @@ pool_forward(const PoolForwardArgs args) {
       stats[1] = z;
     }
   }
+  if (args.walk.merged_later) return;
   int* const flag = arena.take<int>(1);
   const int most = merged_at_most(args.walk.splits, args.walk.group);
   A* const merged = arena.take<A>(Traits::kSoftmax ? 3 * most : 0);

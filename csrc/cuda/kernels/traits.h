@@ -54,6 +54,8 @@ struct TileChoices {
 struct KernelTraits {
   // The newer ways that its instantiations go. A plan chooses among those of one kind.
   static constexpr Paths kPaths = {};
+  // Those of the newer ways that take no instantiation of their own: the plan says to the kernel whether it goes them.
+  static constexpr Paths kPlannedPaths = {};
   // Vectors that a thread holds of each feature map, and the same for the tall tiles, or 0.
   static constexpr int kRows = 8;
   static constexpr int kTallRows = 0;

@@ -177,10 +177,10 @@ class Tickets {
 // A plan for a small device, so that small feature maps are split. The alignment is what misaligned elements leave.
 template <typename T>
 Plan plan_for(KernelKind kind, Shape shape, Layout layout, int multiprocessors, bool dots_given = false,
-              int misaligned = 0) {
+              int misaligned = 0, Paths paths = {}) {
   Problem problem{shape.images, shape.channels, shape.pixels, layout, Element<T>::type};
   while (misaligned * static_cast<int>(sizeof(T)) % problem.alignment != 0) problem.alignment /= 2;
-  return make_plan(kind, problem, {multiprocessors, host::kMaxSharedOptIn}, dots_given);
+  return make_plan(kind, problem, {multiprocessors, host::kMaxSharedOptIn, paths}, dots_given);
 }
 
 // Runs a launch and checks what every launch must fulfil.

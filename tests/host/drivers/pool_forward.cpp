@@ -1,15 +1,17 @@
 // pool_forward (csrc/cuda/kernels/pool_forward.h), after pixel_dot where a block cannot hold all channels, against
-// plain loops.
+// plain loops. Where it leaves partial results, so is the state that the transform makes of them.
 #include <limits>
 
-#include "feature_map.h"
 #include "shapes.h"
+#include "transform_cases.h"
 
 namespace gc::drivers {
 namespace {
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
+
+constexpr KernelKind kKinds[] = {KernelKind::kPoolMask, KernelKind::kPoolLogits, KernelKind::kPoolUniform};
 
 const char* name_of(Weighting weighting) {
   return weighting == Weighting::kMask ? "mask" : weighting == Weighting::kLogits ? "logits" : "uniform";
@@ -27,22 +29,23 @@ struct Pooling {
   Layout layout;
   bool wide;  // the small vectors, and the context
   Special special;
+  Paths paths;
 
   FeatureMap<T> x{"x", on.shape, layout, Use::kInput, on.misaligned};
   SmallVector<T> mask_weight{"mask_weight", static_cast<std::size_t>(on.shape.channels), wide, Use::kInput};
   SmallVector<T> mask_bias{"mask_bias", 1, wide, Use::kInput};
   SmallVector<T> given_logits{"given_logits", pixels_in_all(), wide, Use::kInput};
   double factor = 1.0 / on.shape.pixels;
-  // A caller may want only one of them.
-  bool with_context = !(wide && weighting == Weighting::kMask);
-  bool with_state = !(wide && weighting == Weighting::kUniform);
+  // A caller may want only one of them. The transform wants the state.
+  bool with_context = paths == Paths{} && !(wide && weighting == Weighting::kMask);
+  bool with_state = !with_context || !(wide && weighting == Weighting::kUniform);
 
   Buffer<A> logits{"logits", pixels_in_all(), Use::kOutput};
   SmallVector<T> context{"context", channels_in_all(), wide, Use::kOutput};
   Buffer<A> state{"state", channels_in_all() + 2 * on.shape.images, Use::kOutput};
 
-  Pooling(Weighting weighting_, const ShapeCase& on_, Layout layout_, bool wide_, Special special_)
-      : weighting(weighting_), on(on_), layout(layout_), wide(wide_), special(special_) {
+  Pooling(Weighting weighting_, const ShapeCase& on_, Layout layout_, bool wide_, Special special_, Paths paths_)
+      : weighting(weighting_), on(on_), layout(layout_), wide(wide_), special(special_), paths(paths_) {
     Numbers numbers(3);
     x.fill(numbers, 2);
     mask_weight.fill(numbers, 2 / std::sqrt(on.shape.channels));
@@ -70,11 +73,10 @@ struct Pooling {
   }
 
   void run(const host::Schedule& schedule) {
-    const KernelKind kinds[] = {KernelKind::kPoolMask, KernelKind::kPoolLogits, KernelKind::kPoolUniform};
     const auto plan_of = [&](KernelKind kind, bool dots_given) {
-      return plan_for<T>(kind, on.shape, layout, on.multiprocessors, dots_given, on.misaligned);
+      return plan_for<T>(kind, on.shape, layout, on.multiprocessors, dots_given, on.misaligned, paths);
     };
-    Plan plan = plan_of(kinds[static_cast<int>(weighting)], false);
+    Plan plan = plan_of(kKinds[static_cast<int>(weighting)], false);
     PoolForwardArgs args{};
     args.x = x.buffer().data();
     args.factor = factor;
@@ -104,9 +106,51 @@ struct Pooling {
     args.tickets = tickets.data();
     run_launch(plan, schedule, [&] { return launch_pool_forward(plan, args, nullptr); });
     tickets.check();
+    if (!(paths == Paths{})) {
+      host::require(plan.paths == paths && plan.tickets == 0, "nothing is merged in " + plan.to_string());
+      merge(plan, args, schedule);
+    }
     const bool two_passes = weighting == Weighting::kMask && args.logits == nullptr;
     require_passes(x.buffer(), two_passes ? 2 : 1, 0);
     if (weighting == Weighting::kMask && !two_passes) require_passes(logits, 0, 1);
+  }
+
+  // The state, by a transform with one hidden unit.
+  void merge(const Plan& pool, const PoolForwardArgs& left, const host::Schedule& schedule) {
+    const auto [images, channels, pixels] = on.shape;
+    const TransformProblem problem{images, channels, 1, {1, 0}, Element<T>::type, true};
+    const TransformPlan plan = make_transform_forward_plan(problem, {on.multiprocessors, host::kMaxSharedOptIn, paths});
+    PhaseCounters counters(plan);
+    const std::size_t units = images;
+    Buffer<A> weights("weights", std::vector<A>(channels, 1), Use::kInput);
+    Buffer<A> products("products", units, Use::kOutput), normalized("normalized", units, Use::kOutput);
+    Buffer<A> inverse_deviation("inverse_deviation", units, Use::kOutput);
+    Buffer<A> term("term", channels_in_all(), Use::kOutput);
+    const Companion all{weights.data(), true};
+    TransformForwardArgs args{};
+    args.counters = counters.data();
+    args.images = images;
+    args.channels = channels;
+    args.branches = 1;
+    args.context = state.data() + 2;
+    args.context_stride = channels + 2;
+    args.branch[0] = {1,
+                      all,
+                      all,
+                      {},
+                      {},
+                      all,
+                      all,
+                      Gate::kNone,
+                      products.data(),
+                      normalized.data(),
+                      inverse_deviation.data(),
+                      term.data()};
+    const void* const stats = weighting == Weighting::kUniform ? nullptr : left.partial_stats;
+    const long long stats_stride = 2LL * pool.chunks * pool.walk.splits;
+    args.partial = {pool.walk.splits, pixels, left.partial_context, stats, stats_stride, factor, state.data()};
+    run_launch(plan, schedule, [&] { return launch_transform_forward(plan, args, nullptr); });
+    counters.check();
   }
 
   void run_pixel_dot(const Plan& plan, const host::Schedule& schedule) {
@@ -191,15 +235,25 @@ struct Pooling {
 
 template <typename T>
 host::Case case_of(const std::string& name, const char* reason, Weighting weighting, const ShapeCase& on, Layout layout,
-                   bool wide, Special special) {
+                   bool wide, Special special, Paths paths = {}) {
   auto bits = std::make_shared<SameBits>();
   return {name, reason, [=](const host::Schedule& schedule) {
-            Pooling<T> pooling(weighting, on, layout, wide, special);
+            Pooling<T> pooling(weighting, on, layout, wide, special, paths);
             pooling.run(schedule);
             pooling.check();
             if (pooling.with_context) bits->check(pooling.context);
             if (pooling.with_state) bits->check(pooling.state);
           }};
+}
+
+// Has an image several splits, so that there is something to merge later?
+template <typename T>
+bool leaves_partial_results(Weighting weighting, const ShapeCase& on, Layout layout) {
+  const auto plan_of = [&](Weighting kind) {
+    return plan_for<T>(kKinds[static_cast<int>(kind)], on.shape, layout, on.multiprocessors, false, on.misaligned);
+  };
+  const Plan plan = plan_of(weighting);
+  return (plan.holds_channels ? plan : plan_of(Weighting::kLogits)).walk.splits > 1;
 }
 
 std::vector<host::Case> cases() {
@@ -215,6 +269,9 @@ std::vector<host::Case> cases() {
                                    gc::name_of(layout) + "-" + on.shape.to_string() +
                                    (on.misaligned ? "+" + std::to_string(on.misaligned) : "");
           list.push_back(case_of<T>(name, on.reason, weighting, on, layout, wide, Special::kNone));
+          if (!leaves_partial_results<T>(weighting, on, layout)) continue;
+          list.push_back(
+              case_of<T>("late-" + name, on.reason, weighting, on, layout, wide, Special::kNone, Path::kLateMerge));
         }
       });
     }
@@ -243,6 +300,9 @@ std::vector<host::Case> cases() {
           const std::string name =
               std::string(name_of(weighting)) + "-" + Element<T>::name + "-" + gc::name_of(layout) + "-" + special.name;
           list.push_back(case_of<T>(name, special.reason, weighting, on, layout, true, special.special));
+          if (!leaves_partial_results<T>(weighting, on, layout)) continue;
+          list.push_back(case_of<T>("late-" + name, special.reason, weighting, on, layout, true, special.special,
+                                    Path::kLateMerge));
         }
       });
     }
