@@ -287,8 +287,8 @@ GC_DEVICE void transform_phases(const TransformForwardArgs& args) {
     return;
   }
 
-  const bool first_product = phase.number() == (kMerging ? 1 : 0);
-  const PhaseTiles tiles(args, first_product);
+  constexpr int kFirstProduct = kMerging ? 1 : 0;  // the phase
+  const PhaseTiles tiles(args, phase.number() == kFirstProduct);
   const int count = tiles.count();
   // A block takes neighbouring tiles, which have the same images as far as possible.
   const int first = static_cast<int>(static_cast<long long>(count) * phase.block() / phase.blocks());
@@ -301,7 +301,7 @@ GC_DEVICE void transform_phases(const TransformForwardArgs& args) {
     A* const scratch = shared.scratch_of(index);
     Product<A> product;
     product.images = tile.images;
-    if (first_product) {
+    if (phase.number() == kFirstProduct) {
       product.matrix = branch.w1;
       product.rows = branch.hidden;
       product.count = args.channels;
