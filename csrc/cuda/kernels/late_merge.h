@@ -9,7 +9,7 @@
 // launch can have a part, and there is only one round.
 //
 // Decomposition: a block takes slices of kWarp channels of an image, one after the other. Its warps share the splits:
-// warp w adds up those from w * own on, each lane for one channel, in units of exp(m_w) with m_w the largest of these
+// warp w adds up those from w * each on, each lane for one channel, in units of exp(m_w) with m_w the largest of these
 // m_k. The first warp then merges the warps' sums. So the order of the additions is that of the splits, whatever the
 // order of arrival.
 //
@@ -45,13 +45,13 @@ GC_DEVICE void merge_share(const PartialContext& partial, int channels, int n, i
   constexpr int kAtOnce = 4;  // are added to each other first: errors grow with the length of a chain of additions
   const int lane = port::thread_index() % kWarp;
   const int warp = port::thread_index() / kWarp;
-  const int own = (partial.splits + kTransformWarps - 1) / kTransformWarps;
-  const int first = warp * own;
-  const int count = first + own < partial.splits ? own : partial.splits - first;  // none, or less, in the last warps
+  const int each = (partial.splits + kTransformWarps - 1) / kTransformWarps;
+  const int first = warp * each;
+  const int own = first + each < partial.splits ? each : partial.splits - first;  // none, or less, in the last warps
 
   A m = minus_infinity<A>();
   A z = 0;
-  if (partial.stats != nullptr && lane < count) {
+  if (partial.stats != nullptr && lane < own) {
     const A* const stats = static_cast<const A*>(partial.stats) + n * partial.stats_stride + 2 * (first + lane);
     m = stats[0];
     z = stats[1];
@@ -62,22 +62,22 @@ GC_DEVICE void merge_share(const PartialContext& partial, int channels, int n, i
       static_cast<const A*>(partial.sums) + (static_cast<long long>(n) * partial.splits + first) * channels + channel;
   GC_UNROLL
   for (int k = 0; k < kWarp; ++k) {
-    value[k] = k < count && channel < channels ? sums[static_cast<long long>(k) * channels] : A(0);
+    value[k] = k < own && channel < channels ? sums[static_cast<long long>(k) * channels] : A(0);
   }
 
-  A weight = lane < count ? A(1) : A(0);  // of the split whose statistics the lane has
+  A weight = lane < own ? A(1) : A(0);  // of the split whose statistics the lane has
   if (partial.stats != nullptr) {
     A most = m;
     GC_UNROLL
     for (int mask = 1; mask < kWarp; mask <<= 1) most = Max::combine(most, port::shuffle_xor(most, mask));
-    weight = lane < count ? exp_below(m, most) : A(0);
+    weight = lane < own ? exp_below(m, most) : A(0);
     m = most;
     z = warp_sum(weight * z);
   }
   A sum = 0;
   GC_UNROLL
   for (int k = 0; k < kWarp; k += kAtOnce) {
-    if (k >= count) break;
+    if (k >= own) break;
     A together = 0;
     GC_UNROLL
     for (int i = 0; i < kAtOnce; ++i) together += port::shuffle(weight, k + i) * value[k + i];
