@@ -33,6 +33,8 @@ TESTS = (
     "ops/functional_pool",
     "ops/refusals",
 )
+# Each with the newer ways of a launch that are switched on: those that reach from one pass into another.
+CALLS = [(test, "none") for test in TESTS] + [("blocks/blocks", "late_merge")]
 TIMEOUT_S = 900
 
 
@@ -62,14 +64,15 @@ def library() -> Path:
     )
 
 
-@pytest.mark.parametrize("test", TESTS)
-def test_binding(library: Path, test: str) -> None:
+@pytest.mark.parametrize(("test", "paths"), CALLS)
+def test_binding(library: Path, test: str, paths: str) -> None:
     folder, name = test.split("/")
-    paths = [str(ROOT), str(BINDING), os.environ.get("PYTHONPATH", "")]
+    folders = [str(ROOT), str(BINDING), os.environ.get("PYTHONPATH", "")]
     environment = {
         "GC_CUDA_BINDING": str(library),
         "GC_CUDA_DRY": "1",
-        "PYTHONPATH": os.pathsep.join(paths),
+        "GC_CUDA_PATHS": paths,
+        "PYTHONPATH": os.pathsep.join(folders),
         "LD_PRELOAD": ":".join(preloaded()),
         "ASAN_OPTIONS": "detect_leaks=0",
         "OMP_NUM_THREADS": "1",
