@@ -87,6 +87,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         py::arg("dots_given") = false, py::arg("paths") = "none");
 
   py::class_<gc::TransformPlan>(m, "TransformPlan", "How a kernel of the transform would be launched; print it.")
+      .def_property_readonly("paths", [](const gc::TransformPlan& self) { return gc::names_of(self.paths); })
       .def_readonly("width", &gc::TransformPlan::width)
       .def_readonly("tile_images", &gc::TransformPlan::tile_images)
       .def_property_readonly(

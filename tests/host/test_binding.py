@@ -33,6 +33,8 @@ TESTS = (
     "ops/functional_pool",
     "ops/refusals",
 )
+# Each with the newer ways of a launch that are switched on: those that reach from one pass into another.
+CALLS = [*((test, "none") for test in TESTS), ("blocks/blocks", "all")]
 TIMEOUT_S = 900
 
 
@@ -62,19 +64,15 @@ def library() -> Path:
     )
 
 
-# With newer ways of a launch: what they hand from one launch to the next.
-WAYS = [*((test, "none") for test in TESTS), ("blocks/blocks", "all")]
-
-
-@pytest.mark.parametrize(("test", "ways"), WAYS)
-def test_binding(library: Path, test: str, ways: str) -> None:
+@pytest.mark.parametrize(("test", "paths"), CALLS)
+def test_binding(library: Path, test: str, paths: str) -> None:
     folder, name = test.split("/")
-    paths = [str(ROOT), str(BINDING), os.environ.get("PYTHONPATH", "")]
+    folders = [str(ROOT), str(BINDING), os.environ.get("PYTHONPATH", "")]
     environment = {
         "GC_CUDA_BINDING": str(library),
         "GC_CUDA_DRY": "1",
-        "GC_CUDA_PATHS": ways,
-        "PYTHONPATH": os.pathsep.join(paths),
+        "GC_CUDA_PATHS": paths,
+        "PYTHONPATH": os.pathsep.join(folders),
         "LD_PRELOAD": ":".join(preloaded()),
         "ASAN_OPTIONS": "detect_leaks=0",
         "OMP_NUM_THREADS": "1",

@@ -19,7 +19,8 @@ struct PoolForwardArgs {
   void* state;             // A [N, C + 2] out, or null
   void* partial_context;   // A [N, rows, C]         workspace, splits > 1; rows = merged_rows(splits, group)
   void* partial_stats;     // A [N, chunks, rows, 2] workspace, splits > 1, but kUniform
-  unsigned* tickets;       // [N, chunks, merge_tickets(splits, group)], 0 before and after; splits > 1
+  // [N, chunks, merge_tickets(splits, group)], 0 before and after; splits > 1, unless they are merged later
+  unsigned* tickets;
 };
 
 struct PoolBackwardArgs {
@@ -94,6 +95,17 @@ struct TransformBranch {
   void* out;                // A [N, C] out
 };
 
+// The partial results that pool_forward has left where the transform merges them (late_merge.h).
+struct PartialContext {
+  int splits;  // of an image
+  int pixels;
+  const void* sums;   // A [N, splits, C]
+  const void* stats;  // A, image n's [splits, 2] from n * stats_stride on, or null: no softmax
+  long long stats_stride;
+  double factor;  // of the sums, without a softmax
+  void* state;    // A [N, C + 2] out
+};
+
 struct TransformForwardArgs {
   PhaseGrid grid;
   unsigned* counters;  // [kPhaseCounters], 0 before and after
@@ -105,6 +117,7 @@ struct TransformForwardArgs {
   const void* context;  // A, image n's [C] from n * context_stride on
   long long context_stride;
   TransformBranch branch[2];
+  PartialContext partial;  // of merging_transform_forward, which computes the context from it
 };
 
 struct TransformGradients {

@@ -44,12 +44,14 @@ struct TileShape {
 // Block (image * splits + split, chunk) takes one split of one chunk. All splits but the last have tiles_per_split
 // tiles; where the plan took a newer path with a walk of its own (traits.h), the first `longer` of them have one more,
 // and the others tiles_per_split. With `backwards`, the first blocks to run take the last images, which a pass over x
-// just before has left in the second-level cache.
+// just before has left in the second-level cache. With `merged_later`, the partial results of the splits are for
+// another launch to merge (late_merge.h), and `group` has all of an image's.
 struct Walk {
   int images, channels, pixels;
   int splits, tiles_per_split;
   int group;  // of partial results, see split_merge.h
   bool backwards;
+  bool merged_later;
   // For newer paths, which do not divide before they load.
   unsigned char fast_shift;  // fast_threads = 1 << fast_shift
   unsigned short longer;

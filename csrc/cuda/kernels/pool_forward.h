@@ -13,7 +13,7 @@
 // kMask the one chunk holds all channels). Every thread keeps kRows vectors of x and a running (m, z, sums over its
 // pixels); threads of the same pixels agree bit for bit, for they read the same dot products. At the end the block
 // combines its pixel threads and writes (m, z, sums) as the partial result of its split. The last blocks of an image
-// and chunk merge the partial results in order (split_merge.h).
+// and chunk merge the partial results in order (split_merge.h), unless the transform that follows does (late_merge.h).
 //
 // With Path::kTilesAhead (and a mask), a tile comes through shared memory: the next one is on the way while the block
 // works on this one, the first while the mask weights are fetched. Otherwise it waits for each.
@@ -44,6 +44,7 @@ struct PoolForwardTraits : KernelTraits {
   static constexpr int kLeastAccess = kTilesAhead ? kLeastStaged : 1;
   static constexpr int kTallRows = kMask ? 16 : 0;
   static constexpr bool kWholeChannels = kMask;
+  static constexpr Paths kPlannedPaths = Path::kLateMerge;
   static constexpr Merge kMerge = Merge::kImage;
   static constexpr int kPartialVectors = 1;
   static constexpr int kPartialValues = kSoftmax ? 2 : 0;
@@ -77,8 +78,9 @@ struct PoolForwardTraits : KernelTraits {
     if (kTilesAhead) arena.take<VectorPlace>(tile.rows() * tile.threads());  // places
     if (kSoftmax) arena.take<A>(tile.over_pixels(1));                        // max_scratch
     arena.take<A>(tile.over_pixels(tile.thread_channels + 1));               // sum_scratch
-    if (walk.splits > 1) arena.take<int>(1);                                 // flag
-    if (kSoftmax && walk.splits > 1) arena.take<A>(3 * merged_at_most(walk.splits, walk.group));
+    if (walk.splits == 1 || walk.merged_later) return;
+    arena.take<int>(1);  // flag
+    if (kSoftmax) arena.take<A>(3 * merged_at_most(walk.splits, walk.group));
   }
 };
 
@@ -299,6 +301,7 @@ pool_forward(const PoolForwardArgs args) {
       stats[1] = z;
     }
   }
+  if (args.walk.merged_later) return;
   int* const flag = arena.take<int>(1);
   const int most = merged_at_most(args.walk.splits, args.walk.group);
   A* const merged = arena.take<A>(Traits::kSoftmax ? 3 * most : 0);

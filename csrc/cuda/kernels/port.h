@@ -53,6 +53,12 @@ GC_DEVICE T shuffle_xor(T value, int lane_mask) {
   return __shfl_xor_sync(0xffffffffu, value, lane_mask);
 }
 
+// The value of that lane, the same one for the whole warp.
+template <typename T>
+GC_DEVICE T shuffle(T value, int lane) {
+  return __shfl_sync(0xffffffffu, value, lane);
+}
+
 // Takes the next ticket: returns the counter's old value. Relaxed: it does not order other accesses.
 GC_DEVICE unsigned take_ticket(unsigned* counter) { return atomicAdd(counter, 1u); }
 

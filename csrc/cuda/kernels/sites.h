@@ -28,6 +28,8 @@ enum Site : int {
   kFencePhaseRelease,  // Phase: a block's results are visible before it counts as finished
   kFencePhaseAcquire,  // Phase: the results of the phase before are read after its end
   kFencePhaseReset,    // Phase: the counters are used no more when they are put back to 0
+  kSyncMergeShares,    // late_merge: every warp's share of an image's partial results is in shared memory
+  kSyncMergeDone,      // late_merge: nobody reads it any more
   kSyncTileShares,     // transform_forward: every warp's share of the dot products is in shared memory
   kSyncHiddenReady,    // transform_forward: the hidden units of these images are in shared memory
   kSyncHiddenDone,     // transform_forward: nobody reads them any more

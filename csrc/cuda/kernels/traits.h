@@ -70,6 +70,8 @@ GC_BOTH int resident_blocks(int threads, int registers) {
 struct KernelTraits {
   // The newer ways that its instantiations go. A plan chooses among those of one kind.
   static constexpr Paths kPaths = {};
+  // Those of the newer ways that take no instantiation of their own: the plan says to the kernel whether it goes them.
+  static constexpr Paths kPlannedPaths = {};
   // The least bytes of an access that they make sense for.
   static constexpr int kLeastAccess = 1;
   // What a kernel is compiled for: threads of a block, and registers of a thread.

@@ -88,7 +88,8 @@ cudaError_t dispatch_kind(const Plan& plan, const Body& body) {
 template <typename... Kinds, typename Body>
 cudaError_t dispatch(const Plan& plan, const Body& body) {
   cudaError_t status = cudaErrorInvalidValue;
-  ((plan.kind == Kinds::kKind && plan.paths == Kinds::kPaths && (status = dispatch_kind<Kinds>(plan, body), true)) ||
+  ((plan.kind == Kinds::kKind && plan.paths.without(Kinds::kPlannedPaths) == Kinds::kPaths &&
+    (status = dispatch_kind<Kinds>(plan, body), true)) ||
    ...);
   return status;
 }

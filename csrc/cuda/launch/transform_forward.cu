@@ -12,8 +12,10 @@ cudaError_t launch_transform_forward(const TransformPlan& plan, TransformForward
   return dispatch_type(plan.type, [&](auto type) {
     using T = typename decltype(type)::type;
     return dispatch_width<2>(plan.width, [&](auto width) {
-      return launch(transform_forward<T, decltype(width)::value>, plan.blocks(), kTransformThreads, plan.shared_bytes,
-                    args, stream);
+      constexpr int kWidth = decltype(width)::value;
+      const auto kernel =
+          plan.paths.has(Path::kLateMerge) ? merging_transform_forward<T, kWidth> : transform_forward<T, kWidth>;
+      return launch(kernel, plan.blocks(), kTransformThreads, plan.shared_bytes, args, stream);
     });
   });
 }

@@ -5,6 +5,7 @@
 #include <stdexcept>
 
 #include "cuda/kernels/broadcast.h"
+#include "cuda/kernels/late_merge.h"
 #include "cuda/kernels/pixel_dot.h"
 #include "cuda/kernels/pool_backward.h"
 #include "cuda/kernels/pool_forward.h"
@@ -182,16 +183,22 @@ int64_t splits_for(const Plan& plan, const Problem& p, const DeviceLimits& devic
 
 // The workspace and tickets of a merge.
 template <typename Traits>
-void set_merge(Plan& plan) {
+void set_merge(Plan& plan, Paths paths) {
   const bool all = Traits::kMerge == Merge::kAll;
   const int partials = all ? plan.walk.images * plan.walk.splits : plan.walk.splits;
   plan.walk.group = group_for(partials, Traits::kMergedAtOnce);
   if (Traits::kMerge == Merge::kNone || (Traits::kMerge == Merge::kImage && partials == 1)) return;
   const int64_t merges = all ? 1 : plan.walk.images;
+  const bool late = Traits::kPlannedPaths.has(Path::kLateMerge) && paths.has(Path::kLateMerge);
+  if (late && partials <= kMostLateSplits) {
+    plan.paths = plan.paths | Path::kLateMerge;
+    plan.walk.merged_later = true;
+    plan.walk.group = partials;
+  }
   const int64_t partial_elements =
       int64_t{Traits::kPartialVectors} * plan.walk.channels + int64_t{Traits::kPartialValues} * plan.chunks;
   plan.workspace = merges * merged_rows(partials, plan.walk.group) * partial_elements;
-  plan.tickets = merges * plan.chunks * merge_tickets(partials, plan.walk.group);
+  if (!plan.walk.merged_later) plan.tickets = merges * plan.chunks * merge_tickets(partials, plan.walk.group);
 }
 
 template <typename Traits>
@@ -238,7 +245,7 @@ Plan plan_for(const Problem& p, const DeviceLimits& device, bool dots_given) {
   const int64_t tiles = divide_up(p.pixels, plan.tile_pixels());
   plan.resident = resident_on<Traits>(plan);
   set_splits<Traits>(plan, p, tiles, splits_for<Traits>(plan, p, device, tiles));
-  set_merge<Traits>(plan);
+  set_merge<Traits>(plan, device.paths);
 
   CountingArena arena;
   if (p.type == ElementType::kDouble) {
@@ -341,9 +348,10 @@ std::string Plan::to_string() const {
       << 'x' << walk.pixels << ": " << rows << " rows of " << kVectorBytes << " bytes a thread, loads of "
       << width * element_bytes(type) << " bytes, " << walk.shape.fast_threads << 'x' << walk.shape.slow_threads
       << " threads" << (flat ? " on flat images, " : ", ") << walk.splits << " splits of " << walk.tiles_per_split
-      << (walk.longer > 0 ? " or " + std::to_string(walk.tiles_per_split + 1) : "") << " tiles, merged by "
-      << walk.group << ", grid " << grid_x() << 'x' << grid_y() << ", " << shared_bytes << " bytes shared, "
-      << workspace << " workspace elements, " << tickets << " tickets";
+      << (walk.longer > 0 ? " or " + std::to_string(walk.tiles_per_split + 1) : "") << " tiles, merged "
+      << (walk.merged_later ? std::string("later") : "by " + std::to_string(walk.group)) << ", grid " << grid_x() << 'x'
+      << grid_y() << ", " << shared_bytes << " bytes shared, " << workspace << " workspace elements, " << tickets
+      << " tickets";
   if (!(paths == Paths{})) out << "; " << names_of(paths);
   if (!holds_channels) out << "; too many channels for a block: needs pixel_dot first";
   return out.str();

@@ -10,6 +10,8 @@ namespace {
 constexpr Shape kShape = {2, 128, 3136};
 constexpr int kHidden = 8;
 constexpr DeviceLimits kDevice = {1, host::kMaxSharedOptIn};
+// Where the transform merges what the pooling leaves, there have to be several splits, and more than one round takes.
+constexpr int kLateMultiprocessors = 20;
 
 struct Fusion {
   const char* name;
@@ -24,6 +26,7 @@ struct Block {
   bool attention;
   Fusion fusion;
   Layout layout;
+  DeviceLimits device;
   int first = fusion.add ? 0 : 1, branches = fusion.add + fusion.mul;
   std::size_t maps = kShape.elements(), pixels = static_cast<std::size_t>(kShape.images) * kShape.pixels,
               outputs = static_cast<std::size_t>(kShape.images) * kShape.channels,
@@ -39,6 +42,7 @@ struct Block {
 
   // Everything else is small. Parameters are in the accumulation type, as under autocast.
   std::vector<std::unique_ptr<Buffer<A>>> small;
+  const Buffer<A>* partials = nullptr;  // of the pooling
   A* mask_weight = input("mask_weight", kShape.channels, 0.3);
   A* mask_bias = input("mask_bias", 1, 1);
   A* logits = output("logits", pixels);
@@ -53,8 +57,8 @@ struct Block {
   };
   Branch branch[2];
 
-  Block(bool attention_, const Fusion& fusion_, Layout layout_)
-      : attention(attention_), fusion(fusion_), layout(layout_) {
+  Block(bool attention_, const Fusion& fusion_, Layout layout_, const DeviceLimits& device_)
+      : attention(attention_), fusion(fusion_), layout(layout_), device(device_) {
     Numbers numbers(12);
     x.fill(numbers, 2);
     grad.fill(numbers, 1);
@@ -98,8 +102,10 @@ struct Block {
     return add(std::move(buffer));
   }
 
-  Plan plan(KernelKind kind) const {
-    return make_plan(kind, {kShape.images, kShape.channels, kShape.pixels, layout, Element<T>::type}, kDevice);
+  // paths: that are switched on for this launch.
+  Plan plan(KernelKind kind, Paths paths = {}) const {
+    return make_plan(kind, {kShape.images, kShape.channels, kShape.pixels, layout, Element<T>::type},
+                     {device.multiprocessors, device.shared_bytes, paths});
   }
   TransformProblem problem() const {
     return {kShape.images, kShape.channels, branches, {kHidden, kHidden}, Element<T>::type, true};
@@ -109,8 +115,11 @@ struct Block {
   static CompanionOut wide_out(A* data) { return {data, true}; }
   Companion scale() const { return fusion.mul ? wide(branch[branches - 1].out) : Companion{}; }
 
+  Plan pool_plan() const { return plan(attention ? KernelKind::kPoolMask : KernelKind::kPoolUniform, device.paths); }
+
   void forward(const host::Schedule& schedule) {
-    const Plan pool = plan(attention ? KernelKind::kPoolMask : KernelKind::kPoolUniform);
+    const Plan pool = pool_plan();
+    host::require(pool.paths == device.paths, "a plan of the paths that are switched on: " + pool.to_string());
     Tickets tickets(pool);
     PoolForwardArgs pooling{};
     pooling.x = x.buffer().data();
@@ -120,12 +129,13 @@ struct Block {
     pooling.logits = attention ? logits : nullptr;
     pooling.state = state;
     pooling.partial_context = output("pool_workspace", pool.workspace);
+    partials = small.back().get();
     pooling.partial_stats =
         static_cast<A*>(pooling.partial_context) + outputs * merged_rows(pool.walk.splits, pool.walk.group);
     pooling.tickets = tickets.data();
     run_launch(pool, schedule, [&] { return launch_pool_forward(pool, pooling, nullptr); });
 
-    const TransformPlan small_plan = make_transform_forward_plan(problem(), kDevice);
+    const TransformPlan small_plan = make_transform_forward_plan(problem(), device);
     PhaseCounters counters(small_plan);
     TransformForwardArgs transform{};
     transform.counters = counters.data();
@@ -141,6 +151,9 @@ struct Block {
           kHidden,      wide(own.w1), wide(own.b1), wide(own.norm_weight), wide(own.norm_bias),   wide(own.w2),
           wide(own.b2), gate_of(b),   own.products, own.normalized,        own.inverse_deviation, own.out};
     }
+    const void* const stats = attention ? pooling.partial_stats : nullptr;
+    transform.partial = {pool.walk.splits, kShape.pixels, pooling.partial_context, stats, 2LL * pool.walk.splits,
+                         pooling.factor,   pooling.state};
     run_launch(small_plan, schedule, [&] { return launch_transform_forward(small_plan, transform, nullptr); });
 
     const Plan apply = plan(KernelKind::kBroadcast);
@@ -155,7 +168,7 @@ struct Block {
   void backward(const host::Schedule& schedule) {
     sum_gradients(schedule);
 
-    const TransformPlan small_plan = make_transform_backward_plan(problem(), kDevice, TransformDepth::kContext);
+    const TransformPlan small_plan = make_transform_backward_plan(problem(), device, TransformDepth::kContext);
     PhaseCounters counters(small_plan);
     TransformBackwardArgs transform{};
     transform.counters = counters.data();
@@ -249,6 +262,35 @@ struct Block {
     return static_cast<double>(bytes) / static_cast<double>(x.buffer().bytes());
   }
 
+  // The context, from x.
+  void check_state() const {
+    for (int n = 0; n < kShape.images; ++n) {
+      std::vector<double> weight(kShape.pixels, 1);
+      double most = -HUGE_VAL, z = 0, size = 0;
+      for (int s = 0; attention && s < kShape.pixels; ++s) {
+        weight[s] = mask_bias[0];
+        double own_size = 0;
+        for (int c = 0; c < kShape.channels; ++c) {
+          weight[s] += mask_weight[c] * x(n, c, s);
+          own_size += std::abs(mask_weight[c] * x(n, c, s));
+        }
+        most = std::max(most, weight[s]);
+        size = std::max(size, own_size);
+      }
+      for (int s = 0; s < kShape.pixels; ++s) z += weight[s] = attention ? std::exp(weight[s] - most) : 1;
+      const double error = 2 * sum_error<T>(kShape.channels) * size + 2 * sum_error<T>(kShape.pixels);
+      for (int c = 0; c < kShape.channels; ++c) {
+        double sum = 0, sizes = 0;
+        for (int s = 0; s < kShape.pixels; ++s) {
+          sum += weight[s] * x(n, c, s) / z;
+          sizes += weight[s] * std::abs(x(n, c, s)) / z;
+        }
+        const std::size_t own = static_cast<std::size_t>(n) * (kShape.channels + 2) + 2 + c;
+        host::require_close("context", state[own], sum, error * sizes);
+      }
+    }
+  }
+
   // out = x * scale + term, from the scale and term that the launches left.
   void check_out() const {
     for (int n = 0; n < kShape.images; ++n) {
@@ -294,7 +336,7 @@ void require_within(const char* pass, double moved, int formula) {
 
 template <typename T>
 void run(bool attention, const Fusion& fusion, Layout layout, const host::Schedule& schedule) {
-  Block<T> block(attention, fusion, layout);
+  Block<T> block(attention, fusion, layout, kDevice);
   host::LaunchFiles::launches = 0;
   block.forward(schedule);
   host::require(host::LaunchFiles::launches == 3, "forward takes three launches");
@@ -310,6 +352,37 @@ void run(bool attention, const Fusion& fusion, Layout layout, const host::Schedu
   block.check_grad_x();
 }
 
+// The forward pass in both ways: with the merge in the transform, what the pooling leaves moves as many bytes as there
+// are splits, and everything together moves fewer than with two rounds of merging in the pooling.
+template <typename T>
+void run_late(bool attention, const Fusion& fusion, Layout layout, const host::Schedule& schedule) {
+  const DeviceLimits device = {kLateMultiprocessors, host::kMaxSharedOptIn};
+  Block<T> before(attention, fusion, layout, device);
+  Block<T> late(attention, fusion, layout, {device.multiprocessors, device.shared_bytes, Path::kLateMerge});
+  for (Block<T>* block : {&before, &late}) {
+    host::LaunchFiles::launches = 0;
+    block->forward(schedule);
+    host::require(host::LaunchFiles::launches == 3, "forward takes three launches");
+    block->check_state();
+    block->check_out();
+    require_passes(block->x.buffer(), 2, 0);
+    require_passes(block->out.buffer(), 0, 1);
+  }
+  if (!host::kRaceBuild) return;
+  const Plan plan = late.pool_plan();
+  const std::uint64_t values = sizeof(Acc<T>) * kShape.images * plan.walk.splits;
+  const std::uint64_t written = values * (kShape.channels + (attention ? 2 : 0));
+  const std::uint64_t read = values * (kShape.channels + (attention ? 2 * kShape.channels / 32 : 0));
+  const host::Traffic own = late.partials->traffic(), other = before.partials->traffic();
+  const std::string what = "partial results: " + std::to_string(own.read) + " bytes read and " +
+                           std::to_string(own.written) + " written, in two rounds " + std::to_string(other.read) +
+                           " and " + std::to_string(other.written) + ", expected " + std::to_string(read) + " and " +
+                           std::to_string(written) + " by " + plan.to_string();
+  host::require(own.read == read && own.written == written, what);
+  host::require(own.read < other.read && own.written < other.written, what);
+  host::require(late.passes() < before.passes(), "all launches move fewer bytes than with two rounds");
+}
+
 std::vector<host::Case> cases() {
   constexpr Fusion kFusions[] = {{"add", true, false}, {"mul", false, true}, {"both", true, true}};
   std::vector<host::Case> list;
@@ -322,6 +395,10 @@ std::vector<host::Case> cases() {
                               gc::name_of(layout),
                           "a block as in a network",
                           [=](const host::Schedule& schedule) { run<T>(attention, fusion, layout, schedule); }});
+          if (fusion.add && fusion.mul && sizeof(T) == sizeof(float)) {
+            list.push_back({"late-" + list.back().name, "the transform merges what the pooling leaves",
+                            [=](const host::Schedule& schedule) { run_late<T>(attention, fusion, layout, schedule); }});
+          }
         });
       }
     }

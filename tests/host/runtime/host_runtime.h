@@ -50,6 +50,17 @@ GC_DEVICE T shuffle_xor(T value, int lane_mask) {
   return value;
 }
 
+// In steps over the bits of the lanes' indices: after each, the value lies in the lanes that agree with `lane` in one
+// bit fewer.
+template <typename T>
+GC_DEVICE T shuffle(T value, int lane) {
+  for (int mask = 1; mask < 32; mask <<= 1) {
+    const T other = shuffle_xor(value, mask);
+    if (((thread_index() ^ lane) & mask) != 0) value = other;
+  }
+  return value;
+}
+
 GC_DEVICE unsigned take_ticket(unsigned* counter) { return host::take_ticket(counter); }
 
 GC_DEVICE void wait_for(const unsigned* counter, unsigned value) { host::wait_for(counter, value); }
