@@ -102,6 +102,7 @@ struct TransformForwardArgs {
   int shares[2];    // of each phase: the warps that share the length of a row
   double eps;
   Activation activation;
+  bool early;  // the launch may begin before the one before it ends: there is time to prefetch weights
   const void* context;  // A, image n's [C] from n * context_stride on
   long long context_stride;
   TransformBranch branch[2];
@@ -138,6 +139,7 @@ struct TransformBackwardArgs {
   long long context_stride;
   double factor;  // of grad_context
   Activation activation;
+  bool early;          // as in TransformForwardArgs
   void* grad_context;  // A [N, C] out, or null
   CompanionOut zero;   // one element out, or null: the gradient of the mask's bias, whose shift the softmax ignores
   TransformGradients branch[2];

@@ -25,6 +25,7 @@ struct BroadcastTraits : KernelTraits {
   static constexpr int kWaves = 4;
   static constexpr bool kBackwards = true;
   static constexpr int kFlatRows = 8;
+  static constexpr bool kWaits = true;
 };
 
 // A partial result is the sums of both gradients over pixels.
@@ -57,6 +58,7 @@ broadcast(const BroadcastArgs args) {
   using TileT = Tile<T, kLayout, kRows, kWidth>;
   static_assert(has_tile<BroadcastTraits>(kRows, kLayout, sizeof(T)), "no plan has such tiles");
   const typename TileT::Map map(args.walk);
+  port::wait_for_launch_before<kWaitBroadcast>();
 
   A scale[TileT::kChannels];
   A term[TileT::kChannels];
@@ -104,6 +106,7 @@ broadcast_flat(const BroadcastArgs args) {
   T* const out = static_cast<T*>(args.out) + channel0 * pixels;
   const unsigned tile_elements = kRows * kStep * port::block_threads();
   const int first = (block - image * walk.splits) * walk.tiles_per_split;
+  port::wait_for_launch_before<kWaitBroadcastFlat>();
   for (int tile = first; tile < first + walk.tiles_per_split; ++tile) {
     const unsigned begin = tile * tile_elements + port::thread_index() * kStep;
     PackedVector<T> rows[kRows];
@@ -147,6 +150,7 @@ broadcast_mul_backward(const BroadcastMulBackwardArgs args) {
   constexpr int kChannels = TileT::kChannels;
   using Traits = BroadcastMulBackwardTraits;
   static_assert(has_tile<Traits>(kRows, kLayout, sizeof(T)), "no plan has such tiles");
+  port::let_next_launch_begin();
   const typename TileT::Map map(args.walk);
 
   A scale[kChannels];

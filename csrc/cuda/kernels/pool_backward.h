@@ -43,6 +43,7 @@ struct PoolBackwardTraits : KernelTraits {
   static constexpr int kTallRows = 16;
   static constexpr bool kWholeChannels = true;
   static constexpr bool kBackwards = true;
+  static constexpr bool kWaits = kBlock;
   static constexpr Merge kMerge = kMask ? Merge::kAll : Merge::kNone;
   static constexpr int kPartialVectors = kMask ? 1 : 0;
 
@@ -92,6 +93,7 @@ pool_backward(const PoolBackwardArgs args) {
   static_assert(has_tile<Traits>(kRows, kLayout, sizeof(T)), "no plan has such tiles");
 
   const typename TileT::Map map(args.walk);
+  if constexpr (Traits::kWaits) port::wait_for_launch_before<kWaitPoolBackward>();
   const A* const state = static_cast<const A*>(args.state) + map.state0();
   const A m = state[0];
   const A inverse_z = A(1) / state[1];

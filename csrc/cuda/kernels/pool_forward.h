@@ -133,6 +133,7 @@ pool_forward(const PoolForwardArgs args) {
   using Traits = PoolForwardTraits<kWeighting>;
   static_assert(has_tile<Traits>(kRows, kLayout, sizeof(T)), "no plan has such tiles");
 
+  port::let_next_launch_begin();
   const typename TileT::Map map(args.walk);
   const T* const x = static_cast<const T*>(args.x) + map.image0();
 

@@ -54,6 +54,8 @@ struct TileChoices {
 struct KernelTraits {
   // The newer ways that its instantiations go. A plan chooses among those of one kind.
   static constexpr Paths kPaths = {};
+  // It may begin early (Path::kEarlyStart): every thread waits for the launch before as its first access to memory.
+  static constexpr bool kWaits = false;
   // Vectors that a thread holds of each feature map, and the same for the tall tiles, or 0.
   static constexpr int kRows = 8;
   static constexpr int kTallRows = 0;

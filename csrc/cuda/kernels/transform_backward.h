@@ -310,8 +310,19 @@ template <typename T, int kSteps>
 GC_KERNEL(kTransformThreads, 2)
 transform_backward(const TransformBackwardArgs args) {
   using A = Acc<T>;
+  port::let_next_launch_begin();
   port::SharedArena arena;
   const TransformBackwardShared<A> shared(arena, kSteps);
+  if (port::kLaunchesOverlap && args.early && args.grid.phases > 1) {
+    GC_UNROLL_BY(1)
+    for (int b = 0; b < args.branches; ++b) {
+      const TransformGradients& branch = b == 0 ? args.branch[0] : args.branch[1];
+      const long long elements = static_cast<long long>(branch.hidden) * args.channels;
+      prefetch_share<T>(branch.w2, elements);
+      if (args.grad_context != nullptr) prefetch_share<T>(branch.w1, elements);
+    }
+  }
+  port::wait_for_launch_before<kWaitTransformBackward>();
   ImageSums<T, kSteps> image_sums(args.images, shared.slab.image_sums);
   if (args.zero.data != nullptr && port::block_x() == 0 && port::thread_index() == 0) write<T>(args.zero, 0, A(0));
   const Phase phase(args.grid, args.counters, shared.ticket);

@@ -277,8 +277,19 @@ transform_forward(const TransformForwardArgs args) {
   using A = Acc<T>;
   const int hidden_max = args.branches > 1 && args.branch[1].hidden > args.branch[0].hidden ? args.branch[1].hidden
                                                                                             : args.branch[0].hidden;
+  port::let_next_launch_begin();
   port::SharedArena arena;
   const TransformForwardShared<A> shared(arena, args.tile_images * hidden_max);
+  if (port::kLaunchesOverlap && args.early) {
+    GC_UNROLL_BY(1)
+    for (int b = 0; b < args.branches; ++b) {
+      const TransformBranch& branch = b == 0 ? args.branch[0] : args.branch[1];
+      const long long elements = static_cast<long long>(branch.hidden) * args.channels;
+      prefetch_share<T>(branch.w1, elements);
+      prefetch_share<T>(branch.w2, elements);
+    }
+  }
+  port::wait_for_launch_before<kWaitTransformForward>();
   const Phase phase(args.grid, args.counters, shared.ticket);
   phase.await_previous();
 

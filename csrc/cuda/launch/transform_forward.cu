@@ -6,6 +6,7 @@ namespace gc {
 
 cudaError_t launch_transform_forward(const TransformPlan& plan, TransformForwardArgs args, cudaStream_t stream) {
   args.grid = plan.grid;
+  args.early = plan.paths.has(Path::kEarlyStart);
   args.tile_images = plan.tile_images;
   args.shares[0] = plan.shares[0];
   args.shares[1] = plan.shares[1];
@@ -13,7 +14,7 @@ cudaError_t launch_transform_forward(const TransformPlan& plan, TransformForward
     using T = typename decltype(type)::type;
     return dispatch_width<2>(plan.width, [&](auto width) {
       return launch(transform_forward<T, decltype(width)::value>, plan.blocks(), kTransformThreads, plan.shared_bytes,
-                    args, stream);
+                    args, stream, args.early);
     });
   });
 }

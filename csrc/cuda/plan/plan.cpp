@@ -173,6 +173,7 @@ Plan plan_for(const Problem& p, const DeviceLimits& device, bool dots_given) {
   Plan plan{};
   plan.kind = Traits::kKind;
   plan.paths = Traits::kPaths;
+  if (Traits::kWaits && device.paths.has(Path::kEarlyStart)) plan.paths = plan.paths | Path::kEarlyStart;
   plan.type = p.type;
   plan.layout = p.layout;
   plan.rows = Traits::kRows;

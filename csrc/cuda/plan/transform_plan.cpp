@@ -68,6 +68,7 @@ std::string TransformPlan::to_string() const {
     out << ", slabs of " << slab_steps * kStepRows << " rows";
   }
   out << ", " << shared_bytes << " bytes shared, " << workspace << " workspace elements";
+  if (!(paths == Paths{})) out << "; " << names_of(paths);
   return out.str();
 }
 
@@ -77,6 +78,7 @@ TransformPlan make_transform_forward_plan(const TransformProblem& p, const Devic
   check(p);
   TransformPlan plan{};
   plan.type = p.type;
+  if (device.paths.has(Path::kEarlyStart)) plan.paths = Path::kEarlyStart;
   const bool even = p.channels % 2 == 0 && p.hidden[0] % 2 == 0 && (p.branches == 1 || p.hidden[1] % 2 == 0);
   plan.width = p.pairs && even ? 2 : 1;
 
@@ -117,6 +119,7 @@ TransformPlan make_transform_backward_plan(const TransformProblem& p, const Devi
   check(p);
   TransformPlan plan{};
   plan.type = p.type;
+  if (device.paths.has(Path::kEarlyStart)) plan.paths = Path::kEarlyStart;
   plan.width = 1;
   // The slabs of W2 and of W1, those of both branches as of one matrix.
   const auto output_slabs = [&] { return slabs_down(p.channels, plan.slab_steps) * slabs_across(hidden_sum(p)); };

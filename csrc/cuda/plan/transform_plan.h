@@ -19,6 +19,7 @@ struct TransformProblem {
 
 struct TransformPlan {
   ElementType type;
+  Paths paths;  // those that it takes
   // Forward: weights moved by one load, images of a tile, and in each phase the warps that share the length of a row.
   int width;
   int tile_images;
