@@ -19,6 +19,8 @@ GOOD = (
     "shuffle_double",
     "shuffle_int",
     "copy",
+    "early",
+    "not_early",
 )
 EVERY_BUILD = {
     "bad_alignment": r"misaligned: a vector of 16 bytes .* 4 bytes off",
@@ -31,6 +33,10 @@ EVERY_BUILD = {
     "bad_block_of_2048": r"launch limits: 2048 threads a block",
     "bad_shared_64k": r"launch limits: 65536 bytes of dynamic shared memory",
     "bad_grid_y": r"launch limits: grid.y = 65536",
+    "bad_early_read": r"early start: .* reads (x, byte \d+ of 256|memory) before it has waited",
+    "bad_early_write": r"early start: .* writes (out, byte \d+ of 256|memory) before it has waited",
+    "bad_early_ticket": r"early start: .* takes a ticket of (counter, byte 0 of 4|memory) before it has waited",
+    "bad_early_idle": r"early start: block 1 .* leaves without a wait",
 }
 ONE_BUILD = [
     ("asan", "bad_overrun", r"heap-buffer-overflow"),
@@ -49,6 +55,9 @@ ONE_BUILD = [
     ("race", "bad_shuffle_as_barrier", r"data race on shared array 0 of block 0"),
     ("race", "bad_read_of_output", r"uninitialised: .* reads out, byte \d+ of 256"),
     ("race", "bad_input_written", r"write to an input: .* writes out"),
+    ("race", "bad_early_plain_read", r"early start: .* reads x, byte \d+ of 256 before it has waited"),
+    ("race", "bad_prefetch", r"out of bounds: .* prefetches x, byte \d+ of 256"),
+    ("asan", "bad_prefetch", r"out of bounds: a prefetch"),
 ]
 # Sites of the toy kernels, by their number in drivers/toy.cpp, and what is reported when they are dropped.
 DROPS = [
@@ -70,6 +79,7 @@ DROPS = [
         r"data race on shared array 0|uninitialised: .* shared array 0|data race on part",
     ),
     ("last_block_all_fence", 5, r"data race on part, .* the read by .* after the write by"),
+    ("early", 6, r"early start: .* reads x, byte \d+ of 256 before it has waited"),
 ]
 SCHEDULES = ("ascending:0", "reverse:1", "random:2", "random:3", "starvation:4", "starvation:5")
 

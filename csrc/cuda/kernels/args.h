@@ -78,6 +78,15 @@ struct PhaseGrid {
   int blocks[kMaxPhases];
 };
 
+// What a launch that begins early has come to the second-level cache before it waits: weights, which no launch of its
+// operator writes. The kernel finds them counted in cache lines, since what it computed for them would cost it registers.
+inline constexpr int kCacheLine = 128;  // bytes
+struct Prefetches {
+  int count;  // 0 in any other launch
+  unsigned lines[4];
+  const void* begin[4];
+};
+
 // One branch of the context block, channel_add or channel_mul, with P = hidden units.
 struct TransformBranch {
   int hidden;
@@ -102,10 +111,10 @@ struct TransformForwardArgs {
   int shares[2];    // of each phase: the warps that share the length of a row
   double eps;
   Activation activation;
-  bool early;  // the launch may begin before the one before it ends: there is time to prefetch weights
   const void* context;  // A, image n's [C] from n * context_stride on
   long long context_stride;
   TransformBranch branch[2];
+  Prefetches prefetches;
 };
 
 struct TransformGradients {
@@ -139,10 +148,10 @@ struct TransformBackwardArgs {
   long long context_stride;
   double factor;  // of grad_context
   Activation activation;
-  bool early;          // as in TransformForwardArgs
   void* grad_context;  // A [N, C] out, or null
   CompanionOut zero;   // one element out, or null: the gradient of the mask's bias, whose shift the softmax ignores
   TransformGradients branch[2];
+  Prefetches prefetches;
 };
 
 }  // namespace gc

@@ -97,16 +97,15 @@ GC_DEVICE A sum_in_chains(int first, int end, int step, const Value& value) {
   return sum;
 }
 
-// Has this block's share of a matrix of so many elements come to the second-level cache.
-template <typename T>
-GC_DEVICE void prefetch_share(const Companion& matrix, long long elements) {
-  constexpr int kLine = 128;  // bytes
-  const long long bytes = elements * static_cast<int>(matrix.wide ? sizeof(Acc<T>) : sizeof(T));
-  const long long thread = static_cast<long long>(port::block_x()) * kTransformThreads + port::thread_index();
-  const long long threads = static_cast<long long>(port::grid_x()) * kTransformThreads;
+// Every block takes its share of the lines.
+GC_DEVICE void prefetch_share(const Prefetches& wanted) {
   GC_UNROLL_BY(1)
-  for (long long at = thread * kLine; at < bytes; at += threads * kLine) {
-    port::prefetch_line(static_cast<const char*>(matrix.data) + at);
+  for (int i = 0; i < wanted.count; ++i) {
+    GC_UNROLL_BY(1)
+    for (unsigned line = port::block_x() * kTransformThreads + port::thread_index(); line < wanted.lines[i];
+         line += port::grid_x() * kTransformThreads) {
+      port::prefetch_line(static_cast<const char*>(wanted.begin[i]) + static_cast<long long>(line) * kCacheLine);
+    }
   }
 }
 

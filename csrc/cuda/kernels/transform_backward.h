@@ -313,15 +313,7 @@ transform_backward(const TransformBackwardArgs args) {
   port::let_next_launch_begin();
   port::SharedArena arena;
   const TransformBackwardShared<A> shared(arena, kSteps);
-  if (port::kLaunchesOverlap && args.early && args.grid.phases > 1) {
-    GC_UNROLL_BY(1)
-    for (int b = 0; b < args.branches; ++b) {
-      const TransformGradients& branch = b == 0 ? args.branch[0] : args.branch[1];
-      const long long elements = static_cast<long long>(branch.hidden) * args.channels;
-      prefetch_share<T>(branch.w2, elements);
-      if (args.grad_context != nullptr) prefetch_share<T>(branch.w1, elements);
-    }
-  }
+  if constexpr (port::kLaunchesOverlap) prefetch_share(args.prefetches);
   port::wait_for_launch_before<kWaitTransformBackward>();
   ImageSums<T, kSteps> image_sums(args.images, shared.slab.image_sums);
   if (args.zero.data != nullptr && port::block_x() == 0 && port::thread_index() == 0) write<T>(args.zero, 0, A(0));

@@ -280,15 +280,7 @@ transform_forward(const TransformForwardArgs args) {
   port::let_next_launch_begin();
   port::SharedArena arena;
   const TransformForwardShared<A> shared(arena, args.tile_images * hidden_max);
-  if (port::kLaunchesOverlap && args.early) {
-    GC_UNROLL_BY(1)
-    for (int b = 0; b < args.branches; ++b) {
-      const TransformBranch& branch = b == 0 ? args.branch[0] : args.branch[1];
-      const long long elements = static_cast<long long>(branch.hidden) * args.channels;
-      prefetch_share<T>(branch.w1, elements);
-      prefetch_share<T>(branch.w2, elements);
-    }
-  }
+  if constexpr (port::kLaunchesOverlap) prefetch_share(args.prefetches);
   port::wait_for_launch_before<kWaitTransformForward>();
   const Phase phase(args.grid, args.counters, shared.ticket);
   phase.await_previous();

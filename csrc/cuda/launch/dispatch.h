@@ -6,6 +6,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime_api.h>
 
+#include "cuda/kernels/args.h"
 #include "cuda/kernels/numeric.h"
 #include "cuda/launch/shared_memory.h"
 #include "cuda/plan/plan.h"
@@ -88,6 +89,13 @@ cudaError_t dispatch(const Plan& plan, const Body& body) {
   const Paths paths = plan.paths.without(Path::kEarlyStart);  // which every kernel that waits can go
   ((plan.kind == Kinds::kKind && paths == Kinds::kPaths && (status = dispatch_kind<Kinds>(plan, body), true)) || ...);
   return status;
+}
+
+// For a launch that begins early: a matrix of so many elements.
+inline void add_prefetch(Prefetches& all, const Companion& matrix, int64_t elements, ElementType type) {
+  const int64_t bytes = elements * (matrix.wide ? accumulation_bytes(type) : element_bytes(type));
+  all.begin[all.count] = matrix.data;
+  all.lines[all.count++] = static_cast<unsigned>((bytes + kCacheLine - 1) / kCacheLine);
 }
 
 // A launch that may begin while the one before it on the stream ends. In a graph it gets a programmatic edge, which

@@ -9,7 +9,6 @@ namespace {
 // Large enough for the small vectors and weights to be what they are in a network: below 5 % of the feature map.
 constexpr Shape kShape = {2, 128, 3136};
 constexpr int kHidden = 8;
-constexpr DeviceLimits kDevice = {1, host::kMaxSharedOptIn};
 
 struct Fusion {
   const char* name;
@@ -24,6 +23,7 @@ struct Block {
   bool attention;
   Fusion fusion;
   Layout layout;
+  DeviceLimits device;
   int first = fusion.add ? 0 : 1, branches = fusion.add + fusion.mul;
   std::size_t maps = kShape.elements(), pixels = static_cast<std::size_t>(kShape.images) * kShape.pixels,
               outputs = static_cast<std::size_t>(kShape.images) * kShape.channels,
@@ -53,8 +53,8 @@ struct Block {
   };
   Branch branch[2];
 
-  Block(bool attention_, const Fusion& fusion_, Layout layout_)
-      : attention(attention_), fusion(fusion_), layout(layout_) {
+  Block(bool attention_, const Fusion& fusion_, Layout layout_, Paths paths)
+      : attention(attention_), fusion(fusion_), layout(layout_), device{1, host::kMaxSharedOptIn, paths} {
     Numbers numbers(12);
     x.fill(numbers, 2);
     grad.fill(numbers, 1);
@@ -99,7 +99,7 @@ struct Block {
   }
 
   Plan plan(KernelKind kind) const {
-    return make_plan(kind, {kShape.images, kShape.channels, kShape.pixels, layout, Element<T>::type}, kDevice);
+    return make_plan(kind, {kShape.images, kShape.channels, kShape.pixels, layout, Element<T>::type}, device);
   }
   TransformProblem problem() const {
     return {kShape.images, kShape.channels, branches, {kHidden, kHidden}, Element<T>::type, true};
@@ -108,6 +108,16 @@ struct Block {
   static Companion wide(const A* data) { return {data, true}; }
   static CompanionOut wide_out(A* data) { return {data, true}; }
   Companion scale() const { return fusion.mul ? wide(branch[branches - 1].out) : Companion{}; }
+
+  // The first launch of a pass waits for all that the stream has done; the others may begin while the one before ends.
+  template <typename AnyPlan>
+  void run_one(const AnyPlan& plan, const host::Schedule& schedule, const std::function<cudaError_t()>& launch) const {
+    run_launch(plan, schedule, launch);
+    const int number = host::LaunchFiles::launches;  // 1 to 3
+    const bool early = number > 1 && device.paths.has(Path::kEarlyStart) && !host::LaunchFiles::refuse_early;
+    host::require(host::LaunchFiles::last.early == early, "which launches of a pass begin early");
+    host::require(host::LaunchFiles::last.lets_next_begin == (number < 3), "which let the next begin");
+  }
 
   void forward(const host::Schedule& schedule) {
     const Plan pool = plan(attention ? KernelKind::kPoolMask : KernelKind::kPoolUniform);
@@ -123,9 +133,9 @@ struct Block {
     pooling.partial_stats =
         static_cast<A*>(pooling.partial_context) + outputs * merged_rows(pool.walk.splits, pool.walk.group);
     pooling.tickets = tickets.data();
-    run_launch(pool, schedule, [&] { return launch_pool_forward(pool, pooling, nullptr); });
+    run_one(pool, schedule, [&] { return launch_pool_forward(pool, pooling, nullptr); });
 
-    const TransformPlan small_plan = make_transform_forward_plan(problem(), kDevice);
+    const TransformPlan small_plan = make_transform_forward_plan(problem(), device);
     PhaseCounters counters(small_plan);
     TransformForwardArgs transform{};
     transform.counters = counters.data();
@@ -141,7 +151,7 @@ struct Block {
           kHidden,      wide(own.w1), wide(own.b1), wide(own.norm_weight), wide(own.norm_bias),   wide(own.w2),
           wide(own.b2), gate_of(b),   own.products, own.normalized,        own.inverse_deviation, own.out};
     }
-    run_launch(small_plan, schedule, [&] { return launch_transform_forward(small_plan, transform, nullptr); });
+    run_one(small_plan, schedule, [&] { return launch_transform_forward(small_plan, transform, nullptr); });
 
     const Plan apply = plan(KernelKind::kBroadcast);
     BroadcastArgs broadcast{};
@@ -149,13 +159,13 @@ struct Block {
     broadcast.scale = scale();
     if (fusion.add) broadcast.term = wide(branch[0].out);
     broadcast.out = out.buffer().data();
-    run_launch(apply, schedule, [&] { return launch_broadcast(apply, broadcast, nullptr); });
+    run_one(apply, schedule, [&] { return launch_broadcast(apply, broadcast, nullptr); });
   }
 
   void backward(const host::Schedule& schedule) {
     sum_gradients(schedule);
 
-    const TransformPlan small_plan = make_transform_backward_plan(problem(), kDevice, TransformDepth::kContext);
+    const TransformPlan small_plan = make_transform_backward_plan(problem(), device, TransformDepth::kContext);
     PhaseCounters counters(small_plan);
     TransformBackwardArgs transform{};
     transform.counters = counters.data();
@@ -190,7 +200,7 @@ struct Block {
                              output("grad_hidden", sizes.grad_hidden),
                              output("partial_context", sizes.partial_context)};
     }
-    run_launch(small_plan, schedule, [&] { return launch_transform_backward(small_plan, transform, nullptr); });
+    run_one(small_plan, schedule, [&] { return launch_transform_backward(small_plan, transform, nullptr); });
 
     if (attention) return last_pass(schedule);
     const Plan apply = plan(KernelKind::kBroadcast);
@@ -199,7 +209,7 @@ struct Block {
     broadcast.scale = scale();
     broadcast.term = wide(grad_context);
     broadcast.out = grad_x.buffer().data();
-    run_launch(apply, schedule, [&] { return launch_broadcast(apply, broadcast, nullptr); });
+    run_one(apply, schedule, [&] { return launch_broadcast(apply, broadcast, nullptr); });
   }
 
   void sum_gradients(const host::Schedule& schedule) {
@@ -213,7 +223,7 @@ struct Block {
       args.context = wide_out(branch[0].grad_out);
       args.partial_context = workspace;
       args.tickets = tickets.data();
-      return run_launch(sums, schedule, [&] { return launch_pool_forward(sums, args, nullptr); });
+      return run_one(sums, schedule, [&] { return launch_pool_forward(sums, args, nullptr); });
     }
     BroadcastMulBackwardArgs args{};
     args.grad = grad.buffer().data();
@@ -222,7 +232,7 @@ struct Block {
     if (fusion.add) args.grad_term = wide_out(branch[0].grad_out);
     args.partial_sums = workspace;
     args.tickets = tickets.data();
-    run_launch(sums, schedule, [&] { return launch_broadcast_mul_backward(sums, args, nullptr); });
+    run_one(sums, schedule, [&] { return launch_broadcast_mul_backward(sums, args, nullptr); });
   }
 
   void last_pass(const host::Schedule& schedule) {
@@ -240,7 +250,7 @@ struct Block {
     args.grad_weight = wide_out(grad_mask_weight);
     args.partial_weight = output("weight_workspace", last.workspace);
     args.tickets = tickets.data();
-    run_launch(last, schedule, [&] { return launch_pool_backward(last, args, nullptr); });
+    run_one(last, schedule, [&] { return launch_pool_backward(last, args, nullptr); });
   }
 
   double passes() const {
@@ -293,8 +303,8 @@ void require_within(const char* pass, double moved, int formula) {
 }
 
 template <typename T>
-void run(bool attention, const Fusion& fusion, Layout layout, const host::Schedule& schedule) {
-  Block<T> block(attention, fusion, layout);
+void run(bool attention, const Fusion& fusion, Layout layout, const host::Schedule& schedule, Paths paths) {
+  Block<T> block(attention, fusion, layout, paths);
   host::LaunchFiles::launches = 0;
   block.forward(schedule);
   host::require(host::LaunchFiles::launches == 3, "forward takes three launches");
@@ -320,12 +330,19 @@ std::vector<host::Case> cases() {
           using T = decltype(element);
           list.push_back({std::string(attention ? "att-" : "avg-") + fusion.name + "-" + Element<T>::name + "-" +
                               gc::name_of(layout),
-                          "a block as in a network",
-                          [=](const host::Schedule& schedule) { run<T>(attention, fusion, layout, schedule); }});
+                          "a block as in a network", [=](const host::Schedule& schedule) {
+                            run<T>(attention, fusion, layout, schedule, paths_under(schedule));
+                          }});
         });
       }
     }
   }
+  list.push_back({"refused", "a driver that knows no launches that begin early", [=](const host::Schedule& schedule) {
+                    host::LaunchFiles::refuse_early = true;
+                    const auto back =
+                        std::shared_ptr<void>(nullptr, [](void*) { host::LaunchFiles::refuse_early = false; });
+                    run<float>(true, kFusions[2], Layout::kNCHW, schedule, Path::kEarlyStart);
+                  }});
   return list;
 }
 

@@ -89,7 +89,8 @@ struct Backward {
                             : mask          ? KernelKind::kPoolBackwardMask
                                             : KernelKind::kPoolBackwardLogits;
     const auto plan_of = [&](KernelKind wanted, bool dots_given) {
-      return plan_for<T>(wanted, on.shape, layout, on.multiprocessors, dots_given, on.misaligned);
+      return plan_for<T>(wanted, on.shape, layout, on.multiprocessors, dots_given, on.misaligned,
+                         paths_under(schedule));
     };
     Plan plan = plan_of(kind, false);
     const bool two_passes = !plan.holds_channels;

@@ -186,8 +186,8 @@ void start_block(Block& block, int number) {
   block.warps.assign((current->threads + kWarpThreads - 1) / kWarpThreads, Warp{});
   for (int i = 0; i < current->threads; ++i) {
     Thread& thread = *block.threads[i];
-    thread.place = {i, number % grid.x, number / grid.x % grid.y, number / grid.x / grid.y, number,
-                    !current->report.early};
+    thread.place = {i,      number % grid.x,       number / grid.x % grid.y, number / grid.x / grid.y,
+                    number, !current->report.early};
     thread.site = -1;
     thread.has_arena = false;
     thread.fiber.start(&run_kernel);
