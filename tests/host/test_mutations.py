@@ -1,4 +1,4 @@
-"""Every barrier, fence and wait of the kernels is necessary: with any dropped, drivers of the race build fail.
+"""Every barrier, fence and wait of the kernels is necessary: without it, drivers of the race build fail.
 
 The sites are those of csrc/cuda/kernels/sites.h. With --drop-site a driver does what GC_DROP_SITE does,
 without compiling: the harness's barrier(), fence() or wait_for_launch_before() returns at once for that site.

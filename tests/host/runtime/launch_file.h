@@ -17,6 +17,7 @@ struct LaunchFiles {
   static Schedule schedule;
   static LaunchReport last;
   static int launches;
+  static int early_launches;
   static bool refuse_early;  // launches with attributes fail, as where a driver does not know them
 };
 
@@ -33,6 +34,7 @@ class KernelLaunch {
     const Grid grid{static_cast<int>(grid_.x), static_cast<int>(grid_.y), static_cast<int>(grid_.z)};
     const int limit = shared_limit_of(reinterpret_cast<const void*>(kernel_));
     ++LaunchFiles::launches;
+    LaunchFiles::early_launches += early_;
     LaunchFiles::last =
         host::launch(grid, threads_, shared_bytes_, LaunchFiles::schedule, [&] { kernel_(args); }, limit, early_);
   }
