@@ -79,7 +79,7 @@ struct PhaseGrid {
 };
 
 // What a launch that begins early has come to the second-level cache before it waits: weights, which no launch of its
-// operator writes. The kernel finds them counted in cache lines, since what it computed for them would cost it registers.
+// operator writes. Counted in cache lines on the host: what the kernel would compute for them costs it registers.
 inline constexpr int kCacheLine = 128;  // bytes
 struct Prefetches {
   int count;  // 0 in any other launch

@@ -5,7 +5,7 @@
 // With GC_HOST_RUN defined, host_runtime.h (tests/host) supplies the same names on fibers.
 #pragma once
 
-// A barrier, fence or wait with this number is compiled out (the mutation test of tests/host proves each one necessary).
+// A barrier, fence or wait with this number is compiled out (the mutation test of tests/host proves each necessary).
 #ifndef GC_DROP_SITE
 #define GC_DROP_SITE -1
 #endif
