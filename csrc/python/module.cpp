@@ -58,7 +58,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("build_config", &gc::build_config, "What was built: a dict of str.");
   gc::bind_reading(m);
   gc::bind_calls(m);
-  gc::chosen_paths();  // a wrong GC_CUDA_PATHS is an error now, and not at the first launch
 
   py::class_<gc::Plan>(m, "Plan", "How a kernel would be launched; print it.")
       .def_readonly("rows", &gc::Plan::rows)
@@ -73,6 +72,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def_property_readonly("splits", [](const gc::Plan& self) { return self.walk.splits; })
       .def_property_readonly("group", [](const gc::Plan& self) { return self.walk.group; })
       .def_property_readonly("tiles_per_split", [](const gc::Plan& self) { return self.walk.tiles_per_split; })
+      .def_property_readonly("longer", [](const gc::Plan& self) { return self.walk.longer; })
+      .def_readonly("resident", &gc::Plan::resident)
       .def_property_readonly("tile_channels", &gc::Plan::tile_channels)
       .def_property_readonly("tile_pixels", &gc::Plan::tile_pixels)
       .def_property_readonly("threads", &gc::Plan::threads)

@@ -44,13 +44,16 @@ PROBLEMS = {
 }
 
 
-@pytest.mark.parametrize("device", [V100, H200], ids=["V100", "H200"])
+DEVICES = {"V100": V100, "H200": H200, "H200, newer ways": {**H200, "paths": "all"}}
+
+
+@pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES)
 @pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS)
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_every_element_is_covered_once_within_the_limits_of_a_launch(kernel, problem, device):
     images, channels, pixels = problem
-    for layout, dtype in itertools.product(("NCHW", "NHWC"), BYTES):
-        p = plan(kernel, images, channels, pixels, layout, dtype, **device)
+    for layout, dtype, paths in itertools.product(("NCHW", "NHWC"), BYTES, ("none", "all")):
+        p = plan(kernel, images, channels, pixels, layout, dtype, paths=paths, **device)
 
         assert p.threads % 32 == 0 and 32 <= p.threads <= 512, p
         grid_x, grid_y = p.grid
@@ -61,9 +64,9 @@ def test_every_element_is_covered_once_within_the_limits_of_a_launch(kernel, pro
         tile, extent = (
             (p.threads * p.rows * p.width, channels * pixels) if p.flat else (p.tile_pixels, pixels)
         )
-        covered = p.splits * p.tiles_per_split * tile
+        covered = (p.splits * p.tiles_per_split + p.longer) * tile
         assert covered >= extent, p
-        last_split_begins = (p.splits - 1) * p.tiles_per_split * tile
+        last_split_begins = covered - p.tiles_per_split * tile
         assert last_split_begins < extent, f"an empty split: {p}"
         if p.flat:
             continue
@@ -164,6 +167,78 @@ def test_a_plan_prints_as_one_line_that_says_it_all():
     assert line.startswith("pool_mask float32 NCHW 2x512x16800: ") and "\n" not in line
     for word in ("rows", "loads of 16 bytes", "threads", "splits", "grid", "shared", "workspace", "tickets"):
         assert word in line
+
+
+# (images, channels, pixels) of the maps that uniform pooling and the flat broadcast meet.
+REAL = [
+    *((batch, *c) for batch in (1, 2, 8) for c in ((512, 16800), (1024, 4200), (2048, 1050))),
+    (64, 256, 3136),
+    (32, 2048, 49),
+]
+
+
+def used(p):
+    """Blocks that run at once in the last wave or before, and their share of the slots of all waves."""
+    slots = H200["multiprocessors"] * p.resident
+    blocks = p.grid[0] * p.grid[1]
+    return min(blocks, slots), blocks / (-(-blocks // slots) * slots)
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+@pytest.mark.parametrize("problem", REAL, ids=str)
+@pytest.mark.parametrize("kernel", ["pool_uniform", "broadcast"])
+def test_a_full_machine_has_no_fewer_blocks_at_once(kernel, problem, layout):
+    for dtype in ("float32", "float16", "bfloat16"):
+        old = plan(kernel, *problem, layout, dtype, **H200)
+        p = plan(kernel, *problem, layout, dtype, paths="full_machine", **H200)
+        if kernel == "broadcast" and not p.flat:
+            assert p.paths == "none" and str(p) == str(old), p
+            continue
+        assert p.paths == "full_machine" and p.threads <= 256, p
+        registers = 80 if p.flat and dtype != "float32" else 64
+        assert p.resident == min(65536 // 4 // (32 * registers) * 4 // (p.threads // 32), 16), p
+        (before, share_before), (now, share) = used(old), used(p)
+        tile, extent = (
+            (p.threads * p.rows * p.width, problem[1] * problem[2]) if p.flat else (p.tile_pixels, problem[2])
+        )
+        no_more_tiles = p.splits == -(-extent // tile)
+        assert no_more_tiles or share >= share_before, (old, p)
+        assert no_more_tiles or share > 0.95, p
+        if kernel == "pool_uniform":
+            assert now >= before, (old, p)
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_c4_takes_nearly_every_slot(layout, dtype):
+    """It was the worst: 224 of 264, and 192 of halves."""
+    p = plan("pool_uniform", 2, 1024, 4200, layout, dtype, paths="full_machine", **H200)
+    assert used(p)[1] > 0.95, p
+    assert p.tiles_per_split * p.splits + p.longer == -(-4200 // p.tile_pixels), p
+
+
+def test_splits_of_a_full_machine_differ_by_one_tile():
+    p = plan("pool_uniform", 2, 1024, 4200, paths="full_machine", **H200)
+    assert (p.splits, p.tiles_per_split, p.longer) == (16, 2, 1), p
+    assert "16 splits of 2 or 3 tiles" in str(p) and str(p).endswith("; full_machine"), p
+
+
+def test_neighbours_are_for_loads_of_less_than_a_vector():
+    for problem, layout, dtype, narrow in (
+        ((2, 2048, 1050), "NCHW", "float32", True),
+        ((2, 2048, 1050), "NCHW", "float16", True),
+        ((2, 2048, 1050), "NHWC", "float16", False),
+        ((2, 1024, 4200), "NCHW", "float32", False),
+        ((2, 33, 4200), "NHWC", "float32", True),
+    ):
+        for others in ("", "full_machine"):
+            p = plan(
+                "pool_uniform", *problem, layout, dtype, paths=",".join(filter(None, (others, "neighbours")))
+            )
+            assert p.paths == (",".join(filter(None, (others, "neighbours" if narrow else ""))) or "none"), p
+    for kernel in KERNELS:
+        if kernel != "pool_uniform":
+            assert "neighbours" not in plan(kernel, 2, 2048, 1050, paths="all").paths
 
 
 TRANSFORMS = {

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 
 import pytest
-from test_cuda_plan import BYTES, KERNELS, WHOLE_CHANNELS, plan, transform_plan
+from test_cuda_plan import BYTES, H200, KERNELS, V100, WHOLE_CHANNELS, plan, transform_plan
 
 pytest.importorskip("hypothesis", reason="hypothesis is not installed")
 from hypothesis import HealthCheck, assume, example, given, settings
@@ -25,6 +25,7 @@ SETTINGS = settings(
     suppress_health_check=list(HealthCheck),
 )
 INT = 2**31 - 1
+SMALLEST = {"multiprocessors": 1, "shared_bytes": 65536}
 # CUDA's limits on a launch, and what the kernels are compiled for (__launch_bounds__).
 GRID_X, GRID_Y, THREADS = INT, 65535, 512
 IMAGE = INT - 2**17  # elements of one image
@@ -69,16 +70,19 @@ def planned(kernel, size, device, **options):
     dtype=st.sampled_from(sorted(BYTES)),
     alignment=st.sampled_from([2, 4, 8, 16]),
     device=devices,
+    paths=st.sampled_from(["none", "all"]),
 )
-@example("broadcast", (1, 1, IMAGE), "NCHW", "float16", 16, {"multiprocessors": 1, "shared_bytes": 65536})
-@example("pool_mask", (1, IMAGE, 1), "NHWC", "float64", 8, {"multiprocessors": 132, "shared_bytes": 232448})
-@example("pool_uniform", (INT, 1, 1), "NCHW", "float32", 16, {"multiprocessors": 80, "shared_bytes": 98304})
-def test_kernels(kernel, size, layout, dtype, alignment, device):
+@example("broadcast", (1, 1, IMAGE), "NCHW", "float16", 16, SMALLEST, "none")
+@example("broadcast", (1, 1, IMAGE // 8 * 8), "NCHW", "float16", 2, SMALLEST, "all")
+@example("pool_mask", (1, IMAGE, 1), "NHWC", "float64", 8, H200, "none")
+@example("pool_uniform", (INT, 1, 1), "NCHW", "float32", 16, V100, "none")
+@example("pool_uniform", (INT, 1, 1), "NCHW", "float32", 16, V100, "all")
+def test_kernels(kernel, size, layout, dtype, alignment, device, paths):
     _, channels, pixels = size
     if channels * pixels > IMAGE:  # most of what is drawn; keep its fair share only
         assume(channels <= 2**16 and pixels <= 2**16)
     alignment = max(alignment, BYTES[dtype])  # a tensor's elements are aligned
-    options = {"layout": layout, "dtype": dtype, "alignment": alignment}
+    options = {"layout": layout, "dtype": dtype, "alignment": alignment, "paths": paths}
     p = planned(kernel, size, device, **options)
     if p is None:
         return
@@ -108,6 +112,15 @@ def merged(parts, group):
     return (parts + groups, groups + 1) if groups > 1 else (parts, 1)
 
 
+def check_splits(p, tiles):
+    """The splits are ranges of tiles: all of them, none twice, no range empty."""
+    if p.paths == "none":
+        assert p.longer == 0 and (p.splits - 1) * p.tiles_per_split < tiles <= p.splits * p.tiles_per_split, p
+    else:
+        assert p.splits * p.tiles_per_split + p.longer == tiles, p
+        assert 0 <= p.longer < p.splits and p.tiles_per_split >= 1, p
+
+
 def check_coverage(p, kernel, size, layout, dtype, alignment):
     images, channels, pixels = size
     elements = 16 // BYTES[dtype]
@@ -116,16 +129,14 @@ def check_coverage(p, kernel, size, layout, dtype, alignment):
         assert kernel == "broadcast" and layout == "NCHW" and pixels % elements, p
         assert p.width == elements and channels * pixels % elements == 0 and alignment % 16 == 0, p
         tile = p.threads * p.rows * elements
-        tiles = -(-channels * pixels // tile)
-        assert (p.splits - 1) * p.tiles_per_split < tiles <= p.splits * p.tiles_per_split, p
-        assert p.splits * p.tiles_per_split * tile < 2**32, "offsets are unsigned"
+        check_splits(p, -(-channels * pixels // tile))
+        assert (p.splits * p.tiles_per_split + p.longer) * tile < 2**32, "offsets are unsigned"
         assert p.workspace == p.tickets == 0, p
         return
     # The threads of a block hold its tile, no element twice.
     assert p.tile_channels * p.tile_pixels == p.threads * p.rows * elements, p
-    # The splits are ranges of tiles: all of them, none twice, no range empty.
     tiles = -(-pixels // p.tile_pixels)
-    assert (p.splits - 1) * p.tiles_per_split < tiles <= p.splits * p.tiles_per_split, p
+    check_splits(p, tiles)
     # The chunks are ranges of channels, likewise; pixel_dot walks over the channels by itself.
     if kernel == "pixel_dot":
         assert p.chunks == 1, p

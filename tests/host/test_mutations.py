@@ -17,7 +17,7 @@ Drivers = Callable[[str, str], Driver]
 
 # One seed is enough: see runtime/race.h.
 ONE_SCHEDULE = ("--schedule", "random:2", "--first")
-REPORTS = ("data race", "uninitialised", "deadlock", "divergent barrier", "early start", "got")
+REPORTS = ("data race", "uninitialised", "deadlock", "divergent barrier", "early start", "in flight", "got")
 
 
 def sites() -> list[str]:

@@ -163,6 +163,25 @@ def test_hot_kernels_do_not_spill(resources: list[Resources]) -> None:
     assert not spills, "\n" + cudatools.table(spills)
 
 
+def bound_of(kernel: str) -> int:
+    """The registers of a thread that plans count on, by the constants of kernels/traits.h."""
+    text = (ROOT / "csrc" / "cuda" / "kernels" / "traits.h").read_text()
+    constants = dict(re.findall(r"constexpr int (k\w*Registers\w*) = (\d+);", text))
+    name = "kRegistersOfThread"
+    if "(gc::Path)16" in kernel and "broadcast_flat" in kernel:
+        name = "kMoreRegisters" if "half" in kernel or "bfloat16" in kernel else "kFullMachineRegisters"
+    elif "(gc::Path)16" in kernel and "<double" not in kernel:
+        name = "kFullMachineRegisters"
+    return int(constants[name])
+
+
+def test_a_thread_takes_no_more_registers_than_plans_count_on(resources: list[Resources]) -> None:
+    """Or fewer blocks would be resident at once than a plan fills the machine with."""
+    assert len({bound_of(one.kernel) for one in resources}) == 3
+    more = [one for one in resources if one.registers > bound_of(one.kernel)]
+    assert not more, "\n" + cudatools.table(more)
+
+
 @pytest.mark.parametrize("launch_file", [name for name in LAUNCH_FILES if "transform" not in name])
 def test_hot_kernels_load_16_bytes(every_kernel: dict[str, Path], launch_file: str) -> None:
     cubins = list(every_kernel[launch_file].glob(f"*{DISASSEMBLED}*.cubin"))
@@ -173,8 +192,39 @@ def test_hot_kernels_load_16_bytes(every_kernel: dict[str, Path], launch_file: s
         pytest.skip(str(error))
     hot = {kernel: text for kernel, text in code.items() if moves_vectors(kernel)}
     assert hot
-    narrow = [kernel for kernel, text in hot.items() if "LDG.E.128" not in text]
-    assert not narrow, f"no LDG.E.128 in {narrow}"
+    # Into registers, or into shared memory while the thread goes on.
+    narrow = [kernel for kernel, text in hot.items() if not re.search(r"LDG\.E\.128|LDGSTS\S*\.128", text)]
+    assert not narrow, f"no 16-byte loads in {narrow}"
+
+
+@pytest.mark.parametrize("launch_file", ["pool_backward", "pool_forward"])
+def test_staged_tiles_bypass_the_registers(every_kernel: dict[str, Path], launch_file: str) -> None:
+    cubins = list(every_kernel[launch_file].glob(f"*{DISASSEMBLED}*.cubin"))
+    try:
+        code = cudatools.disassemble(cubins[0])
+    except cudatools.Unavailable as error:
+        pytest.skip(str(error))
+    staged = {kernel: text for kernel, text in code.items() if kernel.endswith(", true>")}
+    assert len(staged) >= 20
+    through_registers = [kernel for kernel, text in staged.items() if "LDGSTS" not in text]
+    assert not through_registers
+    never_awaited = [kernel for kernel, text in staged.items() if "LDGDEPBAR" not in text]
+    assert not never_awaited
+
+
+def test_newer_ways_of_uniform_pooling_load_without_a_division(every_kernel: dict[str, Path]) -> None:
+    """A block's first load waits for all that comes before it."""
+    cubin = next(every_kernel["pool_forward"].glob(f"*{DISASSEMBLED}*.cubin"))
+    try:
+        code = cudatools.disassemble(cubin)
+    except cudatools.Unavailable as error:
+        pytest.skip(str(error))
+    before_load = {
+        kernel: text.split("LDG")[0] for kernel, text in code.items() if "(gc::Weighting)2" in kernel
+    }
+    divide = {kernel for kernel, text in before_load.items() if "MUFU.RCP" in text}
+    assert divide == {kernel for kernel in before_load if "(gc::Path)" not in kernel}
+    assert 0 < len(divide) < len(before_load)
 
 
 def _compile_volta(launch_file: str, kernels: list[str]) -> tuple[str, str]:

@@ -19,13 +19,23 @@
 
 namespace gc {
 
+// With Path::kFullMachine the flat form only: its waves are full, and two of them are as many blocks as four of blocks
+// with twice the registers.
+template <Path... kNewer>
 struct BroadcastTraits : KernelTraits {
+  static constexpr Paths kPaths = Paths(kNewer...);
+  static constexpr bool kFullMachine = kPaths.has(Path::kFullMachine);
   static constexpr KernelKind kKind = KernelKind::kBroadcast;
   static constexpr const char* kName = "broadcast";
-  static constexpr int kWaves = 4;
+  static constexpr int kWaves = kFullMachine ? 2 : 4;
   static constexpr bool kBackwards = true;
   static constexpr int kFlatRows = 8;
   static constexpr bool kWaits = true;
+  static constexpr bool kFlatOnly = kFullMachine;
+  static constexpr int kMostThreads = kFullMachine ? 256 : kMaxThreads;
+  static GC_BOTH int registers(int element_bytes) {
+    return !kFullMachine ? kRegistersOfThread : element_bytes == 2 ? kMoreRegisters : kFullMachineRegisters;
+  }
 };
 
 // A partial result is the sums of both gradients over pixels.
@@ -56,7 +66,7 @@ GC_KERNEL(kMaxThreads, 1)
 broadcast(const BroadcastArgs args) {
   using A = Acc<T>;
   using TileT = Tile<T, kLayout, kRows, kWidth>;
-  static_assert(has_tile<BroadcastTraits>(kRows, kLayout, sizeof(T)), "no plan has such tiles");
+  static_assert(has_tile<BroadcastTraits<>>(kRows, kLayout, sizeof(T)), "no plan has such tiles");
   const typename TileT::Map map(args.walk);
   port::wait_for_launch_before<kWaitBroadcast>();
 
@@ -90,24 +100,33 @@ broadcast(const BroadcastArgs args) {
 
 // For NCHW where a row is not a multiple of a vector but the image is: takes the image as one contiguous range of full
 // vectors, which may reach from one channel into the next. A tile is kRows vectors a thread.
-template <typename T, int kRows, bool kScale, bool kTerm>
-GC_KERNEL(kMaxThreads, 1)
+template <typename T, int kRows, bool kScale, bool kTerm, typename Traits>
+GC_KERNEL(Traits::kMostThreads, (resident_blocks(Traits::kMostThreads, Traits::registers(sizeof(T)))))
 broadcast_flat(const BroadcastArgs args) {
   using A = Acc<T>;
   constexpr int kStep = kElements<T>;
-  static_assert(kRows == BroadcastTraits::kFlatRows, "no plan has such tiles");
+  static_assert(kRows == Traits::kFlatRows, "no plan has such tiles");
   const Walk& walk = args.walk;
   const int block = walk.backwards ? port::grid_x() - 1 - port::block_x() : port::block_x();
-  const int image = block / walk.splits;
+  int image, first, end;  // the latter of tiles
+  if constexpr (Traits::kFullMachine) {
+    const PlannedBlock planned(walk, block);
+    image = planned.image;
+    first = planned.first_tile;
+    end = planned.end_tile;
+  } else {
+    image = block / walk.splits;
+    first = (block - image * walk.splits) * walk.tiles_per_split;
+    end = first + walk.tiles_per_split;
+  }
   const unsigned elements = static_cast<unsigned>(walk.channels) * walk.pixels;  // below 2^31
   const unsigned pixels = walk.pixels;
   const long long channel0 = static_cast<long long>(image) * walk.channels;
   const T* const x = static_cast<const T*>(args.x) + channel0 * pixels;
   T* const out = static_cast<T*>(args.out) + channel0 * pixels;
   const unsigned tile_elements = kRows * kStep * port::block_threads();
-  const int first = (block - image * walk.splits) * walk.tiles_per_split;
   port::wait_for_launch_before<kWaitBroadcastFlat>();
-  for (int tile = first; tile < first + walk.tiles_per_split; ++tile) {
+  for (int tile = first; tile < end; ++tile) {
     const unsigned begin = tile * tile_elements + port::thread_index() * kStep;
     PackedVector<T> rows[kRows];
     GC_UNROLL

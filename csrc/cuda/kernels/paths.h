@@ -22,6 +22,8 @@ struct Paths {
 
   constexpr Paths() = default;
   GC_BOTH Paths(Path path) : bits(static_cast<unsigned>(path)) {}
+  template <typename... Others>
+  GC_BOTH Paths(Path path, Others... others) : bits(static_cast<unsigned>(path) | Paths(others...).bits) {}
   GC_BOTH bool has(Path path) const { return (bits & static_cast<unsigned>(path)) != 0; }
   GC_BOTH bool within(Paths others) const { return (bits & ~others.bits) == 0; }
   GC_BOTH Paths operator|(Paths other) const {

@@ -15,6 +15,9 @@
 // combines its pixel threads and writes (m, z, sums) as the partial result of its split. The last blocks of an image
 // and chunk merge the partial results in order (split_merge.h).
 //
+// With Path::kTilesAhead (and a mask), a tile comes through shared memory: the next one is on the way while the block
+// works on this one, the first while the mask weights are fetched. Otherwise it waits for each.
+//
 // Moves: x once (N*C*S elements), logits once (N*S accumulation type, read or written), N*splits*(C + 2) values of
 // partial results.
 #pragma once
@@ -24,9 +27,10 @@
 
 namespace gc {
 
-// The kinds. Their partial results are the sums over pixels, and for a softmax m and z.
-template <Weighting kWeighting_>
+// The kinds. Their partial results are the sums over pixels, and for a softmax m and z. kNewer: the newer ways.
+template <Weighting kWeighting_, Path... kNewer>
 struct PoolForwardTraits : KernelTraits {
+  static constexpr Paths kPaths = Paths(kNewer...);
   static constexpr Weighting kWeighting = kWeighting_;
   static constexpr bool kMask = kWeighting == Weighting::kMask;
   static constexpr bool kSoftmax = kWeighting != Weighting::kUniform;
@@ -35,11 +39,26 @@ struct PoolForwardTraits : KernelTraits {
                                       : kSoftmax ? KernelKind::kPoolLogits
                                                  : KernelKind::kPoolUniform;
   static constexpr const char* kName = kMask ? "pool_mask" : kSoftmax ? "pool_logits" : "pool_uniform";
+  static constexpr bool kTilesAhead = kPaths.has(Path::kTilesAhead);
+  static_assert(kMask || !kTilesAhead, "other tiles are not waited for at a barrier");
+  static constexpr int kLeastAccess = kTilesAhead ? kLeastStaged : 1;
   static constexpr int kTallRows = kMask ? 16 : 0;
   static constexpr bool kWholeChannels = kMask;
   static constexpr Merge kMerge = Merge::kImage;
   static constexpr int kPartialVectors = 1;
   static constexpr int kPartialValues = kSoftmax ? 2 : 0;
+
+  static constexpr bool kNeighbours = kPaths.has(Path::kNeighbours);
+  static_assert(!kNeighbours || !kSoftmax, "measured for uniform pooling only");
+
+  // With Path::kFullMachine. Blocks are half as long, so twice as many partial results are merged in one round.
+  static constexpr bool kFullMachine = kPaths.has(Path::kFullMachine);
+  static_assert(!kFullMachine || !kSoftmax, "a thread's registers for a softmax are more");
+  static constexpr int kMostThreads = kFullMachine ? 256 : kMaxThreads;
+  static constexpr int kMergedAtOnce = kFullMachine ? 16 : 8;
+  static GC_BOTH int registers(int element_bytes) {
+    return kFullMachine && element_bytes < 8 ? kFullMachineRegisters : kRegistersOfThread;
+  }
 
   // As measured on an H100: two blocks of 256 threads on a multiprocessor hide each other's arithmetic, which for
   // halves is worth more than long rows.
@@ -53,11 +72,12 @@ struct PoolForwardTraits : KernelTraits {
 
   template <typename A>
   static GC_BOTH void take_shared(CountingArena& arena, const BlockTile& tile, const Walk& walk, bool /*dots_given*/) {
-    if (kMask) arena.take<A>(tile.channels());                             // the mask weights
-    if (kMask) arena.take<A>(2 * tile.over_channels(tile.thread_pixels));  // dots
-    if (kSoftmax) arena.take<A>(tile.over_pixels(1));                      // max_scratch
-    arena.take<A>(tile.over_pixels(tile.thread_channels + 1));             // sum_scratch
-    if (walk.splits > 1) arena.take<int>(1);                               // flag
+    if (kMask) arena.take<A>(tile.channels());                               // the mask weights
+    if (kMask) arena.take<A>(2 * tile.over_channels(tile.thread_pixels));    // dots
+    if (kTilesAhead) arena.take<VectorPlace>(tile.rows() * tile.threads());  // places
+    if (kSoftmax) arena.take<A>(tile.over_pixels(1));                        // max_scratch
+    arena.take<A>(tile.over_pixels(tile.thread_channels + 1));               // sum_scratch
+    if (walk.splits > 1) arena.take<int>(1);                                 // flag
     if (kSoftmax && walk.splits > 1) arena.take<A>(3 * merged_at_most(walk.splits, walk.group));
   }
 };
@@ -88,9 +108,10 @@ GC_DEVICE void write_stats(const PoolForwardArgs& args, const Map& map, Acc<T> m
 
 // Merges the partial results first .. first + count of the block's image and chunk into number `to` or the result: each
 // thread some channels, each channel in the order of the partial results. shared: 3 values for each of them.
-template <Weighting kWeighting, typename T, typename Map>
+template <typename Traits, typename T, typename Map>
 GC_DEVICE void merge_splits(const PoolForwardArgs& args, const Map& map, int first, int count, int to, Acc<T>* shared) {
   using A = Acc<T>;
+  constexpr Weighting kWeighting = Traits::kWeighting;
   const int rows = merged_rows(args.walk.splits, args.walk.group);
   A* const sums = static_cast<A*>(args.partial_context) + map.channels0() * rows;
   A* const stats = static_cast<A*>(args.partial_stats) + map.image_chunk() * rows * 2;
@@ -105,16 +126,23 @@ GC_DEVICE void merge_splits(const PoolForwardArgs& args, const Map& map, int fir
     port::sync_block<kSyncSplitWeights>();
     for (int k = 0; k < count; ++k) z += weight[k] * shared[2 * k + 1];
   }
-  add_partials(
-      map, sums + static_cast<long long>(first) * map.channels, count,
-      [&](int k) { return kWeighting == Weighting::kUniform ? A(1) : weight[k]; },
-      [&](int channel, A sum) {
-        if (to == kMergedResult) {
-          write_context<kWeighting, T>(args, map, channel, sum, z);
-        } else {
-          sums[static_cast<long long>(to) * map.channels + channel] = sum;
-        }
-      });
+  if constexpr (Traits::kFullMachine) {
+    sum_partials<8>(map, sums + static_cast<long long>(first) * map.channels, count, [&](int channel, A sum) {
+      if (to == kMergedResult) return write_context<kWeighting, T>(args, map, channel, sum, z);
+      sums[static_cast<long long>(to) * map.channels + channel] = sum;
+    });
+  } else {
+    add_partials(
+        map, sums + static_cast<long long>(first) * map.channels, count,
+        [&](int k) { return kWeighting == Weighting::kUniform ? A(1) : weight[k]; },
+        [&](int channel, A sum) {
+          if (to == kMergedResult) {
+            write_context<kWeighting, T>(args, map, channel, sum, z);
+          } else {
+            sums[static_cast<long long>(to) * map.channels + channel] = sum;
+          }
+        });
+  }
   if (to == kMergedResult) {
     write_stats<kWeighting, T>(args, map, m, z);
   } else if (kWeighting != Weighting::kUniform && port::thread_index() == 0) {
@@ -123,15 +151,16 @@ GC_DEVICE void merge_splits(const PoolForwardArgs& args, const Map& map, int fir
   }
 }
 
-template <typename T, Layout kLayout, int kRows, int kWidth, Weighting kWeighting>
-GC_KERNEL(kMaxThreads, 1)
+template <typename T, Layout kLayout, int kRows, int kWidth, typename Traits>
+GC_KERNEL(Traits::kMostThreads, (resident_blocks(Traits::kMostThreads, Traits::registers(sizeof(T)))))
 pool_forward(const PoolForwardArgs args) {
   using A = Acc<T>;
-  using TileT = Tile<T, kLayout, kRows, kWidth>;
+  using TileT = TileOf<Traits, T, kLayout, kRows, kWidth>;
   constexpr int kChannels = TileT::kChannels;
   constexpr int kPixels = TileT::kPixels;
-  using Traits = PoolForwardTraits<kWeighting>;
+  constexpr Weighting kWeighting = Traits::kWeighting;
   static_assert(has_tile<Traits>(kRows, kLayout, sizeof(T)), "no plan has such tiles");
+  static_assert(has_width<Traits>(kWidth, kElements<T>), "no plan has such loads");
 
   port::let_next_launch_begin();
   const typename TileT::Map map(args.walk);
@@ -140,10 +169,15 @@ pool_forward(const PoolForwardArgs args) {
   port::SharedArena arena;
   A* weight = nullptr;
   ScratchInTurn<A> dots{nullptr, over_channels_scratch(kLayout, map.shape, kPixels)};
+  typename TileT::Place* places = nullptr;
   A bias = 0;
   if constexpr (Traits::kMask) {
     weight = arena.take<A>(map.tile_channels());
     dots.areas = arena.take<A>(2 * dots.count);
+    if constexpr (Traits::kTilesAhead) {
+      places = arena.take<typename TileT::Place>(TileT::places());
+      TileT::stage(places, x, map, map.first_tile * map.tile_pixels());
+    }
     stage_channels(map, weight, [&](int channel) { return read<T>(args.mask_weight, channel); });
     if (args.mask_bias.data != nullptr) bias = read<T>(args.mask_bias, 0);
     port::sync_block<kSyncStaged>();
@@ -158,7 +192,13 @@ pool_forward(const PoolForwardArgs args) {
   for (int tile_index = map.first_tile; tile_index < map.end_tile; ++tile_index) {
     const int pixel0 = tile_index * map.tile_pixels();
     TileT tile;
-    tile.load(x, map, pixel0);
+    if constexpr (Traits::kTilesAhead) {
+      port::await_staged<kAwaitTile>();
+      tile.take(places);
+      if (tile_index + 1 < map.end_tile) TileT::stage(places, x, map, pixel0 + map.tile_pixels());
+    } else {
+      tile.load(x, map, pixel0);
+    }
 
     A a[kPixels];  // logits, then attention relative to m
     if constexpr (Traits::kMask) {
@@ -264,9 +304,8 @@ pool_forward(const PoolForwardArgs args) {
   const int most = merged_at_most(args.walk.splits, args.walk.group);
   A* const merged = arena.take<A>(Traits::kSoftmax ? 3 * most : 0);
   unsigned* const tickets = args.tickets + map.image_chunk() * merge_tickets(args.walk.splits, args.walk.group);
-  merge_partials(map.split, args.walk.splits, args.walk.group, tickets, flag, [&](int first, int count, int to) {
-    merge_splits<kWeighting, T>(args, map, first, count, to, merged);
-  });
+  merge_partials(map.split, args.walk.splits, args.walk.group, tickets, flag,
+                 [&](int first, int count, int to) { merge_splits<Traits, T>(args, map, first, count, to, merged); });
 }
 
 }  // namespace gc

@@ -109,6 +109,38 @@ GC_DEVICE V load_global(const V* address) {
   return *address;
 }
 
+// Starts to copy kBytes from global to shared memory, both aligned to as many, and takes no registers meanwhile. What
+// it writes may be read after the await_staged that follows, by other threads after a barrier then. Before sm_80 it is
+// done at once.
+template <int kBytes>
+GC_DEVICE void stage(void* shared, const void* global) {
+  static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16, "a copy has 4, 8 or 16 bytes");
+#if __CUDA_ARCH__ >= 800
+  const unsigned to = static_cast<unsigned>(__cvta_generic_to_shared(shared));
+  if constexpr (kBytes == 16) {  // past the first-level cache
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(global), "n"(kBytes) : "memory");
+  }
+#else
+  if constexpr (kBytes == 16) {
+    *static_cast<uint4*>(shared) = *static_cast<const uint4*>(global);
+  } else if constexpr (kBytes == 8) {
+    *static_cast<uint2*>(shared) = *static_cast<const uint2*>(global);
+  } else {
+    *static_cast<unsigned*>(shared) = *static_cast<const unsigned*>(global);
+  }
+#endif
+}
+
+// Waits until all that this thread has staged is there.
+template <int Site>
+GC_DEVICE void await_staged() {
+#if __CUDA_ARCH__ >= 800
+  if constexpr (Site != GC_DROP_SITE) asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
+}
+
 // For data that no kernel reads again soon: first to leave the caches.
 template <typename V>
 GC_DEVICE void store_streaming(V* address, const V& value) {

@@ -11,8 +11,10 @@ enum Site : int {
   kSyncPixelSum,       // pool_forward: every warp's values of the sums over pixels is in scratch
   kSyncSplitStats,     // pool_forward: the largest logit and the sum of every split are in shared memory
   kSyncSplitWeights,   // pool_forward: the weight of every split is in shared memory
+  kAwaitTile,          // pool_forward: the tile is in shared memory
   kSyncGradStaged,     // pool_backward: grad_context, context, mask weights and scale are in shared memory
   kSyncGradDot,        // pool_backward: every warp's values of gc . (x - context) is in scratch
+  kAwaitGrad,          // pool_backward: the tile's rows of grad are in shared memory
   kSyncWeightSum,      // pool_backward: every warp's values of the weight gradient is in scratch
   kSyncPixelDot,       // pixel_dot: every warp's values of the dot products is in scratch
   kSyncGradSum,        // broadcast_mul_backward: every warp's values of the sums over pixels is in scratch

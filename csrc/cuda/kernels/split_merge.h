@@ -88,4 +88,34 @@ GC_DEVICE void add_partials(const Map& map, const A* partials, int count, const 
   }
 }
 
+// The same without weights, for chunks of hardly more channels than the block has threads: a thread takes one channel,
+// and has kAtOnce loads in flight to the end.
+template <int kAtOnce, typename A, typename Map, typename Write>
+GC_DEVICE void sum_partials(const Map& map, const A* partials, int count, const Write& write) {
+  const int end = map.end_channel();
+  GC_UNROLL_BY(1)
+  for (int c = map.channel0 + port::thread_index(); c < end; c += port::block_threads()) {
+    const A* partial = partials + c;
+    A sum = 0;
+    GC_UNROLL_BY(1)
+    for (int left = count; left > 0; left -= kAtOnce) {
+      unsigned step = map.channels;
+      port::forget(step);  // otherwise the compiler keeps multiples of it, from before the tiles on
+      A part[kAtOnce];
+      GC_UNROLL
+      for (int k = 0; k < kAtOnce; ++k) {
+        part[k] = k < left ? *partial : A(0);
+        partial += step;
+      }
+      GC_UNROLL
+      for (int half = kAtOnce / 2; half > 0; half /= 2) {
+        GC_UNROLL
+        for (int k = 0; k < half; ++k) part[k] += part[k + half];
+      }
+      sum += part[0];
+    }
+    write(c, sum);
+  }
+}
+
 }  // namespace gc

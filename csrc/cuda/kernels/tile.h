@@ -11,12 +11,34 @@
 
 namespace gc {
 
+// Where a newer way's block stands: by what its plan has worked out, for a division takes some hundred cycles, and the
+// first load waits for it. block: image * splits + split.
+struct PlannedBlock {
+  int image, split;
+  int first_tile, end_tile;
+
+  GC_DEVICE PlannedBlock(const Walk& walk, int block) {
+    image = static_cast<int>(static_cast<unsigned long long>(block) * walk.reciprocal >> 32);
+    split = block - image * walk.splits;
+    if (split >= walk.splits) {  // the reciprocal was rounded down
+      ++image;
+      split -= walk.splits;
+    }
+    const int longer = walk.longer;
+    first_tile = split * walk.tiles_per_split + (split < longer ? split : longer);
+    end_tile = first_tile + walk.tiles_per_split + (split < longer);
+  }
+};
+
 // Where this thread stands: the block's image and split, the thread's own channels and pixels within the block's tile.
-template <Layout kLayout, int kRows, int kElementsPerRow>
+// kPlanned: the splits are those of a newer way, see Walk. kPiece: where it is less than kElementsPerRow, a thread's
+// elements of a row are pieces of that length, and piece k of a thread lies beside piece k of its neighbour.
+template <Layout kLayout, int kRows, int kElementsPerRow, bool kPlanned = false, int kPiece = kElementsPerRow>
 struct TileMap {
   static constexpr bool kChannelsFast = channels_are_fast(kLayout);
   static constexpr int kChannels = kChannelsFast ? kElementsPerRow : kRows;  // a thread's
   static constexpr int kPixels = kChannelsFast ? kRows : kElementsPerRow;    // a thread's
+  static constexpr bool kNeighbours = kPiece < kElementsPerRow;
 
   TileShape shape;
   int channels, pixels;      // of the image
@@ -25,19 +47,7 @@ struct TileMap {
   int image, split;          // this block
   int first_tile, end_tile;  // of the split
 
-  GC_DEVICE explicit TileMap(const Walk& walk)
-      : shape(walk.shape),
-        channels(walk.channels),
-        pixels(walk.pixels),
-        channel0(port::block_y() * tile_channels()),
-        fast(port::thread_index() & (walk.shape.fast_threads - 1)),
-        slow(port::thread_index() / walk.shape.fast_threads),
-        image(block_of(walk) / walk.splits),
-        split(block_of(walk) - image * walk.splits),
-        first_tile(split * walk.tiles_per_split) {
-    const int tiles = (pixels + tile_pixels() - 1) / tile_pixels();
-    end_tile = first_tile + walk.tiles_per_split < tiles ? first_tile + walk.tiles_per_split : tiles;
-  }
+  GC_DEVICE explicit TileMap(const Walk& walk) : TileMap(walk, Planned<kPlanned>()) {}
 
   // The number of this block among those of its chunk: image * splits + split. Not kept, for it takes a register.
   GC_DEVICE static int block_of(const Walk& walk) {
@@ -61,11 +71,17 @@ struct TileMap {
   GC_DEVICE int pixel_thread() const { return kChannelsFast ? slow : fast; }
 
   GC_DEVICE int channel(int thread, int i) const {
+    if constexpr (kNeighbours && kChannelsFast) return channel0 + in_row(thread, i);
     return channel0 + (kChannelsFast ? thread * kChannels + i : i * shape.slow_threads + thread);
   }
   GC_DEVICE int channel(int i) const { return channel(channel_thread(), i); }
   GC_DEVICE int pixel(int pixel0, int j) const {
+    if constexpr (kNeighbours && !kChannelsFast) return pixel0 + in_row(fast, j);
     return pixel0 + (kChannelsFast ? j * shape.slow_threads + slow : fast * kPixels + j);
+  }
+  // With kNeighbours: where element e of a thread of the fast axis lies in the tile's row.
+  GC_DEVICE int in_row(int thread, int e) const {
+    return e / kPiece * (shape.fast_threads * kPiece) + thread * kPiece + e % kPiece;
   }
 
   // The same seen as rows x elements of memory.
@@ -73,16 +89,46 @@ struct TileMap {
     return (kChannelsFast ? pixel0 : channel0) + r * shape.slow_threads + slow;
   }
   GC_DEVICE int rows() const { return kChannelsFast ? pixels : channels; }
-  GC_DEVICE int element(int pixel0) const { return (kChannelsFast ? channel0 : pixel0) + fast * kElementsPerRow; }
+  GC_DEVICE int element(int pixel0) const { return (kChannelsFast ? channel0 : pixel0) + fast * kPiece; }
   GC_DEVICE int row_extent() const { return kChannelsFast ? channels : pixels; }
+
+ private:
+  template <bool>
+  struct Planned {};
+
+  GC_DEVICE TileMap(const Walk& walk, Planned<false>)
+      : shape(walk.shape),
+        channels(walk.channels),
+        pixels(walk.pixels),
+        channel0(port::block_y() * tile_channels()),
+        fast(port::thread_index() & (walk.shape.fast_threads - 1)),
+        slow(port::thread_index() / walk.shape.fast_threads),
+        image(block_of(walk) / walk.splits),
+        split(block_of(walk) - image * walk.splits),
+        first_tile(split * walk.tiles_per_split) {
+    const int tiles = (pixels + tile_pixels() - 1) / tile_pixels();
+    end_tile = first_tile + walk.tiles_per_split < tiles ? first_tile + walk.tiles_per_split : tiles;
+  }
+  GC_DEVICE TileMap(const Walk& walk, Planned<true>) : TileMap(walk, PlannedBlock(walk, block_of(walk))) {}
+  GC_DEVICE TileMap(const Walk& walk, const PlannedBlock& block)
+      : shape(walk.shape),
+        channels(walk.channels),
+        pixels(walk.pixels),
+        channel0(port::block_y() * tile_channels()),
+        fast(port::thread_index() & (walk.shape.fast_threads - 1)),
+        slow(port::thread_index() >> walk.fast_shift),
+        image(block.image),
+        split(block.split),
+        first_tile(block.first_tile),
+        end_tile(block.end_tile) {}
 };
 
 // kWidth: the elements moved by one load or store. At the end of a row each of these has a predicate: the width divides
 // the row's extent, so none straddles its end.
-template <typename T, Layout kLayout, int kRows, int kWidth>
+template <typename T, Layout kLayout, int kRows, int kWidth, bool kPlanned = false, bool kNeighbours = false>
 class Tile {
  public:
-  using Map = TileMap<kLayout, kRows, kElements<T>>;
+  using Map = TileMap<kLayout, kRows, kElements<T>, kPlanned, kNeighbours ? kWidth : kElements<T>>;
   static constexpr int kChannels = Map::kChannels;
   static constexpr int kPixels = Map::kPixels;
   static constexpr int kRowElements = kElements<T>;
@@ -116,6 +162,31 @@ class Tile {
     for (int k = 0; k < kVectorBytes / 4; ++k) row.word[k] = 0;
     each_access(map, pixel0, r, [&](int e, int offset) { row.template load<kWidth>(e, image + offset); });
   }
+
+  // A tile on its way through shared memory: every thread has places for vectors of its own there, which no other
+  // thread reads. So a thread may refill them as soon as it has taken what was there.
+  using Place = Vector<unsigned, kVectorBytes / 4>;
+  GC_DEVICE static int places() { return kRows * port::block_threads(); }
+  GC_DEVICE static void stage(Place* places, const T* image, const Map& map, int pixel0) {
+    GC_UNROLL_BY(2)  // as a whole, its addresses take registers that a tall tile does not leave
+    for (int r = 0; r < kRows; ++r) {
+      T* const place = reinterpret_cast<T*>(places + place_of(r));
+      each_access(
+          map, pixel0, r, [&](int e, int offset) { port::stage<kWidth * sizeof(T)>(place + e, image + offset); },
+          [&](int e) { *reinterpret_cast<Word<kWidth * sizeof(T)>*>(place + e) = {}; });
+    }
+  }
+  // After port::await_staged.
+  GC_DEVICE static void take_row(PackedVector<T>& row, const Place* places, int r) {
+    const Place place = places[place_of(r)];
+    GC_UNROLL
+    for (int k = 0; k < kVectorBytes / 4; ++k) row.word[k] = place.value[k];
+  }
+  GC_DEVICE void take(const Place* places) {
+    GC_UNROLL
+    for (int r = 0; r < kRows; ++r) take_row(rows_[r], places, r);
+  }
+
   // What lies outside the image is not written.
   GC_DEVICE void store_row(T* image, const Map& map, int pixel0, int r) const {
     each_access(map, pixel0, r, [&](int e, int offset) { rows_[r].template store<kWidth>(e, image + offset); });
@@ -126,23 +197,43 @@ class Tile {
   }
 
  private:
-  // Calls body(element within the vector, offset within the image) for the loads or stores of row r inside the image.
-  template <typename Body>
-  GC_DEVICE static void each_access(const Map& map, int pixel0, int r, const Body& body) {
+  GC_DEVICE static int place_of(int r) { return r * port::block_threads() + port::thread_index(); }
+
+  // Calls body(element within the vector, offset within the image) for the loads or stores of row r inside the image,
+  // and outside(element within the vector) for the others.
+  template <typename Body, typename Outside>
+  GC_DEVICE static void each_access(const Map& map, int pixel0, int r, const Body& body, const Outside& outside) {
     unsigned row_step = map.shape.slow_threads;
     port::forget(row_step);  // otherwise every row's offset and predicate would stay in registers from tile to tile
     const int row = map.row(pixel0, 0) + r * static_cast<int>(row_step);
-    if (row >= map.rows()) return;
+    if (row >= map.rows()) {
+      GC_UNROLL
+      for (int e = 0; e < kElements<T>; e += kWidth) outside(e);
+      return;
+    }
     const int element = map.element(pixel0);
     const int offset = row * map.row_extent() + element;
     GC_UNROLL
     for (int e = 0; e < kElements<T>; e += kWidth) {
-      if (element + e < map.row_extent()) body(e, offset + e);
+      const int step = Map::kNeighbours ? e * map.shape.fast_threads : e;
+      if (element + step < map.row_extent()) {
+        body(e, offset + step);
+      } else {
+        outside(e);
+      }
     }
+  }
+  template <typename Body>
+  GC_DEVICE static void each_access(const Map& map, int pixel0, int r, const Body& body) {
+    each_access(map, pixel0, r, body, [](int) {});
   }
 
   PackedVector<T> rows_[kRows];
 };
+
+// The tile of an instantiation with these traits.
+template <typename Traits, typename T, Layout kLayout, int kRows, int kWidth>
+using TileOf = Tile<T, kLayout, kRows, kWidth, has_planned_walk<Traits>(), Traits::kNeighbours>;
 
 // Two areas of scratch that tiles use in turn. One barrier a tile is then enough: a thread that writes an area again
 // has passed the barrier of the tile between, after which nobody reads what was there.

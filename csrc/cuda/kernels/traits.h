@@ -49,6 +49,22 @@ struct TileChoices {
   GC_BOTH const TileChoice* end() const { return first + count; }
 };
 
+// What a multiprocessor has for the threads that it holds at once, on every architecture: registers, in four equal
+// parts of which a warp takes from one, as many for each of its threads as a multiple of eight.
+inline constexpr int kRegisters = 65536;
+inline constexpr int kRegisterParts = 4;
+// A thread's, where a kernel is compiled for blocks of kMaxThreads and nothing else. And with Path::kFullMachine, for
+// four blocks of 256 threads to be resident at once, or for three where four would spill.
+inline constexpr int kRegistersOfThread = 128;
+inline constexpr int kFullMachineRegisters = 64;
+inline constexpr int kMoreRegisters = 80;
+
+// Blocks that a multiprocessor's registers have room for.
+GC_BOTH int resident_blocks(int threads, int registers) {
+  const int warps = kRegisters / kRegisterParts / (registers * kWarp) * kRegisterParts;
+  return warps / (threads / kWarp);
+}
+
 // The facts of a kernel that has nothing special. The traits of a kind derive from this and restate what differs; all
 // have kKind and kName.
 struct KernelTraits {
@@ -56,6 +72,11 @@ struct KernelTraits {
   static constexpr Paths kPaths = {};
   // It may begin early (Path::kEarlyStart): every thread waits for the launch before as its first access to memory.
   static constexpr bool kWaits = false;
+  // The least bytes of an access that they make sense for.
+  static constexpr int kLeastAccess = 1;
+  // What a kernel is compiled for: threads of a block, and registers of a thread.
+  static constexpr int kMostThreads = kMaxThreads;
+  static GC_BOTH int registers(int /*element_bytes*/) { return kRegistersOfThread; }
   // Vectors that a thread holds of each feature map, and the same for the tall tiles, or 0.
   static constexpr int kRows = 8;
   static constexpr int kTallRows = 0;
@@ -72,10 +93,18 @@ struct KernelTraits {
   static constexpr bool kBackwards = false;
   // What is merged. A partial result has so many vectors over the channels, and so many values a chunk besides.
   static constexpr Merge kMerge = Merge::kNone;
+  // Up to so many, one block merges them all: a second round costs about as much as reading so many.
+  static constexpr int kMergedAtOnce = 8;
   static constexpr int kPartialVectors = 0;
   static constexpr int kPartialValues = 0;
   // The kernel's flat form, for images as one contiguous range: vectors that a thread holds, or 0 without such a form.
   static constexpr int kFlatRows = 0;
+  // It has no other form.
+  static constexpr bool kFlatOnly = false;
+  // Path::kFullMachine, where it is among kPaths.
+  static constexpr bool kFullMachine = false;
+  // The same of Path::kNeighbours, which only loads of less than a vector can take.
+  static constexpr bool kNeighbours = false;
   // Takes what the kernel takes of shared memory: in the same order, and with the same counts. Every launch of the host
   // tests compares the two sums. A: the accumulation type. dots_given: by pixel_dot.
   template <typename A>
@@ -87,6 +116,19 @@ struct KernelTraits {
 template <typename Traits>
 GC_BOTH bool has_tall_tiles(Layout layout, int element_bytes) {
   return Traits::kTallRows > 0 && layout == Layout::kNCHW && element_bytes == 4;
+}
+
+// Are a block's tiles those of PlannedBlock (tile.h)? The splits of the others are cut as they were measured.
+template <typename Traits>
+GC_BOTH bool has_planned_walk() {
+  return !(Traits::kPaths == Paths{});
+}
+
+// Is there an instantiation of the kernel for loads of so many of the elements of a vector?
+template <typename Traits>
+GC_BOTH bool has_width(int width, int elements) {
+  const bool wide_enough = width * kVectorBytes / elements >= Traits::kLeastAccess;
+  return wide_enough && (!Traits::kNeighbours || width < elements);
 }
 
 // Is there an instantiation of the kernel for tiles of this height?

@@ -10,12 +10,13 @@ namespace {
 template <bool kScale, bool kTerm>
 cudaError_t launch_with(const Plan& plan, const BroadcastArgs& args, cudaStream_t stream) {
   if (plan.flat) {
-    return dispatch_type(plan.type, [&](auto type) {
-      using T = typename decltype(type)::type;
-      return launch(broadcast_flat<T, BroadcastTraits::kFlatRows, kScale, kTerm>, plan, args, stream);
+    return dispatch_flat<BroadcastTraits<>, BroadcastTraits<Path::kFullMachine>>(plan, [&](auto flat) {
+      using I = decltype(flat);
+      return launch(broadcast_flat<typename I::T, I::Traits::kFlatRows, kScale, kTerm, typename I::Traits>, plan, args,
+                    stream);
     });
   }
-  return dispatch<BroadcastTraits>(plan, [&](auto instance) {
+  return dispatch<BroadcastTraits<>>(plan, [&](auto instance) {
     using I = decltype(instance);
     return launch(broadcast<typename I::T, I::kLayout, I::kRows, I::kWidth, kScale, kTerm>, plan, args, stream);
   });

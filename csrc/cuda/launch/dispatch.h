@@ -71,8 +71,11 @@ template <typename Traits, typename T, typename Body>
 cudaError_t dispatch_layout(const Plan& plan, const Body& body) {
   return dispatch_width<kElements<T>>(plan.width, [&](auto width) {
     constexpr int kWidth = decltype(width)::value;
-    return plan.layout == Layout::kNCHW ? dispatch_rows<Traits, T, Layout::kNCHW, kWidth>(plan, body)
-                                        : dispatch_rows<Traits, T, Layout::kNHWC, kWidth>(plan, body);
+    if constexpr (has_width<Traits>(kWidth, kElements<T>)) {
+      return plan.layout == Layout::kNCHW ? dispatch_rows<Traits, T, Layout::kNCHW, kWidth>(plan, body)
+                                          : dispatch_rows<Traits, T, Layout::kNHWC, kWidth>(plan, body);
+    }
+    return cudaErrorInvalidValue;
   });
 }
 
@@ -89,6 +92,25 @@ cudaError_t dispatch(const Plan& plan, const Body& body) {
   const Paths paths = plan.paths.without(Path::kEarlyStart);  // which every kernel that waits can go
   ((plan.kind == Kinds::kKind && paths == Kinds::kPaths && (status = dispatch_kind<Kinds>(plan, body), true)) || ...);
   return status;
+}
+
+// One instantiation of a kernel's flat form.
+template <typename Traits_, typename Element_>
+struct FlatInstance {
+  using Traits = Traits_;
+  using T = Element_;
+};
+
+// The same for the plan of a flat form: calls body(FlatInstance).
+template <typename... Kinds, typename Body>
+cudaError_t dispatch_flat(const Plan& plan, const Body& body) {
+  return dispatch_type(plan.type, [&](auto type) {
+    cudaError_t status = cudaErrorInvalidValue;
+    ((plan.kind == Kinds::kKind && plan.paths.without(Path::kEarlyStart) == Kinds::kPaths &&
+      (status = body(FlatInstance<Kinds, typename decltype(type)::type>{}), true)) ||
+     ...);
+    return status;
+  });
 }
 
 // For a launch that begins early: a matrix of so many elements.

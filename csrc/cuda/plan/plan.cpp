@@ -20,10 +20,6 @@ constexpr int64_t kMaxImageElements = 2147483647 - (1 << 17);
 // The last blocks of an image read the partial results of all splits: more splits would cost them more than they save
 // the others.
 constexpr int64_t kMaxMergedSplits = 256;
-// Up to here one block merges them all: a second round costs about as much as reading so many.
-constexpr int kMergedAtOnce = 8;
-// Threads that share a multiprocessor's registers: kernels are compiled for kMaxThreads a block, with up to 128 each.
-constexpr int kThreadsPerMultiprocessor = 65536 / 128;
 constexpr int kThreads = 256;  // of a block, where nothing asks for another number
 // A split reads at least so many bytes of every channel: its partial result takes 4 or 8.
 constexpr int64_t kLeastSplitBytes = 32;
@@ -31,7 +27,12 @@ constexpr int64_t kLeastSplitBytes = 32;
 constexpr int64_t kMaxSummedTiles = 64;
 // A grid has room for so many splits of each of many images.
 constexpr int64_t kMaxSplits = 65536;
-constexpr int kMostResidentBlocks = 8;  // on a multiprocessor, that the plans count on
+// On a multiprocessor, that the plans count on; and what every architecture from sm_70 has room for.
+constexpr int kMostResidentBlocks = 8;
+constexpr int kRoomForBlocks = 16;
+// Waves that are so full are worth no further wave, for its blocks have to start, too.
+constexpr double kFullEnough = 0.9;
+constexpr int kMoreWaves = 3;
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -46,8 +47,8 @@ int power_of_two_from(int64_t n) {
 }
 
 // How many partial results are merged in the first of two rounds: as many as there are groups.
-int group_for(int64_t partials) {
-  int group = kMergedAtOnce;
+int group_for(int64_t partials, int merged_at_once) {
+  int group = merged_at_once;
   while (static_cast<int64_t>(group) * group < partials) ++group;
   return group;
 }
@@ -104,10 +105,12 @@ void set_whole_tile(Plan& plan, const Problem& p, int elements) {
   }
 }
 
-// At most `splits` of the tiles, all but the last equally long.
+// At most `splits` of the tiles, all but the last equally long; or as many, each with a tile more or less than others.
+template <typename Traits>
 void set_splits(Plan& plan, const Problem& p, int64_t tiles, int64_t splits) {
-  const int64_t tiles_per_split = divide_up(tiles, splits);
-  splits = divide_up(tiles, tiles_per_split);
+  constexpr bool even = has_planned_walk<Traits>();
+  const int64_t tiles_per_split = even ? tiles / splits : divide_up(tiles, splits);
+  if (!even) splits = divide_up(tiles, tiles_per_split);
   require(p.images <= kMaxGridX / splits,
           "images must be at most " + std::to_string(kMaxGridX / splits) + ", got " + std::to_string(p.images));
   plan.walk.images = static_cast<int>(p.images);
@@ -115,6 +118,31 @@ void set_splits(Plan& plan, const Problem& p, int64_t tiles, int64_t splits) {
   plan.walk.pixels = static_cast<int>(p.pixels);
   plan.walk.splits = static_cast<int>(splits);
   plan.walk.tiles_per_split = static_cast<int>(tiles_per_split);
+  plan.walk.longer = even ? static_cast<unsigned short>(tiles % splits) : 0;
+  while (1 << plan.walk.fast_shift < plan.walk.shape.fast_threads) ++plan.walk.fast_shift;
+  plan.walk.reciprocal = 0xffffffffu / static_cast<unsigned>(splits);
+}
+
+// How many blocks of the plan a multiprocessor holds at once.
+template <typename Traits>
+int resident_on(const Plan& plan) {
+  const int blocks = resident_blocks(plan.threads(), Traits::registers(element_bytes(plan.type)));
+  return std::clamp(blocks, 1, Traits::kFullMachine ? kRoomForBlocks : kMostResidentBlocks);
+}
+
+// Splits, at most so many, with which jobs * splits blocks are whole waves of `slots` blocks as nearly as possible:
+// `waves` of them if that can be, or up to kMoreWaves more.
+int64_t splits_in_waves(int64_t jobs, int64_t slots, int64_t waves, int64_t most) {
+  waves = std::max(waves, divide_up(jobs, slots));
+  int64_t best = 1;
+  double best_full = 0;
+  for (int64_t w = waves; w <= waves + kMoreWaves && best_full < kFullEnough; ++w) {
+    const int64_t splits = std::clamp<int64_t>(w * slots / jobs, 1, most);
+    const int64_t blocks = jobs * splits;
+    const double full = static_cast<double>(blocks) / static_cast<double>(divide_up(blocks, slots) * slots);
+    if (full > best_full) best = splits, best_full = full;
+  }
+  return best;
 }
 
 // The rest of a plan for a kernel's flat form.
@@ -128,19 +156,26 @@ void set_flat(Plan& plan, const Problem& p, const DeviceLimits& device) {
   plan.walk.shape = {kThreads, 1};
   plan.walk.group = 1;
   const int64_t tiles = divide_up(p.channels * p.pixels, int64_t{plan.rows} * plan.width * kThreads);
-  const int64_t wanted_blocks = int64_t{device.multiprocessors} * kMostResidentBlocks;
-  set_splits(plan, p, tiles, std::clamp<int64_t>(wanted_blocks / p.images, 1, tiles));
+  plan.resident = Traits::kFullMachine ? resident_on<Traits>(plan) : kMostResidentBlocks;
+  const int64_t slots = int64_t{device.multiprocessors} * plan.resident;
+  if constexpr (Traits::kFullMachine) {
+    const int64_t waves = std::clamp<int64_t>(p.images * tiles / slots, 1, Traits::kWaves);
+    set_splits<Traits>(plan, p, tiles, splits_in_waves(p.images, slots, waves, tiles));
+  } else {
+    set_splits<Traits>(plan, p, tiles, std::clamp<int64_t>(slots / p.images, 1, tiles));
+  }
 }
 
 // Enough blocks to fill the device.
 template <typename Traits>
 int64_t splits_for(const Plan& plan, const Problem& p, const DeviceLimits& device, int64_t tiles) {
-  const int resident = std::clamp(kThreadsPerMultiprocessor / plan.threads(), 1, kMostResidentBlocks);
-  const int64_t wanted_blocks = int64_t{device.multiprocessors} * resident * Traits::kWaves;
-  int64_t splits = std::min(std::max<int64_t>(1, wanted_blocks / (p.images * plan.chunks)), tiles);
+  const int64_t slots = int64_t{device.multiprocessors} * plan.resident;
+  const int64_t jobs = p.images * plan.chunks;
+  int64_t splits = std::min(std::max<int64_t>(1, slots * Traits::kWaves / jobs), tiles);
   if (Traits::kWaves > 1) return splits;
-  splits = std::min(splits, kMaxMergedSplits);
-  splits = std::min(splits, std::max<int64_t>(1, p.pixels * element_bytes(p.type) / kLeastSplitBytes));
+  const int64_t most = std::min((Traits::kFullMachine ? 2 : 1) * kMaxMergedSplits,
+                                std::max<int64_t>(1, p.pixels * element_bytes(p.type) / kLeastSplitBytes));
+  splits = Traits::kFullMachine ? splits_in_waves(jobs, slots, 1, std::min(most, tiles)) : std::min(splits, most);
   // By whole factors: as many blocks again and again, so that the last of them end together as before.
   return std::min({splits * divide_up(divide_up(tiles, splits), kMaxSummedTiles), tiles, kMaxSplits});
 }
@@ -150,7 +185,7 @@ template <typename Traits>
 void set_merge(Plan& plan) {
   const bool all = Traits::kMerge == Merge::kAll;
   const int partials = all ? plan.walk.images * plan.walk.splits : plan.walk.splits;
-  plan.walk.group = group_for(partials);
+  plan.walk.group = group_for(partials, Traits::kMergedAtOnce);
   if (Traits::kMerge == Merge::kNone || (Traits::kMerge == Merge::kImage && partials == 1)) return;
   const int64_t merges = all ? 1 : plan.walk.images;
   const int64_t partial_elements =
@@ -202,7 +237,8 @@ Plan plan_for(const Problem& p, const DeviceLimits& device, bool dots_given) {
   plan.chunks = static_cast<int>(chunks);
 
   const int64_t tiles = divide_up(p.pixels, plan.tile_pixels());
-  set_splits(plan, p, tiles, splits_for<Traits>(plan, p, device, tiles));
+  plan.resident = resident_on<Traits>(plan);
+  set_splits<Traits>(plan, p, tiles, splits_for<Traits>(plan, p, device, tiles));
   set_merge<Traits>(plan);
 
   CountingArena arena;
@@ -216,13 +252,20 @@ Plan plan_for(const Problem& p, const DeviceLimits& device, bool dots_given) {
   return plan;
 }
 
-// The plan of the first of these ways that is switched on and fits the device. The last is always on.
+// Is this a plan that the way is for?
+template <typename Traits>
+bool suits(const Plan& plan) {
+  return (!Traits::kFlatOnly || plan.flat) && has_width<Traits>(plan.width, kVectorBytes / element_bytes(plan.type));
+}
+
+// The plan of the first of these ways that is switched on, for such a problem, and fits the device. The last is always
+// on.
 template <typename Traits, typename... Others>
 Plan best_plan(const Problem& p, const DeviceLimits& device, bool dots_given) {
   if constexpr (sizeof...(Others) > 0) {
     if (!Traits::kPaths.within(device.paths)) return best_plan<Others...>(p, device, dots_given);
     const Plan plan = plan_for<Traits>(p, device, dots_given);
-    return plan.holds_channels && plan.shared_bytes <= device.shared_bytes
+    return suits<Traits>(plan) && plan.holds_channels && plan.shared_bytes <= device.shared_bytes
                ? plan
                : best_plan<Others...>(p, device, dots_given);
   } else {
@@ -249,15 +292,18 @@ constexpr Kernel kernel() {
 }
 
 // Every kind, in the order of KernelKind.
-constexpr Kernel kKernels[] = {kernel<PoolForwardTraits<Weighting::kMask>>(),
-                               kernel<PoolForwardTraits<Weighting::kLogits>>(),
-                               kernel<PoolForwardTraits<Weighting::kUniform>>(),
-                               kernel<PoolBackwardTraits<PoolGradient::kMask>>(),
-                               kernel<PoolBackwardTraits<PoolGradient::kLogits>>(),
-                               kernel<PoolBackwardTraits<PoolGradient::kBlock>>(),
-                               kernel<PixelDotTraits>(),
-                               kernel<BroadcastTraits>(),
-                               kernel<BroadcastMulBackwardTraits>()};
+constexpr Kernel kKernels[] = {
+    kernel<PoolForwardTraits<Weighting::kMask, Path::kTilesAhead>, PoolForwardTraits<Weighting::kMask>>(),
+    kernel<PoolForwardTraits<Weighting::kLogits>>(),
+    kernel<PoolForwardTraits<Weighting::kUniform, Path::kFullMachine, Path::kNeighbours>,
+           PoolForwardTraits<Weighting::kUniform, Path::kNeighbours>,
+           PoolForwardTraits<Weighting::kUniform, Path::kFullMachine>, PoolForwardTraits<Weighting::kUniform>>(),
+    kernel<PoolBackwardTraits<PoolGradient::kMask>>(),
+    kernel<PoolBackwardTraits<PoolGradient::kLogits>>(),
+    kernel<PoolBackwardTraits<PoolGradient::kBlock, Path::kStagedGrad>, PoolBackwardTraits<PoolGradient::kBlock>>(),
+    kernel<PixelDotTraits>(),
+    kernel<BroadcastTraits<Path::kFullMachine>, BroadcastTraits<>>(),
+    kernel<BroadcastMulBackwardTraits>()};
 
 constexpr bool in_order() {
   int kind = 0;
@@ -296,8 +342,9 @@ std::string Plan::to_string() const {
       << 'x' << walk.pixels << ": " << rows << " rows of " << kVectorBytes << " bytes a thread, loads of "
       << width * element_bytes(type) << " bytes, " << walk.shape.fast_threads << 'x' << walk.shape.slow_threads
       << " threads" << (flat ? " on flat images, " : ", ") << walk.splits << " splits of " << walk.tiles_per_split
-      << " tiles, merged by " << walk.group << ", grid " << grid_x() << 'x' << grid_y() << ", " << shared_bytes
-      << " bytes shared, " << workspace << " workspace elements, " << tickets << " tickets";
+      << (walk.longer > 0 ? " or " + std::to_string(walk.tiles_per_split + 1) : "") << " tiles, merged by "
+      << walk.group << ", grid " << grid_x() << 'x' << grid_y() << ", " << shared_bytes << " bytes shared, "
+      << workspace << " workspace elements, " << tickets << " tickets";
   if (!(paths == Paths{})) out << "; " << names_of(paths);
   if (!holds_channels) out << "; too many channels for a block: needs pixel_dot first";
   return out.str();

@@ -48,6 +48,7 @@ struct Plan {
   Paths paths;  // those that it takes; kEarlyStart not where the launch is its operator's first
   Walk walk;
   int chunks;           // of channels
+  int resident;         // blocks that a multiprocessor is counted on to hold at once
   bool flat;            // the kernel's flat form: an image as one contiguous range; a tile is `rows` vectors a thread
   bool holds_channels;  // false: this kernel needs a pixel's dot product over all channels, and a block holds too few;
                         // run kPixelDot first and plan with dots_given

@@ -10,7 +10,7 @@ enum class Form { kAdd, kMul, kMulAdd };
 const char* name_of(Form form) { return form == Form::kAdd ? "add" : form == Form::kMul ? "mul" : "mul_add"; }
 
 template <typename T>
-void run_forward(Form form, const ShapeCase& on, Layout layout, bool wide, SameBits& bits,
+void run_forward(Form form, const ShapeCase& on, Layout layout, bool wide, Paths paths, SameBits& bits,
                  const host::Schedule& schedule) {
   const auto [images, channels, pixels] = on.shape;
   Numbers numbers(1);
@@ -23,7 +23,7 @@ void run_forward(Form form, const ShapeCase& on, Layout layout, bool wide, SameB
   term.fill(numbers, 3);
 
   const Plan plan = plan_for<T>(KernelKind::kBroadcast, on.shape, layout, on.multiprocessors, false, on.misaligned,
-                                paths_under(schedule));
+                                paths | paths_under(schedule));
   BroadcastArgs args{};
   args.x = x.buffer().data();
   if (form != Form::kAdd) args.scale = scale.companion();
@@ -128,10 +128,13 @@ std::vector<host::Case> cases() {
                                  on.shape.to_string() + (on.misaligned ? "+" + std::to_string(on.misaligned) : "");
         for (const Form form : {Form::kAdd, Form::kMul, Form::kMulAdd}) {
           wide = !wide;
-          auto bits = std::make_shared<SameBits>();
-          list.push_back({name_of(form) + name, on.reason, [=, wide = wide](const host::Schedule& schedule) {
-                            run_forward<T>(form, on, layout, wide, *bits, schedule);
-                          }});
+          for (const Paths paths : {Paths{}, Paths(Path::kFullMachine)}) {
+            auto bits = std::make_shared<SameBits>();
+            list.push_back(
+                {name_of(form) + name + suffix_of(paths), on.reason, [=, wide = wide](const host::Schedule& schedule) {
+                   run_forward<T>(form, on, layout, wide, paths, *bits, schedule);
+                 }});
+          }
         }
         for (const Wanted wanted : {Wanted::kAll, Wanted::kBothSums, Wanted::kScaleOnly}) {
           auto bits = std::make_shared<SameBits>();
@@ -142,6 +145,11 @@ std::vector<host::Case> cases() {
       });
     }
   }
+  auto bits = std::make_shared<SameBits>();
+  list.push_back({"mul_add-float32-NCHW-uneven", uneven_case().reason, [=](const host::Schedule& schedule) {
+                    run_forward<float>(Form::kMulAdd, uneven_case(), Layout::kNCHW, false, Path::kFullMachine, *bits,
+                                       schedule);
+                  }});
   return list;
 }
 

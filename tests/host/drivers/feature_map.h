@@ -185,8 +185,12 @@ Plan plan_for(KernelKind kind, Shape shape, Layout layout, int multiprocessors, 
               int misaligned = 0, Paths paths = {}) {
   Problem problem{shape.images, shape.channels, shape.pixels, layout, Element<T>::type};
   while (misaligned * static_cast<int>(sizeof(T)) % problem.alignment != 0) problem.alignment /= 2;
-  return make_plan(kind, problem, {multiprocessors, host::kMaxSharedOptIn, paths}, dots_given);
+  const int shared_bytes = paths.without(Path::kEarlyStart) == Paths{} ? host::kMaxSharedOptIn : host::kMostSharedOptIn;
+  return make_plan(kind, problem, {multiprocessors, shared_bytes, paths}, dots_given);
 }
+
+// "", or "+full_machine": what newer ways add to the name of a case.
+inline std::string suffix_of(Paths paths) { return paths == Paths{} ? "" : "+" + names_of(paths); }
 
 // Runs a launch and checks what every launch must fulfil.
 template <typename AnyPlan>

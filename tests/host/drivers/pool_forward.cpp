@@ -2,6 +2,7 @@
 // plain loops.
 #include <limits>
 
+#include "cuda/kernels/tile.h"
 #include "feature_map.h"
 #include "shapes.h"
 
@@ -27,6 +28,7 @@ struct Pooling {
   Layout layout;
   bool wide;  // the small vectors, and the context
   Special special;
+  Paths paths;  // that are switched on
 
   FeatureMap<T> x{"x", on.shape, layout, Use::kInput, on.misaligned};
   SmallVector<T> mask_weight{"mask_weight", static_cast<std::size_t>(on.shape.channels), wide, Use::kInput};
@@ -41,8 +43,8 @@ struct Pooling {
   SmallVector<T> context{"context", channels_in_all(), wide, Use::kOutput};
   Buffer<A> state{"state", channels_in_all() + 2 * on.shape.images, Use::kOutput};
 
-  Pooling(Weighting weighting_, const ShapeCase& on_, Layout layout_, bool wide_, Special special_)
-      : weighting(weighting_), on(on_), layout(layout_), wide(wide_), special(special_) {
+  Pooling(Weighting weighting_, const ShapeCase& on_, Layout layout_, bool wide_, Special special_, Paths paths_)
+      : weighting(weighting_), on(on_), layout(layout_), wide(wide_), special(special_), paths(paths_) {
     Numbers numbers(3);
     x.fill(numbers, 2);
     mask_weight.fill(numbers, 2 / std::sqrt(on.shape.channels));
@@ -72,9 +74,15 @@ struct Pooling {
   void run(const host::Schedule& schedule) {
     const KernelKind kinds[] = {KernelKind::kPoolMask, KernelKind::kPoolLogits, KernelKind::kPoolUniform};
     const auto plan_of = [&](KernelKind kind, bool dots_given) {
-      return plan_for<T>(kind, on.shape, layout, on.multiprocessors, dots_given, on.misaligned);
+      return plan_for<T>(kind, on.shape, layout, on.multiprocessors, dots_given, on.misaligned, paths);
     };
     Plan plan = plan_of(kinds[static_cast<int>(weighting)], false);
+    Paths taken = paths;
+    if (plan.width == kElements<T>) taken = taken.without(Path::kNeighbours);
+    if (plan.width * sizeof(T) < kLeastStaged) taken = taken.without(Path::kTilesAhead);
+    // Of more channels, the tile leaves no room for another in shared memory.
+    const bool too_many = on.shape.channels > 4096 && plan.paths.within(taken);
+    host::require(plan.paths == taken || too_many, "a plan that takes its ways: " + plan.to_string());
     PoolForwardArgs args{};
     args.x = x.buffer().data();
     args.factor = factor;
@@ -191,14 +199,59 @@ struct Pooling {
 
 template <typename T>
 host::Case case_of(const std::string& name, const char* reason, Weighting weighting, const ShapeCase& on, Layout layout,
-                   bool wide, Special special) {
+                   bool wide, Special special, Paths paths = {}) {
   auto bits = std::make_shared<SameBits>();
-  return {name, reason, [=](const host::Schedule& schedule) {
-            Pooling<T> pooling(weighting, on, layout, wide, special);
+  return {name + suffix_of(paths), reason, [=](const host::Schedule& schedule) {
+            Pooling<T> pooling(weighting, on, layout, wide, special, paths);
             pooling.run(schedule);
             pooling.check();
             if (pooling.with_context) bits->check(pooling.context);
             if (pooling.with_state) bits->check(pooling.state);
+          }};
+}
+
+// The newer ways of a kind of pooling.
+std::vector<Paths> newer_paths(Weighting weighting) {
+  if (weighting == Weighting::kMask) return {Path::kTilesAhead};
+  if (weighting == Weighting::kLogits) return {};
+  return {Path::kFullMachine, Path::kNeighbours, {Path::kFullMachine, Path::kNeighbours}};
+}
+
+// Where Path::kNeighbours puts the elements of a tile's row: a tile of 4 threads by 8, in both layouts.
+template <typename T, Layout kLayout, int kWidth>
+void check_neighbours(const host::Schedule& schedule) {
+  using Map = typename Tile<T, kLayout, 8, kWidth, true, true>::Map;
+  constexpr int kFast = 4, kSlow = 8, kRow = kFast * kElements<T>;
+  Walk walk{};
+  walk.channels = walk.pixels = kRow * kSlow;
+  walk.splits = 1;
+  walk.reciprocal = 0xffffffffu;
+  walk.shape = {kFast, kSlow};
+  walk.fast_shift = 2;
+  std::vector<std::vector<int>> element(kFast);
+  const auto kernel = [&] {
+    const Map map(walk);
+    if (map.slow != 0) return;
+    for (int e = 0; e < kElements<T>; ++e) {
+      element[map.fast].push_back(Map::kChannelsFast ? map.channel(e) : map.pixel(0, e));
+    }
+  };
+  host::launch({1, 1, 1}, kFast * kSlow, 0, schedule, kernel, host::kMaxSharedOptIn);
+  for (int fast = 0; fast < kFast; ++fast) {
+    for (int e = 0; e < kElements<T>; ++e) {
+      host::require(static_cast<int>(element[fast].size()) == kElements<T>, "a thread for each place of the fast axis");
+      const int piece = e / kWidth, begin = (piece * kFast + fast) * kWidth;
+      host::require(element[fast][e] == begin + e % kWidth, "neighbouring threads read neighbouring pieces");
+    }
+  }
+}
+
+template <typename T, int kWidth>
+host::Case neighbours_case() {
+  return {std::string("neighbours-") + Element<T>::name + "-" + std::to_string(kWidth),
+          "piece k of a thread lies beside piece k of its neighbour", [](const host::Schedule& schedule) {
+            check_neighbours<T, Layout::kNCHW, kWidth>(schedule);
+            check_neighbours<T, Layout::kNHWC, kWidth>(schedule);
           }};
 }
 
@@ -215,10 +268,26 @@ std::vector<host::Case> cases() {
                                    gc::name_of(layout) + "-" + on.shape.to_string() +
                                    (on.misaligned ? "+" + std::to_string(on.misaligned) : "");
           list.push_back(case_of<T>(name, on.reason, weighting, on, layout, wide, Special::kNone));
+          for (const Paths paths : newer_paths(weighting)) {
+            list.push_back(case_of<T>(name, on.reason, weighting, on, layout, wide, Special::kNone, paths));
+          }
         }
       });
     }
   }
+  for (const Layout layout : kLayouts) {
+    each_type(false, [&](auto element) {
+      using T = decltype(element);
+      const std::string name = std::string("uniform-") + Element<T>::name + "-" + gc::name_of(layout) + "-uneven";
+      for (const Paths paths : newer_paths(Weighting::kUniform)) {
+        list.push_back(case_of<T>(name, uneven_case().reason, Weighting::kUniform, uneven_case(), layout, true,
+                                  Special::kNone, paths));
+      }
+    });
+  }
+  list.push_back(neighbours_case<float, 2>());
+  list.push_back(neighbours_case<__half, 2>());
+  list.push_back(neighbours_case<__half, 1>());
   struct SpecialCase {
     Special special;
     const char* name;
@@ -243,6 +312,9 @@ std::vector<host::Case> cases() {
           const std::string name =
               std::string(name_of(weighting)) + "-" + Element<T>::name + "-" + gc::name_of(layout) + "-" + special.name;
           list.push_back(case_of<T>(name, special.reason, weighting, on, layout, true, special.special));
+          for (const Paths paths : newer_paths(weighting)) {
+            list.push_back(case_of<T>(name, special.reason, weighting, on, layout, true, special.special, paths));
+          }
         }
       });
     }

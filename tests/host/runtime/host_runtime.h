@@ -82,6 +82,17 @@ class SharedArena {
   int ordinal_ = 0;
 };
 
+template <int kBytes>
+GC_DEVICE void stage(void* shared, const void* global) {
+  static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16, "see port.h");
+  host::stage(shared, global, kBytes);
+}
+
+template <int Site>
+GC_DEVICE void await_staged() {
+  if constexpr (Site != GC_DROP_SITE) host::await_staged(Site);
+}
+
 template <typename V>
 GC_DEVICE V load_global(const V* address) {
   static_assert(std::is_trivially_copyable_v<V> && alignof(V) == sizeof(V), "a vector is aligned to its size");

@@ -18,6 +18,7 @@ unsigned char poison = 0xff;
 }  // namespace
 
 void set_poison(unsigned char byte) { poison = byte; }
+unsigned char current_poison() { return poison; }
 
 void* allocate(const std::string& name, std::size_t bytes, std::size_t offset, Use use) {
   char* base = nullptr;

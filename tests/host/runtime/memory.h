@@ -37,6 +37,7 @@ struct Traffic {
 
 // What fresh memory holds from now on: Schedule::poison().
 void set_poison(unsigned char byte);
+unsigned char current_poison();
 
 // At least 16-byte aligned, plus `offset` bytes.
 void* allocate(const std::string& name, std::size_t bytes, std::size_t offset, Use use);

@@ -266,6 +266,10 @@ void access(const void* address, std::size_t bytes, bool write, const void* pc) 
   me.state.fenced = false;
   for (std::size_t at = 0; at < bytes; at += kGranule) {
     Cell& cell = memory.cell(begin + at);
+    if (cell.in_flight) {
+      fail("in flight: " + describe_stamp(mine) + (write ? " writes " : " reads ") + memory.describe(begin + at) +
+           ", which a staged copy is still to write");
+    }
     if (cell.counter) check_counter(begin + at, me, mine, write);
     if (write) {
       check_write(cell, begin + at, me, mine);
@@ -275,6 +279,21 @@ void access(const void* address, std::size_t bytes, bool write, const void* pc) 
       check_read(cell, begin + at, me, mine, region.use);
     }
   }
+}
+
+void begin_copy(const void* to, const void* from, std::size_t bytes) {
+  access(from, bytes, false, __builtin_return_address(0));
+  access(to, bytes, true, __builtin_return_address(0));
+  for (std::size_t at = 0; at < bytes; at += kGranule) {
+    memory.cell(static_cast<const char*>(to) + at).in_flight = true;
+  }
+}
+
+void end_copy(const void* to, std::size_t bytes) {
+  for (std::size_t at = 0; at < bytes; at += kGranule) {
+    memory.cell(static_cast<const char*>(to) + at).in_flight = false;
+  }
+  access(to, bytes, true, __builtin_return_address(0));
 }
 
 void load(void* to, const void* from, std::size_t bytes) {

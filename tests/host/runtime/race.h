@@ -8,6 +8,8 @@
 // Since order is derived from barriers and fences and not from time, a missing one is found under any schedule in which
 // both accesses happen.
 //
+//   - the target of a staged copy must not be touched before the thread that staged it has awaited it.
+//
 // The model. sync_block orders the memory of its block. Shuffles and tickets order nothing. A fence (__threadfence is
 // sequentially consistent) makes what its thread knows releasable; a ticket taken after it, by the thread or, a barrier
 // later, by another of the block, publishes that; who takes a later ticket of the same counter, again itself or a
@@ -40,6 +42,10 @@ void access(const void* address, std::size_t bytes, bool write, const void* pc);
 
 // By the running thread; counted.
 void prefetch(const void* address);
+
+// A staged copy: the source is read, and the target may not be touched until end_copy, when the thread writes it.
+void begin_copy(const void* to, const void* from, std::size_t bytes);
+void end_copy(const void* to, std::size_t bytes);
 
 // An access, and the copy; the bytes are counted as they are asked for, whatever the compiler does with the value.
 void load(void* to, const void* from, std::size_t bytes);

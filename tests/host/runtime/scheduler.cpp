@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cstring>
 #include <map>
 #include <memory>
 #include <numeric>
@@ -23,6 +24,15 @@ enum class State { kReady, kAtBarrier, kAtShuffle, kAtCounter, kDone };
 
 struct Block;
 
+struct Copy {
+  void* to;
+  const void* from;
+  std::size_t bytes;
+};
+
+// When staged copies are done.
+enum class CopyTime { kAtOnce, kLater, kWhenAwaited };
+
 struct Thread {
   Place place{};
   Block* block = nullptr;
@@ -30,6 +40,8 @@ struct Thread {
   int site = -1;                      // of the barrier it waits at
   const unsigned* counter = nullptr;  // that it waits for
   bool has_arena = false;
+  std::vector<Copy> copies;  // that it has staged and not yet awaited
+  std::size_t copied = 0;    // of these
   Fiber fiber;
 };
 
@@ -66,6 +78,7 @@ struct Launch {
   ReadySet ready;
   std::vector<int> to_come;  // blocks, the next one last
   std::vector<Block> blocks;
+  CopyTime copy_time;
   LaunchReport report;
   std::string failure;
   bool failed = false;
@@ -93,6 +106,17 @@ bool reach(int site) {
 void yield() {
   make_ready(*running);
   Fiber::pause();
+}
+
+void copy_next() {
+  const Copy& copy = running->copies[running->copied++];
+  std::memcpy(copy.to, copy.from, copy.bytes);
+}
+
+// Some of the copies that are due later are done now.
+void copy_some() {
+  if (current->copy_time != CopyTime::kLater) return;
+  for (std::size_t left = (running->copies.size() - running->copied + 1) / 2; left > 0; --left) copy_next();
 }
 
 void wait(State state) {
@@ -159,6 +183,10 @@ void release_barrier_if_complete(Block& block) {
 void run_kernel() {
   try {
     (*current->kernel)();
+    if (!running->copies.empty()) {
+      fail("in flight: " + describe(running->place.block, running->place.thread) +
+           " ends before what it has staged is there");
+    }
     const Place& place = running->place;
     if (!place.waited) {
       fail("early start: " + describe(place.block, place.thread) + " leaves without a wait for the launch before");
@@ -190,6 +218,8 @@ void start_block(Block& block, int number) {
                     number, !current->report.early};
     thread.site = -1;
     thread.has_arena = false;
+    thread.copies.clear();
+    thread.copied = 0;
     thread.fiber.start(&run_kernel);
   }
   current->ready.new_block(first_place(block), current->threads);
@@ -278,9 +308,17 @@ LaunchReport launch(Grid grid, int threads, int shared_bytes, const Schedule& sc
   const int blocks = grid.x * grid.y * grid.z;
   const int in_flight = blocks_in_flight(blocks, schedule);
   set_poison(schedule.poison());
-  Launch launch{
-      &kernel, grid, threads, shared_bytes, ReadySet(schedule, in_flight * threads), order_of_blocks(blocks, schedule),
-      {},      {},   "",      false};
+  Launch launch{&kernel,
+                grid,
+                threads,
+                shared_bytes,
+                ReadySet(schedule, in_flight * threads),
+                order_of_blocks(blocks, schedule),
+                {},
+                static_cast<CopyTime>(schedule.seed % 3),
+                {},
+                "",
+                false};
   launch.report.early = early;
   launch.blocks.resize(in_flight);
   for (Block& block : launch.blocks) {
@@ -318,6 +356,7 @@ std::string describe(int block, int thread) {
 
 void barrier(int site) {
   if (!reach(site)) return;
+  copy_some();
   Thread& self = *running;
   self.site = site;
   self.state = State::kAtBarrier;
@@ -398,6 +437,29 @@ void report_not_waited(const char* does, const void* address) {
   const Place& place = *current_place;
   fail("early start: " + describe(place.block, place.thread) + " " + does + " " + name_of_memory(address) +
        " before it has waited for the launch before");
+}
+
+void stage(void* to, const void* from, std::size_t bytes) {
+  check_vector(to, bytes);
+  check_vector(from, bytes);
+  check_waited("copies", from);
+  if constexpr (kRaceBuild) race::begin_copy(to, from, bytes);
+  running->copies.push_back({to, from, bytes});
+  if (current->copy_time == CopyTime::kAtOnce) {
+    copy_next();
+  } else {
+    std::memset(to, current_poison(), bytes);
+  }
+}
+
+void await_staged(int site) {
+  if (!reach(site)) return;
+  while (running->copied < running->copies.size()) copy_next();
+  if constexpr (kRaceBuild) {
+    for (const Copy& copy : running->copies) race::end_copy(copy.to, copy.bytes);
+  }
+  running->copies.clear();
+  running->copied = 0;
 }
 
 void open_arena() {

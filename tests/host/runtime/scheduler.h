@@ -27,6 +27,8 @@ inline constexpr int kMaxGridYZ = 65535;
 inline constexpr int kSharedLimit = 48 * 1024;
 // What a GPU gives when asked: the least of those that are supported (sm_75).
 inline constexpr int kMaxSharedOptIn = 64 * 1024;
+// The most that any gives (sm_90).
+inline constexpr int kMostSharedOptIn = 227 * 1024;
 inline constexpr int kMaxSites = 256;
 
 // What a launch did wrong. The message begins with its kind: "data race", "deadlock", "divergent barrier", "shared
@@ -78,6 +80,10 @@ void let_next_launch_begin();
 inline void check_waited(const char* does, const void* address) {
   if (!current_place->waited) report_not_waited(does, address);
 }
+// A copy to shared memory that is done at once, later or when it is waited for, by the schedule; until it is waited for,
+// its target must not be touched.
+void stage(void* to, const void* from, std::size_t bytes);
+void await_staged(int site);
 void open_arena();
 void* take_shared(int ordinal, int count, int element_bytes);
 
