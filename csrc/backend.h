@@ -71,6 +71,7 @@ struct PoolBackwardCall {
 };
 
 struct BroadcastCall {
+  bool first = true;      // launch of its operator
   Companion scale, term;  // [N, C], or absent
   void* out = nullptr;    // T like x
 };

@@ -218,7 +218,9 @@ struct Device {
     args.scale = call.scale;
     args.term = call.term;
     args.out = call.out;
-    C10_CUDA_CHECK(launch_broadcast(plan_for(KernelKind::kBroadcast, x, {args.x, args.out}), args, stream_of(x)));
+    Plan plan = plan_for(KernelKind::kBroadcast, x, {args.x, args.out});
+    if (call.first) plan.paths = plan.paths.without(Path::kEarlyStart);
+    C10_CUDA_CHECK(launch_broadcast(plan, args, stream_of(x)));
   }
 };
 

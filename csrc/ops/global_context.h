@@ -58,6 +58,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const OptionalTensor& mask_w
   const TransformForwardCall transforming{kinds, eps, kept, /*outs=*/{term, kept.scale}, pooling, pool_workspace};
   transform.launch(transforming, {transform_workspace, counters.get()});
   BroadcastCall broadcasting;
+  broadcasting.first = false;
   broadcasting.scale = wide(kept.scale);
   broadcasting.term = wide(term);
   broadcasting.out = out.data_ptr();
@@ -143,6 +144,7 @@ std::vector<Tensor> global_context_backward(const Tensor& grad, const OptionalTe
     pool->launch(pooling, {pool_workspace, counters.get()});
   } else if (needs.context()) {
     BroadcastCall broadcasting;
+    broadcasting.first = false;
     broadcasting.scale = wide(kept.scale);
     broadcasting.term = wide(grad_context);
     broadcasting.out = grad_x.data_ptr();

@@ -122,4 +122,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         return paths ? std::optional(gc::names_of(*paths)) : std::nullopt;
       },
       "What choose_paths, or GC_CUDA_PATHS, has chosen; or None.");
+  m.def(
+      "paths_on", [](int compute_capability) { return gc::names_of(gc::paths_on(compute_capability)); },
+      "Which newer ways the launches of this process go on such a GPU.", py::arg("compute_capability"));
 }

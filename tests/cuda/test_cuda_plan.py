@@ -389,3 +389,31 @@ def test_a_transform_that_merges_late_has_a_phase_before(problem):
             assert getattr(new, name) == getattr(old, name), (old, new)
         old = transform_plan("backward", *problem, dtype)
         assert str(transform_plan("backward", *problem, dtype, paths="late_merge")) == str(old)
+
+
+def test_launches_that_follow_another_of_their_operator_can_begin_early():
+    for kernel in KERNELS:
+        p = plan(kernel, 2, 512, 16800, paths="early_start")
+        early = kernel in {"broadcast", "pool_backward_block"}
+        assert p.paths == ("early_start" if early else "none"), p
+        assert str(p).endswith("; early_start") == early
+        assert str(p).removesuffix("; early_start") == str(plan(kernel, 2, 512, 16800))
+    assert plan("broadcast", 2, 2048, 1050, paths="early_start").paths == "early_start", "the flat form"
+    for direction in ("forward", "backward"):
+        p = transform_plan(direction, 2, 512, [32], paths="early_start")
+        assert p.paths == "early_start" and str(p).endswith("; early_start"), p
+        usual = transform_plan(direction, 2, 512, [32])
+        assert usual.paths == "none" and str(p) == f"{usual}; early_start"
+
+
+def test_what_a_gpu_cannot_do_is_not_chosen_for_it():
+    before = extension.chosen_paths()
+    try:
+        extension.choose_paths("all")
+        assert "early_start" in extension.paths_on(90).split(",")
+        assert "early_start" in extension.paths_on(120).split(",")
+        assert "early_start" not in extension.paths_on(89).split(",")
+        extension.choose_paths("none")
+        assert extension.paths_on(90) == "none"
+    finally:
+        extension.choose_paths(before)

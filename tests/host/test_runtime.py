@@ -19,6 +19,8 @@ GOOD = (
     "shuffle_double",
     "shuffle_int",
     "copy",
+    "early",
+    "not_early",
     "staged",
 )
 EVERY_BUILD = {
@@ -34,6 +36,10 @@ EVERY_BUILD = {
     "bad_never_awaited": r"in flight: block 0 .* ends before what it has staged is there",
     "bad_staged_off_its_boundary": r"misaligned: a vector of 8 bytes .* 4 bytes off",
     "bad_grid_y": r"launch limits: grid.y = 65536",
+    "bad_early_load": r"early start: .* reads (x, byte \d+ of 256|memory) before it has waited",
+    "bad_early_write": r"early start: .* writes (out, byte \d+ of 256|memory) before it has waited",
+    "bad_early_ticket": r"early start: .* takes a ticket of (counter, byte 0 of 4|memory) before it has",
+    "bad_early_idle": r"early start: block 1 .* leaves without a wait",
 }
 ONE_BUILD = [
     ("asan", "bad_overrun", r"heap-buffer-overflow"),
@@ -53,6 +59,9 @@ ONE_BUILD = [
     ("race", "bad_read_of_output", r"uninitialised: .* reads out, byte \d+ of 256"),
     ("race", "bad_early_read", r"in flight: .* reads shared array 0 of block 0"),
     ("race", "bad_input_written", r"write to an input: .* writes out"),
+    ("race", "bad_early_plain_read", r"early start: .* reads x, byte \d+ of 256 before it has waited"),
+    ("race", "bad_prefetch", r"out of bounds: .* prefetches x, byte \d+ of 256"),
+    ("asan", "bad_prefetch", r"out of bounds: a prefetch"),
 ]
 # Sites of the toy kernels, by their number in drivers/toy.cpp, and what is reported when they are dropped.
 DROPS = [
@@ -74,6 +83,7 @@ DROPS = [
         r"data race on shared array 0|uninitialised: .* shared array 0|data race on part",
     ),
     ("last_block_all_fence", 5, r"data race on part, .* the read by .* after the write by"),
+    ("early", 9, r"early start: .* reads x, byte \d+ of 256 before it has waited"),
     ("staged", 6, r"in flight: .* reads shared array 0 of block 0"),
     ("staged", 7, r"(in flight|uninitialised): .* reads shared array 0|data race on shared array 0"),
     ("staged", 8, r"in flight: .* reads shared array 0|data race on shared array 0"),

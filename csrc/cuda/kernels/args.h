@@ -79,6 +79,15 @@ struct PhaseGrid {
   int blocks[kMaxPhases];
 };
 
+// What a launch that begins early has come to the second-level cache before it waits: weights, which no launch of its
+// operator writes. Counted in cache lines on the host: what the kernel would compute for them costs it registers.
+inline constexpr int kCacheLine = 128;  // bytes
+struct Prefetches {
+  int count;  // 0 in any other launch
+  unsigned lines[4];
+  const void* begin[4];
+};
+
 // One branch of the context block, channel_add or channel_mul, with P = hidden units.
 struct TransformBranch {
   int hidden;
@@ -118,6 +127,7 @@ struct TransformForwardArgs {
   long long context_stride;
   TransformBranch branch[2];
   PartialContext partial;  // of merging_transform_forward, which computes the context from it
+  Prefetches prefetches;
 };
 
 struct TransformGradients {
@@ -154,6 +164,7 @@ struct TransformBackwardArgs {
   void* grad_context;  // A [N, C] out, or null
   CompanionOut zero;   // one element out, or null: the gradient of the mask's bias, whose shift the softmax ignores
   TransformGradients branch[2];
+  Prefetches prefetches;
 };
 
 }  // namespace gc

@@ -50,6 +50,7 @@ struct PoolBackwardTraits : KernelTraits {
   static constexpr int kTallRows = kStagedGrad ? 0 : 16;
   static constexpr bool kWholeChannels = true;
   static constexpr bool kBackwards = true;
+  static constexpr Paths kPlannedPaths = kBlock ? Paths(Path::kEarlyStart) : Paths();
   static constexpr Merge kMerge = kMask ? Merge::kAll : Merge::kNone;
   static constexpr int kPartialVectors = kMask ? 1 : 0;
 
@@ -103,6 +104,7 @@ pool_backward(const PoolBackwardArgs args) {
   static_assert(has_tile<Traits>(kRows, kLayout, sizeof(T)), "no plan has such tiles");
 
   const typename TileT::Map map(args.walk);
+  if constexpr (kBlock) port::wait_for_launch_before<kWaitPoolBackward>();
   const A* const state = static_cast<const A*>(args.state) + map.state0();
   const A m = state[0];
   const A inverse_z = A(1) / state[1];

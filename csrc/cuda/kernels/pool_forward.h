@@ -164,6 +164,7 @@ pool_forward(const PoolForwardArgs args) {
   static_assert(has_tile<Traits>(kRows, kLayout, sizeof(T)), "no plan has such tiles");
   static_assert(has_width<Traits>(kWidth, kElements<T>), "no plan has such loads");
 
+  port::let_next_launch_begin();
   const typename TileT::Map map(args.walk);
   const T* const x = static_cast<const T*>(args.x) + map.image0();
 

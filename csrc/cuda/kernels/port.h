@@ -5,7 +5,7 @@
 // With GC_HOST_RUN defined, host_runtime.h (tests/host) supplies the same names on fibers.
 #pragma once
 
-// A barrier or fence with this number is compiled out (the mutation test of tests/host proves each one necessary).
+// A barrier, fence or wait with this number is compiled out (the mutation test of tests/host proves each necessary).
 #ifndef GC_DROP_SITE
 #define GC_DROP_SITE -1
 #endif
@@ -65,6 +65,31 @@ GC_DEVICE unsigned take_ticket(unsigned* counter) { return atomicAdd(counter, 1u
 // Waits until the counter is at least `value`. Relaxed, as take_ticket. Only for what blocks that run already will do.
 GC_DEVICE void wait_for(const unsigned* counter, unsigned value) {
   while (*static_cast<const volatile unsigned*>(counter) < value) __nanosleep(32);
+}
+
+// Launches that overlap (Path::kEarlyStart): from sm_90 on a launch may begin while the one before it ends.
+#if __CUDA_ARCH__ >= 900
+inline constexpr bool kLaunchesOverlap = true;
+#else
+inline constexpr bool kLaunchesOverlap = false;
+#endif
+
+// In a launch that has begun early: returns when the launch before is complete and this thread sees all that it wrote.
+// In any other launch at once. A launch after this one knows of the launches before only through this one, so no thread
+// may leave without it.
+template <int Site>
+GC_DEVICE void wait_for_launch_before() {
+  if constexpr (kLaunchesOverlap && Site != GC_DROP_SITE) asm volatile("griddepcontrol.wait;" ::: "memory");
+}
+
+// When every block of this launch has come here or has left, the next launch may begin, if it is one that begins early.
+GC_DEVICE void let_next_launch_begin() {
+  if constexpr (kLaunchesOverlap) asm volatile("griddepcontrol.launch_dependents;");
+}
+
+// Has the cache line of this address come to the second-level cache. Allowed before wait_for_launch_before.
+GC_DEVICE void prefetch_line(const void* address) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(address)));
 }
 
 // Dynamic shared memory, handed out array by array in the same order by every thread of the block. Its

@@ -1,4 +1,4 @@
-// The barriers and fences of the kernels, by number. Dropping any of them (GC_DROP_SITE) must fail a test of
+// The barriers, fences and waits of the kernels, by number. Dropping any of them (GC_DROP_SITE) must fail a test of
 // tests/host; one that can go without a failure is redundant and goes.
 #pragma once
 
@@ -38,6 +38,12 @@ enum Site : int {
   kSyncImageSums,      // transform_backward: every adder's part of the sums over images is in shared memory
   kSyncNormParts,      // transform_backward: the sums over ranges of slabs are in shared memory
   kSyncNormSums,       // transform_backward: every warp's part of the norm's sums is in shared memory
+  // In a launch that begins early, what the launches before have written is complete, in
+  kWaitBroadcast,
+  kWaitBroadcastFlat,
+  kWaitPoolBackward,
+  kWaitTransformForward,
+  kWaitTransformBackward,
   kSiteCount
 };
 

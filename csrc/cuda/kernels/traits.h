@@ -70,7 +70,9 @@ GC_BOTH int resident_blocks(int threads, int registers) {
 struct KernelTraits {
   // The newer ways that its instantiations go. A plan chooses among those of one kind.
   static constexpr Paths kPaths = {};
-  // Those of the newer ways that take no instantiation of their own: the plan says to the kernel whether it goes them.
+  // Those of the newer paths that take no instantiation of their own: the plan says to the launch or to the kernel
+  // whether it takes them. With Path::kEarlyStart, every thread waits for the launch before as its first access to
+  // memory.
   static constexpr Paths kPlannedPaths = {};
   // The least bytes of an access that they make sense for.
   static constexpr int kLeastAccess = 1;

@@ -329,8 +329,11 @@ GC_DEVICE void transform_phases(const TransformForwardArgs& args) {
   using A = Acc<T>;
   const int hidden_max = args.branches > 1 && args.branch[1].hidden > args.branch[0].hidden ? args.branch[1].hidden
                                                                                             : args.branch[0].hidden;
+  port::let_next_launch_begin();
   port::SharedArena arena;
   const TransformForwardShared<A> shared(arena, args.tile_images * hidden_max);
+  if constexpr (port::kLaunchesOverlap) prefetch_share(args.prefetches);
+  port::wait_for_launch_before<kWaitTransformForward>();
   const Phase phase(args.grid, args.counters, shared.ticket);
   phase.await_previous();
   if (kMerging && phase.number() == 0) {

@@ -16,7 +16,7 @@ DeviceLimits limits_of(int device) {
   int major = 0, minor = 0;
   C10_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
   C10_CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
-  limits.paths = chosen_paths().value_or(default_paths(10 * major + minor));
+  limits.paths = paths_on(10 * major + minor);
   return limits;
 }
 

@@ -212,9 +212,11 @@ Plan plan_for(const Problem& p, const DeviceLimits& device, bool dots_given) {
   const int elements = kVectorBytes / bytes;
   const bool channels_fast = channels_are_fast(p.layout);
 
+  constexpr bool kEarly = Traits::kPlannedPaths.has(Path::kEarlyStart);
   Plan plan{};
   plan.kind = Traits::kKind;
   plan.paths = Traits::kPaths;
+  if (kEarly && device.paths.has(Path::kEarlyStart)) plan.paths = plan.paths | Path::kEarlyStart;
   plan.type = p.type;
   plan.layout = p.layout;
   plan.rows = Traits::kRows;

@@ -78,6 +78,7 @@ TransformPlan make_transform_forward_plan(const TransformProblem& p, const Devic
   check(p);
   TransformPlan plan{};
   plan.type = p.type;
+  if (device.paths.has(Path::kEarlyStart)) plan.paths = Path::kEarlyStart;
   const bool even = p.channels % 2 == 0 && p.hidden[0] % 2 == 0 && (p.branches == 1 || p.hidden[1] % 2 == 0);
   plan.width = p.pairs && even ? 2 : 1;
 
@@ -90,7 +91,7 @@ TransformPlan make_transform_forward_plan(const TransformProblem& p, const Devic
   plan.shared_bytes = shared_bytes<TransformForwardShared>(p.type, static_cast<int>(plan.tile_images * hidden_max(p)));
 
   if (device.paths.has(Path::kLateMerge)) {
-    plan.paths = Path::kLateMerge;
+    plan.paths = plan.paths | Path::kLateMerge;
     plan.grid.blocks[plan.grid.phases++] = blocks_for(p.images * merge_slices(static_cast<int>(p.channels)), device);
   }
   plan.counters = kPhaseCounters;
@@ -121,6 +122,7 @@ TransformPlan make_transform_backward_plan(const TransformProblem& p, const Devi
   check(p);
   TransformPlan plan{};
   plan.type = p.type;
+  if (device.paths.has(Path::kEarlyStart)) plan.paths = Path::kEarlyStart;
   plan.width = 1;
   // The slabs of W2 and of W1, those of both branches as of one matrix.
   const auto output_slabs = [&] { return slabs_down(p.channels, plan.slab_steps) * slabs_across(hidden_sum(p)); };

@@ -19,7 +19,7 @@ struct TransformProblem {
 
 struct TransformPlan {
   ElementType type;
-  Paths paths;  // that it goes: with Path::kLateMerge, the first phase merges the partial results of the pooling
+  Paths paths;  // those that it takes: with Path::kLateMerge, the first phase merges the partial results of the pooling
   // Forward: weights moved by one load, images of a tile, and for each product the warps that share a row's length.
   int width;
   int tile_images;

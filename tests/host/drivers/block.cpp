@@ -9,7 +9,6 @@ namespace {
 // Large enough for the small vectors and weights to be what they are in a network: below 5 % of the feature map.
 constexpr Shape kShape = {2, 128, 3136};
 constexpr int kHidden = 8;
-constexpr DeviceLimits kDevice = {1, host::kMaxSharedOptIn};
 // Where the transform merges what the pooling leaves, there have to be several splits, and more than one round takes.
 constexpr int kLateMultiprocessors = 20;
 
@@ -57,8 +56,8 @@ struct Block {
   };
   Branch branch[2];
 
-  Block(bool attention_, const Fusion& fusion_, Layout layout_, const DeviceLimits& device_)
-      : attention(attention_), fusion(fusion_), layout(layout_), device(device_) {
+  Block(bool attention_, const Fusion& fusion_, Layout layout_, Paths paths, int multiprocessors = 1)
+      : attention(attention_), fusion(fusion_), layout(layout_), device{multiprocessors, host::kMaxSharedOptIn, paths} {
     Numbers numbers(12);
     x.fill(numbers, 2);
     grad.fill(numbers, 1);
@@ -102,10 +101,14 @@ struct Block {
     return add(std::move(buffer));
   }
 
-  // paths: that are switched on for this launch.
-  Plan plan(KernelKind kind, Paths paths = {}) const {
-    return make_plan(kind, {kShape.images, kShape.channels, kShape.pixels, layout, Element<T>::type},
-                     {device.multiprocessors, device.shared_bytes, paths});
+  // Only the pool of the forward pass can leave its partial results to a transform.
+  Plan plan(KernelKind kind) const {
+    DeviceLimits limits = device;
+    limits.paths = limits.paths.without(Path::kLateMerge);
+    return plan(kind, limits);
+  }
+  Plan plan(KernelKind kind, const DeviceLimits& limits) const {
+    return make_plan(kind, {kShape.images, kShape.channels, kShape.pixels, layout, Element<T>::type}, limits);
   }
   TransformProblem problem() const {
     return {kShape.images, kShape.channels, branches, {kHidden, kHidden}, Element<T>::type, true};
@@ -115,11 +118,22 @@ struct Block {
   static CompanionOut wide_out(A* data) { return {data, true}; }
   Companion scale() const { return fusion.mul ? wide(branch[branches - 1].out) : Companion{}; }
 
-  Plan pool_plan() const { return plan(attention ? KernelKind::kPoolMask : KernelKind::kPoolUniform, device.paths); }
+  Plan pool_plan() const { return plan(attention ? KernelKind::kPoolMask : KernelKind::kPoolUniform, device); }
+
+  // The first launch of a pass waits for all that the stream has done; the others may begin while the one before ends.
+  template <typename AnyPlan>
+  void run_one(const AnyPlan& plan, const host::Schedule& schedule, const std::function<cudaError_t()>& launch) const {
+    run_launch(plan, schedule, launch);
+    const int number = host::LaunchFiles::launches;  // 1 to 3
+    const bool early = number > 1 && device.paths.has(Path::kEarlyStart) && !host::LaunchFiles::refuse_early;
+    host::require(host::LaunchFiles::last.early == early, "which launches of a pass begin early");
+    host::require(host::LaunchFiles::last.lets_next_begin == (number < 3), "which let the next begin");
+  }
 
   void forward(const host::Schedule& schedule) {
     const Plan pool = pool_plan();
-    host::require(pool.paths == device.paths, "a plan of the paths that are switched on: " + pool.to_string());
+    host::require(pool.paths == device.paths.without(Path::kEarlyStart),
+                  "a plan of the paths that are switched on: " + pool.to_string());
     Tickets tickets(pool);
     PoolForwardArgs pooling{};
     pooling.x = x.buffer().data();
@@ -133,7 +147,7 @@ struct Block {
     pooling.partial_stats =
         static_cast<A*>(pooling.partial_context) + outputs * merged_rows(pool.walk.splits, pool.walk.group);
     pooling.tickets = tickets.data();
-    run_launch(pool, schedule, [&] { return launch_pool_forward(pool, pooling, nullptr); });
+    run_one(pool, schedule, [&] { return launch_pool_forward(pool, pooling, nullptr); });
 
     const TransformPlan small_plan = make_transform_forward_plan(problem(), device);
     PhaseCounters counters(small_plan);
@@ -154,7 +168,7 @@ struct Block {
     const void* const stats = attention ? pooling.partial_stats : nullptr;
     transform.partial = {pool.walk.splits, kShape.pixels, pooling.partial_context, stats, 2LL * pool.walk.splits,
                          pooling.factor,   pooling.state};
-    run_launch(small_plan, schedule, [&] { return launch_transform_forward(small_plan, transform, nullptr); });
+    run_one(small_plan, schedule, [&] { return launch_transform_forward(small_plan, transform, nullptr); });
 
     const Plan apply = plan(KernelKind::kBroadcast);
     BroadcastArgs broadcast{};
@@ -162,7 +176,7 @@ struct Block {
     broadcast.scale = scale();
     if (fusion.add) broadcast.term = wide(branch[0].out);
     broadcast.out = out.buffer().data();
-    run_launch(apply, schedule, [&] { return launch_broadcast(apply, broadcast, nullptr); });
+    run_one(apply, schedule, [&] { return launch_broadcast(apply, broadcast, nullptr); });
   }
 
   void backward(const host::Schedule& schedule) {
@@ -203,7 +217,7 @@ struct Block {
                              output("grad_hidden", sizes.grad_hidden),
                              output("partial_context", sizes.partial_context)};
     }
-    run_launch(small_plan, schedule, [&] { return launch_transform_backward(small_plan, transform, nullptr); });
+    run_one(small_plan, schedule, [&] { return launch_transform_backward(small_plan, transform, nullptr); });
 
     if (attention) return last_pass(schedule);
     const Plan apply = plan(KernelKind::kBroadcast);
@@ -212,7 +226,7 @@ struct Block {
     broadcast.scale = scale();
     broadcast.term = wide(grad_context);
     broadcast.out = grad_x.buffer().data();
-    run_launch(apply, schedule, [&] { return launch_broadcast(apply, broadcast, nullptr); });
+    run_one(apply, schedule, [&] { return launch_broadcast(apply, broadcast, nullptr); });
   }
 
   void sum_gradients(const host::Schedule& schedule) {
@@ -226,7 +240,7 @@ struct Block {
       args.context = wide_out(branch[0].grad_out);
       args.partial_context = workspace;
       args.tickets = tickets.data();
-      return run_launch(sums, schedule, [&] { return launch_pool_forward(sums, args, nullptr); });
+      return run_one(sums, schedule, [&] { return launch_pool_forward(sums, args, nullptr); });
     }
     BroadcastMulBackwardArgs args{};
     args.grad = grad.buffer().data();
@@ -235,7 +249,7 @@ struct Block {
     if (fusion.add) args.grad_term = wide_out(branch[0].grad_out);
     args.partial_sums = workspace;
     args.tickets = tickets.data();
-    run_launch(sums, schedule, [&] { return launch_broadcast_mul_backward(sums, args, nullptr); });
+    run_one(sums, schedule, [&] { return launch_broadcast_mul_backward(sums, args, nullptr); });
   }
 
   void last_pass(const host::Schedule& schedule) {
@@ -253,7 +267,7 @@ struct Block {
     args.grad_weight = wide_out(grad_mask_weight);
     args.partial_weight = output("weight_workspace", last.workspace);
     args.tickets = tickets.data();
-    run_launch(last, schedule, [&] { return launch_pool_backward(last, args, nullptr); });
+    run_one(last, schedule, [&] { return launch_pool_backward(last, args, nullptr); });
   }
 
   double passes() const {
@@ -335,8 +349,8 @@ void require_within(const char* pass, double moved, int formula) {
 }
 
 template <typename T>
-void run(bool attention, const Fusion& fusion, Layout layout, const host::Schedule& schedule) {
-  Block<T> block(attention, fusion, layout, kDevice);
+void run(bool attention, const Fusion& fusion, Layout layout, const host::Schedule& schedule, Paths paths) {
+  Block<T> block(attention, fusion, layout, paths);
   host::LaunchFiles::launches = 0;
   block.forward(schedule);
   host::require(host::LaunchFiles::launches == 3, "forward takes three launches");
@@ -356,9 +370,9 @@ void run(bool attention, const Fusion& fusion, Layout layout, const host::Schedu
 // are splits, and everything together moves fewer than with two rounds of merging in the pooling.
 template <typename T>
 void run_late(bool attention, const Fusion& fusion, Layout layout, const host::Schedule& schedule) {
-  const DeviceLimits device = {kLateMultiprocessors, host::kMaxSharedOptIn};
-  Block<T> before(attention, fusion, layout, device);
-  Block<T> late(attention, fusion, layout, {device.multiprocessors, device.shared_bytes, Path::kLateMerge});
+  const Paths paths = paths_under(schedule);
+  Block<T> before(attention, fusion, layout, paths, kLateMultiprocessors);
+  Block<T> late(attention, fusion, layout, paths | Path::kLateMerge, kLateMultiprocessors);
   for (Block<T>* block : {&before, &late}) {
     host::LaunchFiles::launches = 0;
     block->forward(schedule);
@@ -393,8 +407,9 @@ std::vector<host::Case> cases() {
           using T = decltype(element);
           list.push_back({std::string(attention ? "att-" : "avg-") + fusion.name + "-" + Element<T>::name + "-" +
                               gc::name_of(layout),
-                          "a block as in a network",
-                          [=](const host::Schedule& schedule) { run<T>(attention, fusion, layout, schedule); }});
+                          "a block as in a network", [=](const host::Schedule& schedule) {
+                            run<T>(attention, fusion, layout, schedule, paths_under(schedule));
+                          }});
           if (fusion.add && fusion.mul && sizeof(T) == sizeof(float)) {
             list.push_back({"late-" + list.back().name, "the transform merges what the pooling leaves",
                             [=](const host::Schedule& schedule) { run_late<T>(attention, fusion, layout, schedule); }});
@@ -403,6 +418,12 @@ std::vector<host::Case> cases() {
       }
     }
   }
+  list.push_back({"refused", "a driver that knows no launches that begin early", [=](const host::Schedule& schedule) {
+                    host::LaunchFiles::refuse_early = true;
+                    const auto back =
+                        std::shared_ptr<void>(nullptr, [](void*) { host::LaunchFiles::refuse_early = false; });
+                    run<float>(true, kFusions[2], Layout::kNCHW, schedule, Path::kEarlyStart);
+                  }});
   return list;
 }
 

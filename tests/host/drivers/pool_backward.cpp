@@ -93,7 +93,8 @@ struct Backward {
                             : mask          ? KernelKind::kPoolBackwardMask
                                             : KernelKind::kPoolBackwardLogits;
     const auto plan_of = [&](KernelKind wanted, bool dots_given) {
-      return plan_for<T>(wanted, on.shape, layout, on.multiprocessors, dots_given, on.misaligned, variant.paths);
+      return plan_for<T>(wanted, on.shape, layout, on.multiprocessors, dots_given, on.misaligned,
+                         variant.paths | paths_under(schedule));
     };
     Plan plan = plan_of(kind, false);
     const bool two_passes = !plan.holds_channels;
@@ -106,7 +107,8 @@ struct Backward {
     }
     // Of more channels, the vectors over them leave no room; and single halves are not copied.
     const bool too_many = on.shape.channels > 4096, too_narrow = plan.width * sizeof(T) < kLeastStaged;
-    host::require(plan.paths == variant.paths || too_many || too_narrow, "the path is taken: " + plan.to_string());
+    host::require(plan.paths.without(Path::kEarlyStart) == variant.paths || too_many || too_narrow,
+                  "the path is taken: " + plan.to_string());
     const int rows = merged_rows(plan.walk.images * plan.walk.splits, plan.walk.group);
     Buffer<A> partial_weight("partial_weight", mask ? static_cast<std::size_t>(rows) * on.shape.channels : 0,
                              Use::kOutput);

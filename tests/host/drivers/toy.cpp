@@ -9,7 +9,18 @@ namespace {
 
 using namespace gc;
 
-enum ToySite : int { kFill, kReuse, kRelease, kBeforeTicket, kAfterTicket, kAcquire, kAwait, kStagedByAll, kRefill };
+enum ToySite : int {
+  kFill,
+  kReuse,
+  kRelease,
+  kBeforeTicket,
+  kAfterTicket,
+  kAcquire,
+  kAwait,
+  kStagedByAll,
+  kRefill,
+  kWait
+};
 
 // out[block] = sum of x over the block's threads. Shared memory is used twice, so both barriers are needed.
 struct BlockSumArgs {
@@ -148,6 +159,47 @@ void run_copy(const host::Schedule& schedule, int slack, int misaligned) {
   if (host::kRaceBuild) host::require(x.traffic().read == 812 && out.traffic().written == 812, "812 bytes each way");
 }
 
+// A launch that begins early: what it does before it waits for the launch before.
+enum class Before { kNothing, kPlainRead, kRead, kWrite, kTicket, kIdleBlock, kPrefetchPast };
+
+struct EarlyArgs {
+  const float* x;     // [threads]
+  float* out;         // [threads]
+  unsigned* counter;  // 0
+  Before before;      // all but kNothing are wrong
+};
+
+GC_KERNEL(32, 1) early(const EarlyArgs args) {
+  port::let_next_launch_begin();
+  port::SharedArena arena;
+  float* const values = arena.take<float>(port::block_threads());
+  const int i = port::block_x() * port::block_threads() + port::thread_index();
+  values[port::thread_index()] = 2;
+  float sum = values[port::thread_index()];
+  port::prefetch_line(args.x + i);
+  if (args.before == Before::kPlainRead) sum += args.x[i];
+  if (args.before == Before::kRead) sum += port::load_global(args.x + i);
+  if (args.before == Before::kWrite) port::store_streaming(args.out + i, sum);
+  if (args.before == Before::kTicket) port::take_ticket(args.counter);
+  if (args.before == Before::kIdleBlock && port::block_x() == 1) return;
+  if (args.before == Before::kPrefetchPast) port::prefetch_line(args.x + i + 64);
+  port::wait_for_launch_before<kWait>();
+  args.out[i] = sum + port::load_global(args.x + i);
+}
+
+void run_early(const host::Schedule& schedule, Before before, bool begins_early = true) {
+  const int blocks = 2, threads = 32;
+  host::Buffer<float> x("x", std::vector<float>(blocks * threads, 3), host::Use::kInput);
+  host::Buffer<float> out("out", blocks * threads, host::Use::kOutput);
+  host::Buffer<unsigned> counter("counter", std::vector<unsigned>{0}, host::Use::kState);
+  const auto report = host::launch(
+      {blocks}, threads, threads * 4, schedule, [&] { early({x.data(), out.data(), counter.data(), before}); },
+      host::kSharedLimit, begins_early);
+  host::require(report.early == begins_early && report.lets_next_begin, "what is reported of the launch");
+  if (host::kRaceBuild) host::require(x.traffic().prefetched == blocks * threads, "prefetches are counted");
+  if (before == Before::kNothing) host::require_close("out", out[threads], 5, 0);
+}
+
 // out[i] = x[i] + x[i ^ 1], twice, x by copies that each thread starts and both threads of a pair read.
 struct StagedArgs {
   const float* x;  // [2, threads, 4]
@@ -268,6 +320,17 @@ int main(int argc, char** argv) {
           {"shuffle_double", "8 bytes", run_warp_sum<double>},
           {"shuffle_int", "an integer", run_warp_sum<int>},
           {"copy", "vectors and a tail", [](const Schedule& s) { run_copy(s, 0, 0); }},
+          {"early", "nothing but shared memory and prefetches before the wait",
+           [](const Schedule& s) { run_early(s, Before::kNothing); }},
+          {"not_early", "a launch that waits for nobody, and so may do anything",
+           [](const Schedule& s) { run_early(s, Before::kWrite, false); }},
+          {"bad_early_plain_read", "a read before the wait",
+           [](const Schedule& s) { run_early(s, Before::kPlainRead); }},
+          {"bad_early_load", "a vector read before it", [](const Schedule& s) { run_early(s, Before::kRead); }},
+          {"bad_early_write", "a write before it", [](const Schedule& s) { run_early(s, Before::kWrite); }},
+          {"bad_early_ticket", "a ticket before it", [](const Schedule& s) { run_early(s, Before::kTicket); }},
+          {"bad_early_idle", "an idle block without it", [](const Schedule& s) { run_early(s, Before::kIdleBlock); }},
+          {"bad_prefetch", "of what is no buffer", [](const Schedule& s) { run_early(s, Before::kPrefetchPast); }},
           {"staged", "copies to shared memory that others read, and places that are filled again",
            [](const Schedule& s) { run_staged(s, false); }},
           {"bad_early_read", "a copy is read before it is awaited", [](const Schedule& s) { run_staged(s, true); }},

@@ -211,8 +211,8 @@ void run(const TransformCase& on, bool wide, SameBits& bits, const host::Schedul
   }
 
   const TransformProblem problem = problem_of(on, Element<T>::type);
-  DeviceLimits device = device_of(on);
-  if (left) device.paths = Path::kLateMerge;
+  DeviceLimits device = device_of(on, schedule);
+  if (left) device.paths = device.paths | Path::kLateMerge;
   const TransformPlan plan = make_transform_forward_plan(problem, device);
   PhaseCounters counters(plan);
   TransformForwardArgs args{};
@@ -245,6 +245,7 @@ void run(const TransformCase& on, bool wide, SameBits& bits, const host::Schedul
     host::require(!host::kRaceBuild || (traffic.fetched >= matrix.bytes() && traffic.fetched <= reads * matrix.bytes()),
                   matrix.name() + ": " + std::to_string(traffic.fetched) + " bytes fetched, expected 1 to " +
                       std::to_string(reads) + " passes over " + std::to_string(matrix.bytes()) + " bytes");
+    require_prefetched(matrix, plan.paths.has(Path::kEarlyStart) ? 1 : 0);
   };
   for (const auto& branch : branches) {
     branch->w1.with_buffer(require_fetched);

@@ -65,6 +65,17 @@ GC_DEVICE unsigned take_ticket(unsigned* counter) { return host::take_ticket(cou
 
 GC_DEVICE void wait_for(const unsigned* counter, unsigned value) { host::wait_for(counter, value); }
 
+inline constexpr bool kLaunchesOverlap = true;
+
+template <int Site>
+GC_DEVICE void wait_for_launch_before() {
+  if constexpr (Site != GC_DROP_SITE) host::wait_for_launch_before(Site);
+}
+
+GC_DEVICE void let_next_launch_begin() { host::let_next_launch_begin(); }
+
+GC_DEVICE void prefetch_line(const void* address) { host::prefetch(address); }
+
 class SharedArena {
  public:
   SharedArena() { host::open_arena(); }
@@ -97,6 +108,7 @@ template <typename V>
 GC_DEVICE V load_global(const V* address) {
   static_assert(std::is_trivially_copyable_v<V> && alignof(V) == sizeof(V), "a vector is aligned to its size");
   host::check_vector(address, sizeof(V));
+  host::check_waited("reads", address);
   if constexpr (host::kRaceBuild) {
     V value;
     host::race::load(&value, address, sizeof(V));
@@ -111,6 +123,7 @@ GC_DEVICE void store_streaming(V* address, const V& value) {
   static_assert(std::is_trivially_copyable_v<V> && alignof(V) == sizeof(V), "a vector is aligned to its size");
   static_assert(sizeof(V) == 2 || sizeof(V) == 4 || sizeof(V) == 8 || sizeof(V) == 16, "see port.h");
   host::check_vector(address, sizeof(V));
+  host::check_waited("writes", address);
   if constexpr (host::kRaceBuild) {
     host::race::store(address, &value, sizeof(V));
   } else {

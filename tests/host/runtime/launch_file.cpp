@@ -14,6 +14,8 @@ std::map<const void*, int> shared_limits;
 Schedule LaunchFiles::schedule;
 LaunchReport LaunchFiles::last;
 int LaunchFiles::launches = 0;
+int LaunchFiles::early_launches = 0;
+bool LaunchFiles::refuse_early = false;
 
 int shared_limit_of(const void* kernel) {
   const auto found = shared_limits.find(kernel);

@@ -49,6 +49,18 @@ Traffic traffic_of(const void* memory) {
   return {};
 }
 
+std::string name_of_memory(const void* address) {
+  if constexpr (kRaceBuild) return race::describe_memory(address);
+  return "memory";
+}
+
+void prefetch(const void* address) {
+#if defined(__SANITIZE_ADDRESS__)
+  if (__asan_address_is_poisoned(address)) fail("out of bounds: a prefetch");
+#endif
+  if constexpr (kRaceBuild) race::prefetch(address);
+}
+
 void report_misaligned(const void* address, std::size_t bytes) {
   fail("misaligned: a vector of " + std::to_string(bytes) + " bytes at an address that is " +
        std::to_string(reinterpret_cast<std::uintptr_t>(address) % bytes) + " bytes off");
