@@ -181,10 +181,12 @@ class Tile {
     if (row >= map.rows()) return;
     const int element = map.element(pixel0);
     const int offset = row * map.row_extent() + element;
+    [[maybe_unused]] unsigned threads = map.shape.fast_threads;
+    if constexpr (Map::kNeighbours) port::forget(threads);  // or else its multiples would
     GC_UNROLL
     for (int e = 0; e < kElements<T>; e += kWidth) {
       if constexpr (Map::kNeighbours) {
-        const int step = e * map.shape.fast_threads;
+        const int step = e * static_cast<int>(threads);
         if (element + step < map.row_extent()) body(e, offset + step);
       } else {
         if (element + e < map.row_extent()) body(e, offset + e);
