@@ -41,9 +41,10 @@ struct TileShape {
 };
 
 // The work of a launch: every image's pixels in `splits` ranges of whole tiles, every tile's channels in chunks.
-// Block (image * splits + split, chunk) takes one split of one chunk: all splits but the last have tiles_per_split tiles,
-// or, where the plan took a newer way (paths.h), the first `longer` of them one more and no others. With `backwards`, the first blocks to run take
-// the last images, which a pass over x just before has left in the second-level cache.
+// Block (image * splits + split, chunk) takes one split of one chunk: all splits but the last have tiles_per_split
+// tiles, or, where the plan took a newer way (paths.h), the first `longer` of them one more and no others. With
+// `backwards`, the first blocks to run take the last images, which a pass over x just before has left in the
+// second-level cache.
 struct Walk {
   int images, channels, pixels;
   int splits, tiles_per_split;
