@@ -213,9 +213,11 @@ class Tile {
     }
     const int element = map.element(pixel0);
     const int offset = row * map.row_extent() + element;
+    [[maybe_unused]] unsigned threads = map.shape.fast_threads;
+    if constexpr (Map::kNeighbours) port::forget(threads);  // or else its multiples would
     GC_UNROLL
     for (int e = 0; e < kElements<T>; e += kWidth) {
-      const int step = Map::kNeighbours ? e * map.shape.fast_threads : e;
+      const int step = Map::kNeighbours ? e * static_cast<int>(threads) : e;
       if (element + step < map.row_extent()) {
         body(e, offset + step);
       } else {
