@@ -44,7 +44,7 @@ PROBLEMS = {
 }
 
 
-DEVICES = {"V100": V100, "H200": H200, "H200, newer ways": {**H200, "paths": "all"}}
+DEVICES = {"V100": V100, "H200": H200}
 
 
 @pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES)

@@ -114,7 +114,7 @@ def merged(parts, group):
 
 def check_splits(p, tiles):
     """The splits are ranges of tiles: all of them, none twice, no range empty."""
-    if p.paths == "none":
+    if p.paths in ("none", "early_start"):
         assert p.longer == 0 and (p.splits - 1) * p.tiles_per_split < tiles <= p.splits * p.tiles_per_split, p
     else:
         assert p.splits * p.tiles_per_split + p.longer == tiles, p
