@@ -7,7 +7,7 @@
 # pytest and ninja, and an nvcc; with pytest-xdist the tests run side by side, with matplotlib there are pictures, with
 # timm and torchvision whole models. BEFORE names the folder of another checkout, built for this GPU too: the step
 # `compare`, which only runs when it is named, times the kernels of both in turn, and the step `host`, what their calls
-# take the host. The step `paths`, which only runs when it is named, too, times the newer ways of a launch beside the
+# take the host. The step `paths`, which only runs when it is named, too, times the newer paths of a launch beside the
 # measured ones; for their tests and sanitizers, set GC_CUDA_PATHS=all for those steps. OUTPUT_FOLDER gets GPU-NAME.md,
 # the result, brought up to date after every step, GPU-NAME.log with all that was printed, and the benchmarks' own
 # files. A step that fails does not keep the others from running; the exit status is 1 if any failed. The steps are
@@ -106,7 +106,7 @@ compare() { # BEFORE
   "$python" bench/kernel_times.py --compare "$output/kernels-before.json" "$output/kernels-after.json"
 }
 
-# The kernels with each newer way of a launch, between two runs of the measured ones, of which the second counts.
+# The kernels with each newer path of a launch, between two runs of the measured ones, of which the second counts.
 paths() {
   local path list
   list=$(GC_CUDA_PATHS=all "$python" -c 'import gc_cuda._C as c; print(c.chosen_paths().replace(",", " "))') || return

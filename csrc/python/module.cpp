@@ -112,7 +112,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       [](const std::optional<std::string>& list) {
         gc::choose_paths(list ? std::optional(gc::paths_named(*list)) : std::nullopt);
       },
-      "Which newer ways the CUDA launches of this process go: names with commas between, all, none; or None for those "
+      "Which newer paths the CUDA launches of this process go: names with commas between, all, none; or None for those "
       "that were measured on the GPU at hand.",
       py::arg("paths"));
   m.def(
@@ -124,5 +124,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       "What choose_paths, or GC_CUDA_PATHS, has chosen; or None.");
   m.def(
       "paths_on", [](int compute_capability) { return gc::names_of(gc::paths_on(compute_capability)); },
-      "Which newer ways the launches of this process go on such a GPU.", py::arg("compute_capability"));
+      "Which newer paths the launches of this process go on such a GPU.", py::arg("compute_capability"));
 }

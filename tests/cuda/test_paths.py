@@ -1,4 +1,4 @@
-"""The switch of newer ways of a launch (csrc/cuda/plan/paths.h), and the plans that take them."""
+"""The switch of newer paths of a launch (csrc/cuda/plan/paths.h), and the plans that take them."""
 
 from __future__ import annotations
 

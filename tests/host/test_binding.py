@@ -63,14 +63,14 @@ def library() -> Path:
     )
 
 
-def environment(library: Path, ways: str) -> dict[str, str]:
+def environment(library: Path, launch_paths: str) -> dict[str, str]:
     """That of a process in which the library's launches serve the CPU's tensors."""
     paths = [str(ROOT), str(BINDING), os.environ.get("PYTHONPATH", "")]
     return {
         **os.environ,
         "GC_CUDA_BINDING": str(library),
         "GC_CUDA_DRY": "1",
-        "GC_CUDA_PATHS": ways,
+        "GC_CUDA_PATHS": launch_paths,
         "PYTHONPATH": os.pathsep.join(paths),
         "LD_PRELOAD": ":".join(preloaded()),
         "ASAN_OPTIONS": "detect_leaks=0",
@@ -78,12 +78,12 @@ def environment(library: Path, ways: str) -> dict[str, str]:
     }
 
 
-# With newer ways of a launch: what they hand from one launch to the next.
-WAYS = [*((test, "none") for test in TESTS), ("blocks/blocks", "all")]
+# With newer paths of a launch: what they hand from one launch to the next.
+CALLS = [*((test, "none") for test in TESTS), ("blocks/blocks", "all")]
 
 
-@pytest.mark.parametrize(("test", "ways"), WAYS)
-def test_binding(library: Path, test: str, ways: str) -> None:
+@pytest.mark.parametrize(("test", "launch_paths"), CALLS)
+def test_binding(library: Path, test: str, launch_paths: str) -> None:
     folder, name = test.split("/")
     plugins = ["-p", "on_the_host", "-p", "no:cacheprovider", "-p", "no:faulthandler", "-p", "no:xdist"]
     done = subprocess.run(
@@ -102,25 +102,25 @@ def test_binding(library: Path, test: str, ways: str) -> None:
         text=True,
         cwd=ROOT,
         timeout=TIMEOUT_S,
-        env=environment(library, ways),
+        env=environment(library, launch_paths),
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     assert " passed" in done.stdout
 
 
-@pytest.mark.parametrize("ways", ["none", "early_start"])
-def test_the_first_launch_of_an_operator_waits_for_the_stream(library: Path, ways: str) -> None:
+@pytest.mark.parametrize("launch_paths", ["none", "early_start"])
+def test_the_first_launch_of_an_operator_waits_for_the_stream(library: Path, launch_paths: str) -> None:
     done = subprocess.run(
         [sys.executable, str(BINDING / "early.py")],
         capture_output=True,
         text=True,
         cwd=ROOT,
         timeout=TIMEOUT_S,
-        env=environment(library, ways),
+        env=environment(library, launch_paths),
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     found = {what: int(number) for what, number in re.findall(r"^(.*) (\d+)$", done.stdout, re.MULTILINE)}
-    two = 2 if ways == "early_start" else 0
+    two = 2 if launch_paths == "early_start" else 0
     blocks = [f"{pooling} channel_{fusion}" for pooling in ("att", "avg") for fusion in ("add", "mul")]
     expected = {f"{block} {direction}": two for block in blocks for direction in ("forward", "backward")}
     expected |= {"many channels forward": two, "broadcast alone": 0, "pool alone": 0}

@@ -1,4 +1,4 @@
-// Newer ways of doing a part of a launch. Each stands beside the way that was measured on a GPU. A plan takes one only
+// Newer paths: ways of doing a part of a launch, each beside the one that was measured on a GPU. A plan takes one only
 // where it is switched on (plan/paths.h), so kernels, plans and launches name them alike.
 #pragma once
 

@@ -27,7 +27,7 @@
 
 namespace gc {
 
-// The kinds. Their partial results are the sums over pixels, and for a softmax m and z. kNewer: the newer ways.
+// The kinds. Their partial results are the sums over pixels, and for a softmax m and z. kNewer: the newer paths.
 template <Weighting kWeighting_, Path... kNewer>
 struct PoolForwardTraits : KernelTraits {
   static constexpr Paths kPaths = Paths(kNewer...);

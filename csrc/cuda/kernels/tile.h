@@ -11,7 +11,7 @@
 
 namespace gc {
 
-// Where a newer way's block stands: by what its plan has worked out, for a division takes some hundred cycles, and the
+// Where a newer path's block stands: by what its plan has worked out, for a division takes some hundred cycles, and the
 // first load waits for it. block: image * splits + split.
 struct PlannedBlock {
   int image, split;
@@ -31,7 +31,7 @@ struct PlannedBlock {
 };
 
 // Where this thread stands: the block's image and split, the thread's own channels and pixels within the block's tile.
-// kPlanned: the splits are those of a newer way, see Walk. kPiece: where it is less than kElementsPerRow, a thread's
+// kPlanned: the splits are those of a newer path, see Walk. kPiece: where it is less than kElementsPerRow, a thread's
 // elements of a row are pieces of that length, and piece k of a thread lies beside piece k of its neighbour.
 template <Layout kLayout, int kRows, int kElementsPerRow, bool kPlanned = false, int kPiece = kElementsPerRow>
 struct TileMap {

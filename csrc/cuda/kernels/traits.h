@@ -68,7 +68,7 @@ GC_BOTH int resident_blocks(int threads, int registers) {
 // The facts of a kernel that has nothing special. The traits of a kind derive from this and restate what differs; all
 // have kKind and kName.
 struct KernelTraits {
-  // The newer ways that its instantiations go. A plan chooses among those of one kind.
+  // The newer paths that its instantiations go. A plan chooses among those of one kind.
   static constexpr Paths kPaths = {};
   // Those of the newer paths that take no instantiation of their own: the plan says to the launch or to the kernel
   // whether it takes them. With Path::kEarlyStart, every thread waits for the launch before as its first access to

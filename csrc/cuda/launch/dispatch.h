@@ -85,7 +85,7 @@ cudaError_t dispatch_kind(const Plan& plan, const Body& body) {
                        [&](auto type) { return dispatch_layout<Traits, typename decltype(type)::type>(plan, body); });
 }
 
-// Calls body(Instance) as the plan says, for a plan of one of these kinds and ways.
+// Calls body(Instance) as the plan says, for a plan of one of these kinds and paths.
 template <typename... Kinds, typename Body>
 cudaError_t dispatch(const Plan& plan, const Body& body) {
   cudaError_t status = cudaErrorInvalidValue;

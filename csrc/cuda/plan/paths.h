@@ -1,5 +1,5 @@
-// The switch of the newer ways of a launch (kernels/paths.h). A path becomes the default of an architecture when a file
-// in bench/results shows its tests, sanitizers and times there. Until then it is taken on request only: by the
+// The switch of the newer paths of a launch (kernels/paths.h). A path becomes the default of an architecture when a
+// file in bench/results shows its tests, sanitizers and times there. Until then it is taken on request only: by the
 // environment variable GC_CUDA_PATHS, or choose_paths.
 #pragma once
 

@@ -260,13 +260,13 @@ Plan plan_for(const Problem& p, const DeviceLimits& device, bool dots_given) {
   return plan;
 }
 
-// Is this a plan that the way is for?
+// Is this a plan that the path is for?
 template <typename Traits>
 bool suits(const Plan& plan) {
   return (!Traits::kFlatOnly || plan.flat) && has_width<Traits>(plan.width, kVectorBytes / element_bytes(plan.type));
 }
 
-// The plan of the first of these ways that is switched on, for such a problem, and fits the device. The last is always
+// The plan of the first of these paths that is switched on, for such a problem, and fits the device. The last is always
 // on.
 template <typename Traits, typename... Others>
 Plan best_plan(const Problem& p, const DeviceLimits& device, bool dots_given) {
@@ -277,7 +277,7 @@ Plan best_plan(const Problem& p, const DeviceLimits& device, bool dots_given) {
                ? plan
                : best_plan<Others...>(p, device, dots_given);
   } else {
-    static_assert(Traits::kPaths == Paths{}, "the last way is the measured one");
+    static_assert(Traits::kPaths == Paths{}, "the last path is the measured one");
     const Plan plan = plan_for<Traits>(p, device, dots_given);
     require(plan.shared_bytes <= device.shared_bytes || !plan.holds_channels,
             "a block needs " + std::to_string(plan.shared_bytes) + " bytes of shared memory, the device has " +
@@ -292,7 +292,7 @@ struct Kernel {
   Plan (*plan)(const Problem&, const DeviceLimits&, bool dots_given);
 };
 
-// The ways of one kind, the newest first.
+// The paths of one kind, the newest first.
 template <typename Traits, typename... Others>
 constexpr Kernel kernel() {
   static_assert(((Others::kKind == Traits::kKind) && ...), "one kind");

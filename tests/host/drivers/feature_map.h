@@ -189,7 +189,7 @@ Plan plan_for(KernelKind kind, Shape shape, Layout layout, int multiprocessors, 
   return make_plan(kind, problem, {multiprocessors, shared_bytes, paths}, dots_given);
 }
 
-// "", or "+full_machine": what newer ways add to the name of a case.
+// "", or "+full_machine": what newer paths add to the name of a case.
 inline std::string suffix_of(Paths paths) { return paths == Paths{} ? "" : "+" + names_of(paths); }
 
 // Runs a launch and checks what every launch must fulfil.

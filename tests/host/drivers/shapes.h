@@ -35,7 +35,7 @@ inline const std::vector<ShapeCase>& shape_cases() {
   return cases;
 }
 
-// For the newer ways, whose splits need not be equally long.
+// For the newer paths, whose splits need not be equally long.
 inline const ShapeCase& uneven_case() {
   static const ShapeCase uneven = {{2, 40, 1101}, 1, false, 0, "some splits have a tile more than others"};
   return uneven;

@@ -80,8 +80,8 @@ void let_next_launch_begin();
 inline void check_waited(const char* does, const void* address) {
   if (!current_place->waited) report_not_waited(does, address);
 }
-// A copy to shared memory that is done at once, later or when it is waited for, by the schedule; until it is waited for,
-// its target must not be touched.
+// A copy to shared memory that is done at once, later or when it is waited for, by the schedule; until it is waited
+// for, its target must not be touched.
 void stage(void* to, const void* from, std::size_t bytes);
 void await_staged(int site);
 void open_arena();
