@@ -7,9 +7,11 @@
 # pytest and ninja, and an nvcc; with pytest-xdist the tests run side by side, with matplotlib there are pictures, with
 # timm and torchvision whole models. BEFORE names the folder of another checkout, built for this GPU too: the step
 # `compare`, which only runs when it is named, times the kernels of both in turn, and the step `host`, what their calls
-# take the host. OUTPUT_FOLDER gets GPU-NAME.md, the result, brought up to date after every step, GPU-NAME.log with all
-# that was printed, and the benchmarks' own files. A step that fails does not keep the others from running; the exit
-# status is 1 if any failed. The steps are those in the list below, in that order, or the ones named.
+# take the host. The step `paths`, which only runs when it is named, too, times the newer ways of a launch beside the
+# measured ones; for their tests and sanitizers, set GC_CUDA_PATHS=all for those steps. OUTPUT_FOLDER gets GPU-NAME.md,
+# the result, brought up to date after every step, GPU-NAME.log with all that was printed, and the benchmarks' own
+# files. A step that fails does not keep the others from running; the exit status is 1 if any failed. The steps are
+# those in the list below, in that order, or the ones named.
 set -uo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PYTHON:-python3}
@@ -76,8 +78,8 @@ gpu_tests() {
 }
 
 # Seconds to expect of a step on an H100 with 16 cores. Build, environment and sanitizers were seen to take about that;
-# gpu-tests and counters nearly came to their end in less; lab, host and compare have never run, and the others end at a
-# limit.
+# gpu-tests and counters nearly came to their end in less; lab, host, compare and paths have never run, and the others
+# end at a limit.
 about() { # STEP
   case $1 in
     build) echo 80 ;;
@@ -88,6 +90,7 @@ about() { # STEP
     lab) echo 20 ;;
     host) echo $((${BEFORE:+4 *} 20)) ;;
     compare) echo 80 ;;
+    paths) echo 180 ;;
     report) echo 480 ;;
     *) echo 540 ;;
   esac
@@ -101,6 +104,19 @@ compare() { # BEFORE
     PYTHONPATH=$root "$python" "$root/bench/kernel_times.py" --output "$output/kernels-after.json" || return
   done
   "$python" bench/kernel_times.py --compare "$output/kernels-before.json" "$output/kernels-after.json"
+}
+
+# The kernels with each newer way of a launch, between two runs of the measured ones, of which the second counts.
+paths() {
+  local path list
+  list=$(GC_CUDA_PATHS=all "$python" -c 'import gc_cuda._C as c; print(c.chosen_paths().replace(",", " "))') || return
+  for path in none $list all none; do
+    GC_CUDA_PATHS=$path "$python" bench/kernel_times.py --output "$output/kernels-$path.json" || return
+  done
+  for path in $list all; do
+    printf '\n%s\n' "$path"
+    "$python" bench/kernel_times.py --compare "$output/kernels-none.json" "$output/kernels-$path.json"
+  done
 }
 
 # What a call takes the host; where there is another checkout, of both in turn, and the second of each counts.
@@ -140,6 +156,7 @@ run() { # STEP
       bench/lab.sh "$work/lab" "$capability" && "$work/lab" --json "$output/lab.json"
       ;;
     compare) compare "${BEFORE:?names the folder of the other checkout}" ;;
+    paths) paths ;;
     host) host ;;
     bench) latency float32 "$output/latency" ;;
     bench-half) latency float16 "$output/latency-float16" ;;
@@ -168,7 +185,7 @@ write_result() {
     printf '# %s\n\ncommit %s, %s\n\n' "$gpu" "$commit" "$(date -u '+%Y-%m-%d %H:%M UTC')"
     printf '| step | result | seconds | last line |\n|---|---|---|---|\n'
     cat "$work/rows"
-    for step in environment lab host compare bench bench-half bench-bfloat16 report; do
+    for step in environment lab host compare paths bench bench-half bench-bfloat16 report; do
       [[ ! -s $work/$step.out ]] || section "$step" "$work/$step.out"
     done
     for step in "${failed[@]}"; do

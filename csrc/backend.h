@@ -7,11 +7,14 @@
 //
 // and of passes, each planned from what decides on its work, so that the passes of a call share one allocation:
 //
-//   PoolForward(x, Weighting)                                 launch(PoolForwardCall, Lent)
+//   PoolForward(x, Weighting, transform_follows)              launch(PoolForwardCall, Lent), left()
 //   PoolBackward(x, PoolGradient, grad_x, grad)               launch(PoolBackwardCall, Lent)
 //   BroadcastBackward(x, grad, with_products, grad_x)         launch(BroadcastBackwardCall, Lent)
-//   TransformForward(x, branches)                             launch(TransformForwardCall, Lent)
+//   TransformForward(x, branches, Unmerged)                   launch(TransformForwardCall, Lent)
 //   TransformBackward(x, BackwardProblem, context)            launch(TransformBackwardCall, Lent)
+//
+// Where a transform follows, a pool may leave the context in parts, in its workspace. What left() then says is for the
+// transform, which merges them.
 //
 // wanted() says what launch() is to be lent. A pass refers to what it was made from, which must outlive it. A map of no
 // images wants nothing, and nothing is computed.
@@ -35,6 +38,12 @@ struct Wanted {
 struct Lent {
   void* workspace = nullptr;
   unsigned* counters = nullptr;
+};
+
+// What a pool leaves in its workspace for the transform to merge: the partial results of so many splits of an image.
+struct Unmerged {
+  int splits = 1;  // 1: nothing is left, and the pool's own results are complete
+  int chunks = 0;  // of channels, each with statistics of its own; 0: without a softmax there are none
 };
 
 struct PoolForwardCall {
@@ -62,6 +71,7 @@ struct PoolBackwardCall {
 };
 
 struct BroadcastCall {
+  bool first = true;      // launch of its operator
   Companion scale, term;  // [N, C], or absent
   void* out = nullptr;    // T like x
 };
@@ -79,6 +89,9 @@ struct TransformForwardCall {
   double eps;
   const KeptParts& kept;      // of which the context is given, and normalized and inverse_deviation are results
   std::array<void*, 2> outs;  // A [N, C] of each branch
+  // The pool before, and its workspace. Where that holds partial results, the state is a result, too.
+  const PoolForwardCall& pooled;
+  const void* partials;
 };
 
 struct TransformBackwardCall {

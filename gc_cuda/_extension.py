@@ -66,7 +66,8 @@ def _load() -> tuple[dict[str, str] | None, str, Exception | None]:
         return None, problem, None
     here = f"torch {torch.__version__}"
     try:
-        config: dict[str, str] = importlib.import_module("gc_cuda._C").build_config()
+        binary_module = importlib.import_module("gc_cuda._C")
+        config: dict[str, str] = binary_module.build_config()
     except (ImportError, OSError) as error:
         return (
             None,
@@ -75,7 +76,10 @@ def _load() -> tuple[dict[str, str] | None, str, Exception | None]:
             error,
         )
     _remember(binary)
-    return (None, problem, None) if (problem := _misfit(config, here)) else (config, "", None)
+    if problem := _misfit(config, here):
+        return None, problem, None
+    binary_module.chosen_paths()  # a wrong GC_CUDA_PATHS is a ValueError now, not at the first launch
+    return config, "", None
 
 
 def _misfit(config: dict[str, str], here: str) -> str:

@@ -102,12 +102,13 @@ struct BroadcastBackwardMemory {
 
 class PoolForward {
  public:
-  PoolForward(const FeatureMap& x, Weighting weighting)
+  PoolForward(const FeatureMap& x, Weighting weighting, bool /*transform_follows*/ = false)
       : x_(x),
         weighting_(weighting),
         shape_(weighting == Weighting::kUniform ? streaming(shape_of(x)) : shape_of(x)),
         plan_(plan_for(x, shape_)) {}
   Wanted wanted() const { return wanted_by<PoolForwardMemory>(x_, weighting_, shape_, plan_); }
+  static Unmerged left() { return {}; }
   void launch(const PoolForwardCall& call, Lent lent) const {
     const auto body = [&](auto zero, const auto& memory) {
       using T = decltype(zero);

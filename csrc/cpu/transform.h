@@ -338,7 +338,7 @@ struct TransformBackwardPass {
 
 class TransformForward {
  public:
-  TransformForward(const FeatureMap& x, const Branches& branches) : x_(x), branches_(branches) {}
+  TransformForward(const FeatureMap& x, const Branches& branches, const Unmerged&) : x_(x), branches_(branches) {}
   Wanted wanted() const { return wanted_by<TransformForwardMemory>(x_, branches_); }
   void launch(const TransformForwardCall& call, Lent lent) const {
     const auto body = [&](auto zero, const auto& memory) { transform<decltype(zero)>(x_, branches_, call, memory); };

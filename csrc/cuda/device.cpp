@@ -12,7 +12,8 @@ namespace gc::cuda {
 namespace {
 
 // maps: every feature map of the launch; their addresses decide on the width of loads and stores.
-Plan plan_for(KernelKind kind, const FeatureMap& x, std::initializer_list<const void*> maps, bool dots_given = false) {
+Plan plan_for(KernelKind kind, const FeatureMap& x, std::initializer_list<const void*> maps,
+              const Planning& planning = {}) {
   Problem problem{};
   problem.images = x.images();
   problem.channels = x.channels();
@@ -23,7 +24,7 @@ Plan plan_for(KernelKind kind, const FeatureMap& x, std::initializer_list<const 
     while (reinterpret_cast<uintptr_t>(map) % problem.alignment != 0) problem.alignment /= 2;
   }
   try {
-    return planned(kind, problem, x.tensor().device().index(), dots_given);
+    return planned(kind, problem, x.tensor().device().index(), planning);
   } catch (const std::invalid_argument& error) {
     TORCH_CHECK_VALUE(false, "x of shape ", x.tensor().sizes(), " is too large: ", error.what());
   }
@@ -79,14 +80,21 @@ void launch_pool(const FeatureMap& x, const Plan& plan, PoolForwardArgs args, Le
 
 class PoolForward {
  public:
-  PoolForward(const FeatureMap& x, Weighting weighting) : x_(x) {
+  PoolForward(const FeatureMap& x, Weighting weighting, bool transform_follows = false)
+      : x_(x), softmax_(weighting != Weighting::kUniform) {
     if (x.images() == 0) return;
-    plan_ = plan_for(kind_of(weighting), x, {x.data()});
+    Planning planning;
+    planning.merged_later = transform_follows;
+    plan_ = plan_for(kind_of(weighting), x, {x.data()}, planning);
     if (plan_.holds_channels) return;
     dots_ = plan_for(KernelKind::kPixelDot, x, {x.data()});
-    plan_ = plan_for(KernelKind::kPoolLogits, x, {x.data()});
+    plan_ = plan_for(KernelKind::kPoolLogits, x, {x.data()}, planning);
   }
   Wanted wanted() const { return {plan_.workspace, plan_.tickets}; }
+  Unmerged left() const {
+    if (!plan_.paths.has(Path::kLateMerge)) return {};
+    return {plan_.walk.splits, softmax_ ? plan_.chunks : 0};
+  }
   void launch(const PoolForwardCall& call, Lent lent) const {
     if (x_.images() == 0) return;
     PoolForwardArgs args{};
@@ -107,6 +115,7 @@ class PoolForward {
 
  private:
   const FeatureMap& x_;
+  bool softmax_;
   std::optional<Plan> dots_;
   Plan plan_{};
 };
@@ -119,7 +128,9 @@ class PoolBackward {
     plan_ = plan_for(kind_of(gradient), x, {x.data(), grad_x, grad});
     if (plan_.holds_channels) return;
     dots_ = plan_for(KernelKind::kPixelDot, x, {x.data()});
-    plan_ = plan_for(kind_of(gradient), x, {x.data(), grad_x, grad}, /*dots_given=*/true);
+    Planning planning;
+    planning.dots_given = true;
+    plan_ = plan_for(kind_of(gradient), x, {x.data(), grad_x, grad}, planning);
   }
   Wanted wanted() const { return {plan_.workspace + dots_elements(), plan_.tickets}; }
   void launch(const PoolBackwardCall& call, Lent lent) const {
@@ -207,7 +218,9 @@ struct Device {
     args.scale = call.scale;
     args.term = call.term;
     args.out = call.out;
-    C10_CUDA_CHECK(launch_broadcast(plan_for(KernelKind::kBroadcast, x, {args.x, args.out}), args, stream_of(x)));
+    Plan plan = plan_for(KernelKind::kBroadcast, x, {args.x, args.out});
+    if (call.first) plan.paths = plan.paths.without(Path::kEarlyStart);
+    C10_CUDA_CHECK(launch_broadcast(plan, args, stream_of(x)));
   }
 };
 

@@ -30,9 +30,9 @@ inline TransformProblem problem_of(const FeatureMap& x, const Branches& branches
 }
 
 inline TransformPlan plan_for(TransformPass pass, const FeatureMap& x, const TransformProblem& problem,
-                              TransformDepth depth) {
+                              TransformDepth depth, bool merges = false) {
   try {
-    return planned(pass, problem, x.tensor().device().index(), depth);
+    return planned(pass, problem, x.tensor().device().index(), depth, merges);
   } catch (const std::invalid_argument& error) {
     TORCH_CHECK_VALUE(false, "the transform beside x of shape ", x.tensor().sizes(), " is too large: ", error.what());
   }
@@ -56,12 +56,13 @@ std::vector<int> branches_that(const Lives& lives) {
 class TransformForward {
  public:
   // The context begins where memory does, but for two elements: in pairs.
-  TransformForward(const FeatureMap& x, const Branches& branches)
+  TransformForward(const FeatureMap& x, const Branches& branches, const Unmerged& left)
       : x_(x),
         branches_(branches),
+        left_(left),
         live_(branches_that([&](int b) { return branches.has(b); })),
         problem_(problem_of(x, branches, live_, true)),
-        plan_(plan_for(TransformPass::kForward, x, problem_, TransformDepth::kContext)) {}
+        plan_(plan_for(TransformPass::kForward, x, problem_, TransformDepth::kContext, left.splits > 1)) {}
   Wanted wanted() const { return {plan_.workspace, plan_.counters}; }
   void launch(const TransformForwardCall& call, Lent lent) const {
     TransformForwardArgs args{};
@@ -73,6 +74,7 @@ class TransformForward {
     args.activation = call.kinds.activation;
     args.context = call.kept.context;
     args.context_stride = x_.channels() + kStatistics;
+    if (left_.splits > 1) args.partial = partial_of(call);
     for (size_t i = 0; i < live_.size(); ++i) {
       const int b = live_[i];
       const Branch& given = branches_.each[b];
@@ -94,8 +96,24 @@ class TransformForward {
   }
 
  private:
+  // The workspace is that of launch_pool.
+  PartialContext partial_of(const TransformForwardCall& call) const {
+    PartialContext partial{};
+    partial.splits = left_.splits;
+    partial.pixels = static_cast<int>(x_.pixels());
+    partial.sums = call.partials;
+    if (left_.chunks > 0) {
+      partial.stats = after(call.partials, x_.images() * left_.splits * x_.channels(), x_.accumulation_bytes());
+      partial.stats_stride = int64_t{2} * left_.chunks * left_.splits;
+    }
+    partial.factor = call.pooled.factor;
+    partial.state = call.kept.state;
+    return partial;
+  }
+
   const FeatureMap& x_;
   const Branches& branches_;
+  Unmerged left_;
   std::vector<int> live_;  // the branches that take part
   TransformProblem problem_;
   TransformPlan plan_;

@@ -29,8 +29,9 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const OptionalTensor& mask_w
   Tensor memory = keep ? map.empty_accumulation({layout.elements}) : Tensor();
   if (map.images() == 0) return {std::move(out), std::move(memory)};
 
-  const typename Device::PoolForward pool(map, attention ? Weighting::kMask : Weighting::kUniform);
-  const typename Device::TransformForward transform(map, branches);
+  const typename Device::PoolForward pool(map, attention ? Weighting::kMask : Weighting::kUniform,
+                                          /*transform_follows=*/true);
+  const typename Device::TransformForward transform(map, branches, pool.left());
   const Wanted of_pool = pool.wanted(), of_transform = transform.wanted();
   Scratch scratch(map);
   void *kept_memory, *term, *pool_workspace, *transform_workspace;
@@ -54,9 +55,10 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const OptionalTensor& mask_w
   }
   pooling.state = kept.state;
   pool.launch(pooling, {pool_workspace, counters.get()});
-  const TransformForwardCall transforming{kinds, eps, kept, /*outs=*/{term, kept.scale}};
+  const TransformForwardCall transforming{kinds, eps, kept, /*outs=*/{term, kept.scale}, pooling, pool_workspace};
   transform.launch(transforming, {transform_workspace, counters.get()});
   BroadcastCall broadcasting;
+  broadcasting.first = false;
   broadcasting.scale = wide(kept.scale);
   broadcasting.term = wide(term);
   broadcasting.out = out.data_ptr();
@@ -142,6 +144,7 @@ std::vector<Tensor> global_context_backward(const Tensor& grad, const OptionalTe
     pool->launch(pooling, {pool_workspace, counters.get()});
   } else if (needs.context()) {
     BroadcastCall broadcasting;
+    broadcasting.first = false;
     broadcasting.scale = wide(kept.scale);
     broadcasting.term = wide(grad_context);
     broadcasting.out = grad_x.data_ptr();

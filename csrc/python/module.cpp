@@ -58,7 +58,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("build_config", &gc::build_config, "What was built: a dict of str.");
   gc::bind_reading(m);
   gc::bind_calls(m);
-  gc::chosen_paths();  // a wrong GC_CUDA_PATHS is an error now, and not at the first launch
 
   py::class_<gc::Plan>(m, "Plan", "How a kernel would be launched; print it.")
       .def_readonly("rows", &gc::Plan::rows)
@@ -88,6 +87,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         py::arg("dots_given") = false, py::arg("paths") = "none");
 
   py::class_<gc::TransformPlan>(m, "TransformPlan", "How a kernel of the transform would be launched; print it.")
+      .def_property_readonly("paths", [](const gc::TransformPlan& self) { return gc::names_of(self.paths); })
       .def_readonly("width", &gc::TransformPlan::width)
       .def_readonly("tile_images", &gc::TransformPlan::tile_images)
       .def_property_readonly(
@@ -122,4 +122,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         return paths ? std::optional(gc::names_of(*paths)) : std::nullopt;
       },
       "What choose_paths, or GC_CUDA_PATHS, has chosen; or None.");
+  m.def(
+      "paths_on", [](int compute_capability) { return gc::names_of(gc::paths_on(compute_capability)); },
+      "Which newer ways the launches of this process go on such a GPU.", py::arg("compute_capability"));
 }

@@ -44,7 +44,10 @@ PROBLEMS = {
 }
 
 
-@pytest.mark.parametrize("device", [V100, H200], ids=["V100", "H200"])
+DEVICES = {"V100": V100, "H200": H200, "H200, newer ways": {**H200, "paths": "all"}}
+
+
+@pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES)
 @pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS)
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_every_element_is_covered_once_within_the_limits_of_a_launch(kernel, problem, device):
@@ -335,3 +338,82 @@ def test_single_weights_are_loaded_where_pairs_do_not_fit():
 def test_a_transform_that_no_launch_can_serve_is_refused(problem, message):
     with pytest.raises(ValueError, match=message):
         transform_plan("forward", *problem)
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+@pytest.mark.parametrize("kernel", ["pool_mask", "pool_logits", "pool_uniform"])
+def test_a_pool_that_merges_late_leaves_a_row_for_each_split(kernel, layout):
+    for (images, channels, pixels), dtype in itertools.product(PROBLEMS.values(), BYTES):
+        if pixels > 1 << 20 or (kernel == "pool_mask" and channels > 2048):
+            continue
+        old = plan(kernel, images, channels, pixels, layout, dtype)
+        new = plan(kernel, images, channels, pixels, layout, dtype, paths="late_merge")
+        if old.splits == 1:
+            assert str(new) == str(old), "there is nothing to merge"
+            continue
+        assert (old.paths, new.paths) == ("none", "late_merge")
+        assert "; late_merge" in str(new) and "merged later" in str(new)
+        for name in ("splits", "tiles_per_split", "rows", "width", "chunks", "grid", "threads"):
+            assert getattr(new, name) == getattr(old, name), (old, new)
+        statistics = 0 if kernel == "pool_uniform" else 2 * new.chunks
+        assert new.tickets == 0 and new.workspace == images * new.splits * (channels + statistics), new
+        assert new.workspace <= old.workspace and new.shared_bytes < old.shared_bytes, (old, new)
+
+
+def test_a_pool_with_more_splits_than_a_transform_merges_at_once_merges_itself():
+    for parts in (2, 132, 256):
+        p = plan("pool_mask", 1, 512, 32 * parts, multiprocessors=1000, paths="late_merge")
+        assert p.splits == parts and p.paths == "late_merge", p
+    p = plan("pool_uniform", 1, 1, 1 << 28, paths="late_merge")
+    assert p.splits > 256 and p.paths == "none" and p.tickets > 0, p
+
+
+@pytest.mark.parametrize(
+    "kernel", [name for name in KERNELS if not name.startswith("pool_")] + ["pool_backward_block"]
+)
+def test_other_kernels_merge_as_before(kernel):
+    assert str(plan(kernel, 2, 512, 16800, paths="late_merge")) == str(plan(kernel, 2, 512, 16800))
+
+
+@pytest.mark.parametrize("problem", TRANSFORMS.values(), ids=TRANSFORMS)
+def test_a_transform_that_merges_late_has_a_phase_before(problem):
+    for dtype in ("float32", "float16"):
+        old = transform_plan("forward", *problem, dtype)
+        new = transform_plan("forward", *problem, dtype, paths="late_merge")
+        assert (old.paths, new.paths) == ("none", "late_merge") and str(new).endswith("; late_merge")
+        merging, *products = new.blocks
+        assert products == old.blocks and len(products) == 2, (old, new)
+        images, channels, _ = problem
+        assert merging == min(images * -(-channels // 32), 2 * 132), new
+        for name in ("width", "tile_images", "shares", "shared_bytes", "workspace"):
+            assert getattr(new, name) == getattr(old, name), (old, new)
+        old = transform_plan("backward", *problem, dtype)
+        assert str(transform_plan("backward", *problem, dtype, paths="late_merge")) == str(old)
+
+
+def test_launches_that_follow_another_of_their_operator_can_begin_early():
+    for kernel in KERNELS:
+        p = plan(kernel, 2, 512, 16800, paths="early_start")
+        early = kernel in {"broadcast", "pool_backward_block"}
+        assert p.paths == ("early_start" if early else "none"), p
+        assert str(p).endswith("; early_start") == early
+        assert str(p).removesuffix("; early_start") == str(plan(kernel, 2, 512, 16800))
+    assert plan("broadcast", 2, 2048, 1050, paths="early_start").paths == "early_start", "the flat form"
+    for direction in ("forward", "backward"):
+        p = transform_plan(direction, 2, 512, [32], paths="early_start")
+        assert p.paths == "early_start" and str(p).endswith("; early_start"), p
+        usual = transform_plan(direction, 2, 512, [32])
+        assert usual.paths == "none" and str(p) == f"{usual}; early_start"
+
+
+def test_what_a_gpu_cannot_do_is_not_chosen_for_it():
+    before = extension.chosen_paths()
+    try:
+        extension.choose_paths("all")
+        assert "early_start" in extension.paths_on(90).split(",")
+        assert "early_start" in extension.paths_on(120).split(",")
+        assert "early_start" not in extension.paths_on(89).split(",")
+        extension.choose_paths("none")
+        assert extension.paths_on(90) == "none"
+    finally:
+        extension.choose_paths(before)

@@ -8,6 +8,7 @@ compiled with AddressSanitizer, which sees a kernel leave an allocation of torch
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -62,18 +63,28 @@ def library() -> Path:
     )
 
 
-@pytest.mark.parametrize("test", TESTS)
-def test_binding(library: Path, test: str) -> None:
-    folder, name = test.split("/")
+def environment(library: Path, ways: str) -> dict[str, str]:
+    """That of a process in which the library's launches serve the CPU's tensors."""
     paths = [str(ROOT), str(BINDING), os.environ.get("PYTHONPATH", "")]
-    environment = {
+    return {
+        **os.environ,
         "GC_CUDA_BINDING": str(library),
         "GC_CUDA_DRY": "1",
+        "GC_CUDA_PATHS": ways,
         "PYTHONPATH": os.pathsep.join(paths),
         "LD_PRELOAD": ":".join(preloaded()),
         "ASAN_OPTIONS": "detect_leaks=0",
         "OMP_NUM_THREADS": "1",
     }
+
+
+# With newer ways of a launch: what they hand from one launch to the next.
+WAYS = [*((test, "none") for test in TESTS), ("blocks/blocks", "all")]
+
+
+@pytest.mark.parametrize(("test", "ways"), WAYS)
+def test_binding(library: Path, test: str, ways: str) -> None:
+    folder, name = test.split("/")
     plugins = ["-p", "on_the_host", "-p", "no:cacheprovider", "-p", "no:faulthandler", "-p", "no:xdist"]
     done = subprocess.run(
         [
@@ -91,7 +102,26 @@ def test_binding(library: Path, test: str) -> None:
         text=True,
         cwd=ROOT,
         timeout=TIMEOUT_S,
-        env={**os.environ, **environment},
+        env=environment(library, ways),
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     assert " passed" in done.stdout
+
+
+@pytest.mark.parametrize("ways", ["none", "early_start"])
+def test_the_first_launch_of_an_operator_waits_for_the_stream(library: Path, ways: str) -> None:
+    done = subprocess.run(
+        [sys.executable, str(BINDING / "early.py")],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=TIMEOUT_S,
+        env=environment(library, ways),
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    found = {what: int(number) for what, number in re.findall(r"^(.*) (\d+)$", done.stdout, re.MULTILINE)}
+    two = 2 if ways == "early_start" else 0
+    blocks = [f"{pooling} channel_{fusion}" for pooling in ("att", "avg") for fusion in ("add", "mul")]
+    expected = {f"{block} {direction}": two for block in blocks for direction in ("forward", "backward")}
+    expected |= {"many channels forward": two, "broadcast alone": 0, "pool alone": 0}
+    assert found == expected

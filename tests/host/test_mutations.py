@@ -1,7 +1,7 @@
-"""Every barrier and fence of the kernels is necessary: with any dropped, drivers of the race build fail.
+"""Every barrier, fence and wait of the kernels is necessary: without it, drivers of the race build fail.
 
 The sites are those of csrc/cuda/kernels/sites.h. With --drop-site a driver does what GC_DROP_SITE does,
-without compiling: the harness's barrier() or fence() returns at once for that site.
+without compiling: the harness's barrier(), fence() or wait_for_launch_before() returns at once for that site.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Drivers = Callable[[str, str], Driver]
 
 # One seed is enough: see runtime/race.h.
 ONE_SCHEDULE = ("--schedule", "random:2", "--first")
-REPORTS = ("data race", "uninitialised", "deadlock", "divergent barrier", "got")
+REPORTS = ("data race", "uninitialised", "deadlock", "divergent barrier", "early start", "in flight", "got")
 
 
 def sites() -> list[str]:

@@ -19,6 +19,9 @@ GOOD = (
     "shuffle_double",
     "shuffle_int",
     "copy",
+    "early",
+    "not_early",
+    "staged",
 )
 EVERY_BUILD = {
     "bad_alignment": r"misaligned: a vector of 16 bytes .* 4 bytes off",
@@ -30,7 +33,13 @@ EVERY_BUILD = {
     "bad_two_arenas": r"shared memory: a thread's second arena",
     "bad_block_of_2048": r"launch limits: 2048 threads a block",
     "bad_shared_64k": r"launch limits: 65536 bytes of dynamic shared memory",
+    "bad_never_awaited": r"in flight: block 0 .* ends before what it has staged is there",
+    "bad_staged_off_its_boundary": r"misaligned: a vector of 8 bytes .* 4 bytes off",
     "bad_grid_y": r"launch limits: grid.y = 65536",
+    "bad_early_load": r"early start: .* reads (x, byte \d+ of 256|memory) before it has waited",
+    "bad_early_write": r"early start: .* writes (out, byte \d+ of 256|memory) before it has waited",
+    "bad_early_ticket": r"early start: .* takes a ticket of (counter, byte 0 of 4|memory) before it has",
+    "bad_early_idle": r"early start: block 1 .* leaves without a wait",
 }
 ONE_BUILD = [
     ("asan", "bad_overrun", r"heap-buffer-overflow"),
@@ -48,7 +57,11 @@ ONE_BUILD = [
     ),
     ("race", "bad_shuffle_as_barrier", r"data race on shared array 0 of block 0"),
     ("race", "bad_read_of_output", r"uninitialised: .* reads out, byte \d+ of 256"),
+    ("race", "bad_early_read", r"in flight: .* reads shared array 0 of block 0"),
     ("race", "bad_input_written", r"write to an input: .* writes out"),
+    ("race", "bad_early_plain_read", r"early start: .* reads x, byte \d+ of 256 before it has waited"),
+    ("race", "bad_prefetch", r"out of bounds: .* prefetches x, byte \d+ of 256"),
+    ("asan", "bad_prefetch", r"out of bounds: a prefetch"),
 ]
 # Sites of the toy kernels, by their number in drivers/toy.cpp, and what is reported when they are dropped.
 DROPS = [
@@ -70,6 +83,10 @@ DROPS = [
         r"data race on shared array 0|uninitialised: .* shared array 0|data race on part",
     ),
     ("last_block_all_fence", 5, r"data race on part, .* the read by .* after the write by"),
+    ("early", 9, r"early start: .* reads x, byte \d+ of 256 before it has waited"),
+    ("staged", 6, r"in flight: .* reads shared array 0 of block 0"),
+    ("staged", 7, r"(in flight|uninitialised): .* reads shared array 0|data race on shared array 0"),
+    ("staged", 8, r"in flight: .* reads shared array 0|data race on shared array 0"),
 ]
 SCHEDULES = ("ascending:0", "reverse:1", "random:2", "random:3", "starvation:4", "starvation:5")
 
@@ -145,3 +162,12 @@ def test_unknown_names_are_errors(driver: Drivers) -> None:
     for arguments in (("--case", "nothing"), ("--schedule", "sideways"), ("--drop-site",), ("--quickly",)):
         code, output = driver("toy", "fast")(*arguments)
         assert code == 2, output
+
+
+@pytest.mark.needs_driver("toy", "fast")
+def test_copies_are_late_under_some_schedules(driver: Drivers) -> None:
+    """What is read too early is poison where copies are done later, and right where they are done at once."""
+    code, output = driver("toy", "fast")("--case", "bad_early_read")
+    assert code == 1, output
+    failed = re.findall(r"^FAIL bad_early_read, schedule (\S+): sum: got", output, re.MULTILINE)
+    assert 0 < len(failed) < len(SCHEDULES), output

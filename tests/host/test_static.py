@@ -58,6 +58,8 @@ def moves_vectors(kernel: str) -> bool:
 KNOWN_SPILLS = {
     ("gc::transform_forward<__half, 2>", "sm_120"): 32,
     ("gc::transform_forward<__nv_bfloat16, 2>", "sm_120"): 32,
+    ("gc::merging_transform_forward<__half, 2>", "sm_120"): 16,
+    ("gc::merging_transform_forward<__nv_bfloat16, 2>", "sm_120"): 16,
     ("gc::transform_backward<__half, 2>", "sm_70"): 24,
     ("gc::transform_backward<__nv_bfloat16, 2>", "sm_70"): 24,
 }
@@ -192,8 +194,24 @@ def test_hot_kernels_load_16_bytes(every_kernel: dict[str, Path], launch_file: s
         pytest.skip(str(error))
     hot = {kernel: text for kernel, text in code.items() if moves_vectors(kernel)}
     assert hot
-    narrow = [kernel for kernel, text in hot.items() if "LDG.E.128" not in text]
-    assert not narrow, f"no LDG.E.128 in {narrow}"
+    # Into registers, or into shared memory while the thread goes on.
+    narrow = [kernel for kernel, text in hot.items() if not re.search(r"LDG\.E\.128|LDGSTS\S*\.128", text)]
+    assert not narrow, f"no 16-byte loads in {narrow}"
+
+
+@pytest.mark.parametrize("launch_file", ["pool_backward", "pool_forward"])
+def test_staged_tiles_bypass_the_registers(every_kernel: dict[str, Path], launch_file: str) -> None:
+    cubins = list(every_kernel[launch_file].glob(f"*{DISASSEMBLED}*.cubin"))
+    try:
+        code = cudatools.disassemble(cubins[0])
+    except cudatools.Unavailable as error:
+        pytest.skip(str(error))
+    staged = {kernel: text for kernel, text in code.items() if kernel.endswith(", true>")}
+    assert len(staged) >= 20
+    through_registers = [kernel for kernel, text in staged.items() if "LDGSTS" not in text]
+    assert not through_registers
+    never_awaited = [kernel for kernel, text in staged.items() if "LDGDEPBAR" not in text]
+    assert not never_awaited
 
 
 def test_newer_ways_of_uniform_pooling_load_without_a_division(every_kernel: dict[str, Path]) -> None:

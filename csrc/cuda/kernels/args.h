@@ -19,7 +19,8 @@ struct PoolForwardArgs {
   void* state;             // A [N, C + 2] out, or null
   void* partial_context;   // A [N, rows, C]         workspace, splits > 1; rows = merged_rows(splits, group)
   void* partial_stats;     // A [N, chunks, rows, 2] workspace, splits > 1, but kUniform
-  unsigned* tickets;       // [N, chunks, merge_tickets(splits, group)], 0 before and after; splits > 1
+  // [N, chunks, merge_tickets(splits, group)], 0 before and after; splits > 1, unless they are merged later
+  unsigned* tickets;
 };
 
 struct PoolBackwardArgs {
@@ -78,6 +79,15 @@ struct PhaseGrid {
   int blocks[kMaxPhases];
 };
 
+// What a launch that begins early has come to the second-level cache before it waits: weights, which no launch of its
+// operator writes. Counted in cache lines on the host: what the kernel would compute for them costs it registers.
+inline constexpr int kCacheLine = 128;  // bytes
+struct Prefetches {
+  int count;  // 0 in any other launch
+  unsigned lines[4];
+  const void* begin[4];
+};
+
 // One branch of the context block, channel_add or channel_mul, with P = hidden units.
 struct TransformBranch {
   int hidden;
@@ -94,6 +104,17 @@ struct TransformBranch {
   void* out;                // A [N, C] out
 };
 
+// The partial results that pool_forward has left where the transform merges them (late_merge.h).
+struct PartialContext {
+  int splits;  // of an image
+  int pixels;
+  const void* sums;   // A [N, splits, C]
+  const void* stats;  // A, image n's [splits, 2] from n * stats_stride on, or null: no softmax
+  long long stats_stride;
+  double factor;  // of the sums, without a softmax
+  void* state;    // A [N, C + 2] out
+};
+
 struct TransformForwardArgs {
   PhaseGrid grid;
   unsigned* counters;  // [kPhaseCounters], 0 before and after
@@ -105,6 +126,8 @@ struct TransformForwardArgs {
   const void* context;  // A, image n's [C] from n * context_stride on
   long long context_stride;
   TransformBranch branch[2];
+  PartialContext partial;  // of merging_transform_forward, which computes the context from it
+  Prefetches prefetches;
 };
 
 struct TransformGradients {
@@ -141,6 +164,7 @@ struct TransformBackwardArgs {
   void* grad_context;  // A [N, C] out, or null
   CompanionOut zero;   // one element out, or null: the gradient of the mask's bias, whose shift the softmax ignores
   TransformGradients branch[2];
+  Prefetches prefetches;
 };
 
 }  // namespace gc

@@ -30,6 +30,7 @@ struct BroadcastTraits : KernelTraits {
   static constexpr int kWaves = kFullMachine ? 2 : 4;
   static constexpr bool kBackwards = true;
   static constexpr int kFlatRows = 8;
+  static constexpr Paths kPlannedPaths = Path::kEarlyStart;
   static constexpr bool kFlatOnly = kFullMachine;
   static constexpr int kMostThreads = kFullMachine ? 256 : kMaxThreads;
   static GC_BOTH int registers(int element_bytes) {
@@ -67,6 +68,7 @@ broadcast(const BroadcastArgs args) {
   using TileT = Tile<T, kLayout, kRows, kWidth>;
   static_assert(has_tile<BroadcastTraits<>>(kRows, kLayout, sizeof(T)), "no plan has such tiles");
   const typename TileT::Map map(args.walk);
+  port::wait_for_launch_before<kWaitBroadcast>();
 
   A scale[TileT::kChannels];
   A term[TileT::kChannels];
@@ -123,6 +125,7 @@ broadcast_flat(const BroadcastArgs args) {
   const T* const x = static_cast<const T*>(args.x) + channel0 * pixels;
   T* const out = static_cast<T*>(args.out) + channel0 * pixels;
   const unsigned tile_elements = kRows * kStep * port::block_threads();
+  port::wait_for_launch_before<kWaitBroadcastFlat>();
   for (int tile = first; tile < end; ++tile) {
     const unsigned begin = tile * tile_elements + port::thread_index() * kStep;
     PackedVector<T> rows[kRows];
@@ -166,6 +169,7 @@ broadcast_mul_backward(const BroadcastMulBackwardArgs args) {
   constexpr int kChannels = TileT::kChannels;
   using Traits = BroadcastMulBackwardTraits;
   static_assert(has_tile<Traits>(kRows, kLayout, sizeof(T)), "no plan has such tiles");
+  port::let_next_launch_begin();
   const typename TileT::Map map(args.walk);
 
   A scale[kChannels];

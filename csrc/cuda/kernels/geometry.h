@@ -41,16 +41,18 @@ struct TileShape {
 };
 
 // The work of a launch: every image's pixels in `splits` ranges of whole tiles, every tile's channels in chunks.
-// Block (image * splits + split, chunk) takes one split of one chunk: all splits but the last have tiles_per_split
-// tiles, or, where the plan took a newer way (paths.h), the first `longer` of them one more and no others. With
-// `backwards`, the first blocks to run take the last images, which a pass over x just before has left in the
-// second-level cache.
+// Block (image * splits + split, chunk) takes one split of one chunk. All splits but the last have tiles_per_split
+// tiles; where the plan took a newer path with a walk of its own (traits.h), the first `longer` of them have one more,
+// and the others tiles_per_split. With `backwards`, the first blocks to run take the last images, which a pass over x
+// just before has left in the second-level cache. With `merged_later`, the partial results of the splits are for
+// another launch to merge (late_merge.h), and `group` has all of an image's.
 struct Walk {
   int images, channels, pixels;
   int splits, tiles_per_split;
   int group;  // of partial results, see split_merge.h
   bool backwards;
-  // For newer ways, which do not divide before they load.
+  bool merged_later;
+  // For newer paths, which do not divide before they load.
   unsigned char fast_shift;  // fast_threads = 1 << fast_shift
   unsigned short longer;
   TileShape shape;
@@ -94,6 +96,8 @@ struct BlockTile {
   TileShape shape;
   int thread_channels, thread_pixels;  // what one thread holds
 
+  GC_BOTH int rows() const { return channels_are_fast(layout) ? thread_pixels : thread_channels; }
+  GC_BOTH int threads() const { return shape.fast_threads * shape.slow_threads; }
   GC_BOTH int channels() const { return thread_channels * channel_threads(layout, shape); }
   GC_BOTH int pixels() const { return thread_pixels * pixel_threads(layout, shape); }
   GC_BOTH int over_channels(int count) const { return over_channels_scratch(layout, shape, count); }
@@ -122,6 +126,10 @@ GC_BOTH int merge_tickets(int partials, int group) { return partials > group ? g
 GC_BOTH int staged_elements(int channels, int vectors, int element_bytes) {
   return channels * vectors + (vectors > 1 ? kVectorBytes / element_bytes : 0);
 }
+
+// A vector of a tile in shared memory; and the least bytes that a copy there moves while the thread goes on.
+struct alignas(kVectorBytes) VectorPlace {};
+inline constexpr int kLeastStaged = 4;
 
 // Stands for a block's shared memory (port::SharedArena) in a plan, and only counts: a kernel's traits take the same
 // arrays from it as the kernel.

@@ -43,6 +43,18 @@ struct alignas(sizeof(T) * kWidth) Vector {
   T value[kWidth];
 };
 
+// 2, 4, 8 or 16 bytes, whatever they mean.
+template <int kBytes>
+struct WordOf {
+  using Type = Vector<unsigned, kBytes / 4>;
+};
+template <>
+struct WordOf<2> {
+  using Type = Vector<unsigned short, 1>;
+};
+template <int kBytes>
+using Word = typename WordOf<kBytes>::Type;
+
 template <typename To, typename From>
 GC_DEVICE To bit_cast(From from) {
   static_assert(sizeof(To) == sizeof(From), "the same bits");

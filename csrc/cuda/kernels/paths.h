@@ -31,6 +31,11 @@ struct Paths {
     both.bits = bits | other.bits;
     return both;
   }
+  GC_BOTH Paths without(Paths others) const {
+    Paths rest;
+    rest.bits = bits & ~others.bits;
+    return rest;
+  }
   GC_BOTH bool operator==(Paths other) const { return bits == other.bits; }
 };
 

@@ -19,6 +19,9 @@
 // the registers cannot, `dots` brings gc . (x[:, s] - context) from pixel_dot. The weight gradient is summed over a
 // block's pixels in registers, over the blocks of all images by the last of them (split_merge.h).
 //
+// With Path::kStagedGrad, grad comes through shared memory: its tile is on the way while the dot products are computed,
+// and needs no registers until then. Otherwise it comes after them, as many rows at a time as there are registers for.
+//
 // Moves: x once, grad_x once, with kBlock grad once (N*C*S elements each), logits once (N*S accumulation type).
 #pragma once
 
@@ -28,9 +31,11 @@
 namespace gc {
 
 // The kinds. A partial result is the sums that are the weight gradient.
-template <PoolGradient kGradient_>
+template <PoolGradient kGradient_, Path... kNewer>
 struct PoolBackwardTraits : KernelTraits {
+  static constexpr Paths kPaths = Paths(kNewer...);
   static constexpr PoolGradient kGradient = kGradient_;
+  static constexpr bool kStagedGrad = kPaths.has(Path::kStagedGrad);
   static constexpr bool kMask = kGradient != PoolGradient::kLogits;
   static constexpr bool kBlock = kGradient == PoolGradient::kBlock;
 
@@ -40,16 +45,23 @@ struct PoolBackwardTraits : KernelTraits {
   static constexpr const char* kName = kBlock  ? "pool_backward_block"
                                        : kMask ? "pool_backward_mask"
                                                : "pool_backward_logits";
-  static constexpr int kTallRows = 16;
+  static_assert(kBlock || !kStagedGrad, "only a block's gradient has grad");
+  static constexpr int kLeastAccess = kStagedGrad ? kLeastStaged : 1;
+  static constexpr int kTallRows = kStagedGrad ? 0 : 16;
   static constexpr bool kWholeChannels = true;
   static constexpr bool kBackwards = true;
+  static constexpr Paths kPlannedPaths = kBlock ? Paths(Path::kEarlyStart) : Paths();
   static constexpr Merge kMerge = kMask ? Merge::kAll : Merge::kNone;
   static constexpr int kPartialVectors = kMask ? 1 : 0;
 
   // As measured on an H100. A tile of 16 rows leaves no registers to fetch more than one row of the gradient at a time.
   static constexpr TileChoice kChoices[] = {{8, 256, kLongRow},  {8, 512, kLongRow}, {16, 512, kLongRow},
                                             {16, 512, kFairRow}, {16, 512, 0},       {8, 512, 0}};
-  static GC_BOTH TileChoices choices(int /*element_bytes*/) { return kChoices; }
+  // Staged, grad waits for no registers, and beside a tall tile there are too few for its addresses.
+  static constexpr TileChoice kChoicesOfStaged[] = {{8, 256, kLongRow}, {8, 512, 0}};
+  static GC_BOTH TileChoices choices(int /*element_bytes*/) {
+    return kStagedGrad ? TileChoices(kChoicesOfStaged) : TileChoices(kChoices);
+  }
 
   // Of each channel, side by side: grad_context, the context, the mask weight, the scale.
   static constexpr int kStaged = kBlock ? 4 : kMask ? 3 : 2;
@@ -58,6 +70,7 @@ struct PoolBackwardTraits : KernelTraits {
     const int threads = channel_threads(tile.layout, tile.shape);
     arena.take<A>(staged_elements(tile.thread_channels, kStaged, sizeof(A)) * threads);  // staged
     if (!dots_given) arena.take<A>(2 * tile.over_channels(tile.thread_pixels));          // dots
+    if (kStagedGrad) arena.take<VectorPlace>(tile.rows() * tile.threads());              // grad_places
     if (kMask) arena.take<A>(tile.over_pixels(tile.thread_channels));                    // sum_scratch
     if (kMask) arena.take<int>(1);                                                       // flag
   }
@@ -78,20 +91,20 @@ inline constexpr int kGradRows = kRows > 8        ? 1
                                  : sizeof(T) == 2 ? 4
                                                   : kRows;
 
-template <typename T, Layout kLayout, int kRows, int kWidth, PoolGradient kGradient>
+template <typename T, Layout kLayout, int kRows, int kWidth, typename Traits>
 GC_KERNEL(kMaxThreads, 1)
 pool_backward(const PoolBackwardArgs args) {
   using A = Acc<T>;
-  using TileT = Tile<T, kLayout, kRows, kWidth>;
+  using TileT = TileOf<Traits, T, kLayout, kRows, kWidth>;
   constexpr int kChannels = TileT::kChannels;
   constexpr int kPixels = TileT::kPixels;
-  using Traits = PoolBackwardTraits<kGradient>;
   constexpr bool kMask = Traits::kMask;
   constexpr bool kBlock = Traits::kBlock;
   constexpr int kStaged = Traits::kStaged;
   static_assert(has_tile<Traits>(kRows, kLayout, sizeof(T)), "no plan has such tiles");
 
   const typename TileT::Map map(args.walk);
+  if constexpr (kBlock) port::wait_for_launch_before<kWaitPoolBackward>();
   const A* const state = static_cast<const A*>(args.state) + map.state0();
   const A m = state[0];
   const A inverse_z = A(1) / state[1];
@@ -100,6 +113,8 @@ pool_backward(const PoolBackwardArgs args) {
   A* staged = arena.take<A>(staged_elements(kChannels, kStaged, sizeof(A)) * channel_threads(kLayout, map.shape));
   const int dot_count = over_channels_scratch(kLayout, map.shape, kPixels);
   const ScratchInTurn<A> dots{arena.take<A>(args.dots == nullptr ? 2 * dot_count : 0), dot_count};
+  typename TileT::Place* grad_places = nullptr;
+  if constexpr (Traits::kStagedGrad) grad_places = arena.take<typename TileT::Place>(TileT::places());
   stage_channels<kStaged>(map, staged, [&](int c) { return read<T>(args.grad_context, map.channels0() + c); });
   stage_channels<kStaged>(map, staged + 1, [&](int c) { return state[kStatistics + c]; });
   if constexpr (kMask) stage_channels<kStaged>(map, staged + 2, [&](int c) { return read<T>(args.mask_weight, c); });
@@ -119,6 +134,11 @@ pool_backward(const PoolBackwardArgs args) {
 
   for (int tile_index = map.first_tile; tile_index < map.end_tile; ++tile_index) {
     const int pixel0 = tile_index * map.tile_pixels();
+    if constexpr (Traits::kStagedGrad) {
+      if (args.grad_x != nullptr) {
+        TileT::stage(grad_places, static_cast<const T*>(args.grad) + map.image0(), map, pixel0);
+      }
+    }
     TileT tile;
     tile.load(static_cast<const T*>(args.x) + map.image0(), map, pixel0);
 
@@ -169,16 +189,21 @@ pool_backward(const PoolBackwardArgs args) {
         }
       }
     }
+    if constexpr (Traits::kStagedGrad) port::await_staged<kAwaitGrad>();
     // Row by row, each stored when it is done: its registers are free for the next.
-    constexpr int kStep = kGradRows<T, kRows>;
+    constexpr int kStep = Traits::kStagedGrad ? 1 : kGradRows<T, kRows>;
     GC_UNROLL
     for (int r0 = 0; r0 < kRows; r0 += kStep) {
       PackedVector<T> grad_rows[kStep] = {};
       if constexpr (kBlock) {
         if (args.grad_x != nullptr) {
-          const T* const grad = static_cast<const T*>(args.grad) + map.image0();
-          GC_UNROLL
-          for (int i = 0; i < kStep; ++i) TileT::load_row(grad_rows[i], grad, map, pixel0, r0 + i);
+          if constexpr (Traits::kStagedGrad) {
+            TileT::take_row(grad_rows[0], grad_places, r0);
+          } else {
+            const T* const grad = static_cast<const T*>(args.grad) + map.image0();
+            GC_UNROLL
+            for (int i = 0; i < kStep; ++i) TileT::load_row(grad_rows[i], grad, map, pixel0, r0 + i);
+          }
         }
       }
       GC_UNROLL

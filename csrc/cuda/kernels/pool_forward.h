@@ -13,7 +13,10 @@
 // kMask the one chunk holds all channels). Every thread keeps kRows vectors of x and a running (m, z, sums over its
 // pixels); threads of the same pixels agree bit for bit, for they read the same dot products. At the end the block
 // combines its pixel threads and writes (m, z, sums) as the partial result of its split. The last blocks of an image
-// and chunk merge the partial results in order (split_merge.h).
+// and chunk merge the partial results in order (split_merge.h), unless the transform that follows does (late_merge.h).
+//
+// With Path::kTilesAhead (and a mask), a tile comes through shared memory: the next one is on the way while the block
+// works on this one, the first while the mask weights are fetched. Otherwise it waits for each.
 //
 // Moves: x once (N*C*S elements), logits once (N*S accumulation type, read or written), N*splits*(C + 2) values of
 // partial results.
@@ -36,8 +39,12 @@ struct PoolForwardTraits : KernelTraits {
                                       : kSoftmax ? KernelKind::kPoolLogits
                                                  : KernelKind::kPoolUniform;
   static constexpr const char* kName = kMask ? "pool_mask" : kSoftmax ? "pool_logits" : "pool_uniform";
+  static constexpr bool kTilesAhead = kPaths.has(Path::kTilesAhead);
+  static_assert(kMask || !kTilesAhead, "other tiles are not waited for at a barrier");
+  static constexpr int kLeastAccess = kTilesAhead ? kLeastStaged : 1;
   static constexpr int kTallRows = kMask ? 16 : 0;
   static constexpr bool kWholeChannels = kMask;
+  static constexpr Paths kPlannedPaths = Path::kLateMerge;
   static constexpr Merge kMerge = Merge::kImage;
   static constexpr int kPartialVectors = 1;
   static constexpr int kPartialValues = kSoftmax ? 2 : 0;
@@ -66,12 +73,14 @@ struct PoolForwardTraits : KernelTraits {
 
   template <typename A>
   static GC_BOTH void take_shared(CountingArena& arena, const BlockTile& tile, const Walk& walk, bool /*dots_given*/) {
-    if (kMask) arena.take<A>(tile.channels());                             // the mask weights
-    if (kMask) arena.take<A>(2 * tile.over_channels(tile.thread_pixels));  // dots
-    if (kSoftmax) arena.take<A>(tile.over_pixels(1));                      // max_scratch
-    arena.take<A>(tile.over_pixels(tile.thread_channels + 1));             // sum_scratch
-    if (walk.splits > 1) arena.take<int>(1);                               // flag
-    if (kSoftmax && walk.splits > 1) arena.take<A>(3 * merged_at_most(walk.splits, walk.group));
+    if (kMask) arena.take<A>(tile.channels());                               // the mask weights
+    if (kMask) arena.take<A>(2 * tile.over_channels(tile.thread_pixels));    // dots
+    if (kTilesAhead) arena.take<VectorPlace>(tile.rows() * tile.threads());  // places
+    if (kSoftmax) arena.take<A>(tile.over_pixels(1));                        // max_scratch
+    arena.take<A>(tile.over_pixels(tile.thread_channels + 1));               // sum_scratch
+    if (walk.splits == 1 || walk.merged_later) return;
+    arena.take<int>(1);  // flag
+    if (kSoftmax) arena.take<A>(3 * merged_at_most(walk.splits, walk.group));
   }
 };
 
@@ -155,16 +164,22 @@ pool_forward(const PoolForwardArgs args) {
   static_assert(has_tile<Traits>(kRows, kLayout, sizeof(T)), "no plan has such tiles");
   static_assert(has_width<Traits>(kWidth, kElements<T>), "no plan has such loads");
 
+  port::let_next_launch_begin();
   const typename TileT::Map map(args.walk);
   const T* const x = static_cast<const T*>(args.x) + map.image0();
 
   port::SharedArena arena;
   A* weight = nullptr;
   ScratchInTurn<A> dots{nullptr, over_channels_scratch(kLayout, map.shape, kPixels)};
+  typename TileT::Place* places = nullptr;
   A bias = 0;
   if constexpr (Traits::kMask) {
     weight = arena.take<A>(map.tile_channels());
     dots.areas = arena.take<A>(2 * dots.count);
+    if constexpr (Traits::kTilesAhead) {
+      places = arena.take<typename TileT::Place>(TileT::places());
+      TileT::stage(places, x, map, map.first_tile * map.tile_pixels());
+    }
     stage_channels(map, weight, [&](int channel) { return read<T>(args.mask_weight, channel); });
     if (args.mask_bias.data != nullptr) bias = read<T>(args.mask_bias, 0);
     port::sync_block<kSyncStaged>();
@@ -179,7 +194,13 @@ pool_forward(const PoolForwardArgs args) {
   for (int tile_index = map.first_tile; tile_index < map.end_tile; ++tile_index) {
     const int pixel0 = tile_index * map.tile_pixels();
     TileT tile;
-    tile.load(x, map, pixel0);
+    if constexpr (Traits::kTilesAhead) {
+      port::await_staged<kAwaitTile>();
+      tile.take(places);
+      if (tile_index + 1 < map.end_tile) TileT::stage(places, x, map, pixel0 + map.tile_pixels());
+    } else {
+      tile.load(x, map, pixel0);
+    }
 
     A a[kPixels];  // logits, then attention relative to m
     if constexpr (Traits::kMask) {
@@ -281,6 +302,7 @@ pool_forward(const PoolForwardArgs args) {
       stats[1] = z;
     }
   }
+  if (args.walk.merged_later) return;
   int* const flag = arena.take<int>(1);
   const int most = merged_at_most(args.walk.splits, args.walk.group);
   A* const merged = arena.take<A>(Traits::kSoftmax ? 3 * most : 0);

@@ -5,7 +5,7 @@
 // With GC_HOST_RUN defined, host_runtime.h (tests/host) supplies the same names on fibers.
 #pragma once
 
-// A barrier or fence with this number is compiled out (the mutation test of tests/host proves each one necessary).
+// A barrier, fence or wait with this number is compiled out (the mutation test of tests/host proves each necessary).
 #ifndef GC_DROP_SITE
 #define GC_DROP_SITE -1
 #endif
@@ -53,12 +53,43 @@ GC_DEVICE T shuffle_xor(T value, int lane_mask) {
   return __shfl_xor_sync(0xffffffffu, value, lane_mask);
 }
 
+// The value of that lane, the same one for the whole warp.
+template <typename T>
+GC_DEVICE T shuffle(T value, int lane) {
+  return __shfl_sync(0xffffffffu, value, lane);
+}
+
 // Takes the next ticket: returns the counter's old value. Relaxed: it does not order other accesses.
 GC_DEVICE unsigned take_ticket(unsigned* counter) { return atomicAdd(counter, 1u); }
 
 // Waits until the counter is at least `value`. Relaxed, as take_ticket. Only for what blocks that run already will do.
 GC_DEVICE void wait_for(const unsigned* counter, unsigned value) {
   while (*static_cast<const volatile unsigned*>(counter) < value) __nanosleep(32);
+}
+
+// Launches that overlap (Path::kEarlyStart): from sm_90 on a launch may begin while the one before it ends.
+#if __CUDA_ARCH__ >= 900
+inline constexpr bool kLaunchesOverlap = true;
+#else
+inline constexpr bool kLaunchesOverlap = false;
+#endif
+
+// In a launch that has begun early: returns when the launch before is complete and this thread sees all that it wrote.
+// In any other launch at once. A launch after this one knows of the launches before only through this one, so no thread
+// may leave without it.
+template <int Site>
+GC_DEVICE void wait_for_launch_before() {
+  if constexpr (kLaunchesOverlap && Site != GC_DROP_SITE) asm volatile("griddepcontrol.wait;" ::: "memory");
+}
+
+// When every block of this launch has come here or has left, the next launch may begin, if it is one that begins early.
+GC_DEVICE void let_next_launch_begin() {
+  if constexpr (kLaunchesOverlap) asm volatile("griddepcontrol.launch_dependents;");
+}
+
+// Has the cache line of this address come to the second-level cache. Allowed before wait_for_launch_before.
+GC_DEVICE void prefetch_line(const void* address) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(address)));
 }
 
 // Dynamic shared memory, handed out array by array in the same order by every thread of the block. Its
@@ -82,6 +113,38 @@ class SharedArena {
 template <typename V>
 GC_DEVICE V load_global(const V* address) {
   return *address;
+}
+
+// Starts to copy kBytes from global to shared memory, both aligned to as many, and takes no registers meanwhile. What
+// it writes may be read after the await_staged that follows, by other threads after a barrier then. Before sm_80 it is
+// done at once.
+template <int kBytes>
+GC_DEVICE void stage(void* shared, const void* global) {
+  static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16, "a copy has 4, 8 or 16 bytes");
+#if __CUDA_ARCH__ >= 800
+  const unsigned to = static_cast<unsigned>(__cvta_generic_to_shared(shared));
+  if constexpr (kBytes == 16) {  // past the first-level cache
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(global), "n"(kBytes) : "memory");
+  }
+#else
+  if constexpr (kBytes == 16) {
+    *static_cast<uint4*>(shared) = *static_cast<const uint4*>(global);
+  } else if constexpr (kBytes == 8) {
+    *static_cast<uint2*>(shared) = *static_cast<const uint2*>(global);
+  } else {
+    *static_cast<unsigned*>(shared) = *static_cast<const unsigned*>(global);
+  }
+#endif
+}
+
+// Waits until all that this thread has staged is there.
+template <int Site>
+GC_DEVICE void await_staged() {
+#if __CUDA_ARCH__ >= 800
+  if constexpr (Site != GC_DROP_SITE) asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
 }
 
 // For data that no kernel reads again soon: first to leave the caches.

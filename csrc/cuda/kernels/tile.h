@@ -162,6 +162,31 @@ class Tile {
     for (int k = 0; k < kVectorBytes / 4; ++k) row.word[k] = 0;
     each_access(map, pixel0, r, [&](int e, int offset) { row.template load<kWidth>(e, image + offset); });
   }
+
+  // A tile on its way through shared memory: every thread has places for vectors of its own there, which no other
+  // thread reads. So a thread may refill them as soon as it has taken what was there.
+  using Place = Vector<unsigned, kVectorBytes / 4>;
+  GC_DEVICE static int places() { return kRows * port::block_threads(); }
+  GC_DEVICE static void stage(Place* places, const T* image, const Map& map, int pixel0) {
+    GC_UNROLL_BY(2)  // as a whole, its addresses take registers that a tall tile does not leave
+    for (int r = 0; r < kRows; ++r) {
+      T* const place = reinterpret_cast<T*>(places + place_of(r));
+      each_access(
+          map, pixel0, r, [&](int e, int offset) { port::stage<kWidth * sizeof(T)>(place + e, image + offset); },
+          [&](int e) { *reinterpret_cast<Word<kWidth * sizeof(T)>*>(place + e) = {}; });
+    }
+  }
+  // After port::await_staged.
+  GC_DEVICE static void take_row(PackedVector<T>& row, const Place* places, int r) {
+    const Place place = places[place_of(r)];
+    GC_UNROLL
+    for (int k = 0; k < kVectorBytes / 4; ++k) row.word[k] = place.value[k];
+  }
+  GC_DEVICE void take(const Place* places) {
+    GC_UNROLL
+    for (int r = 0; r < kRows; ++r) take_row(rows_[r], places, r);
+  }
+
   // What lies outside the image is not written.
   GC_DEVICE void store_row(T* image, const Map& map, int pixel0, int r) const {
     each_access(map, pixel0, r, [&](int e, int offset) { rows_[r].template store<kWidth>(e, image + offset); });
@@ -172,26 +197,37 @@ class Tile {
   }
 
  private:
-  // Calls body(element within the vector, offset within the image) for the loads or stores of row r inside the image.
-  template <typename Body>
-  GC_DEVICE static void each_access(const Map& map, int pixel0, int r, const Body& body) {
+  GC_DEVICE static int place_of(int r) { return r * port::block_threads() + port::thread_index(); }
+
+  // Calls body(element within the vector, offset within the image) for the loads or stores of row r inside the image,
+  // and outside(element within the vector) for the others.
+  template <typename Body, typename Outside>
+  GC_DEVICE static void each_access(const Map& map, int pixel0, int r, const Body& body, const Outside& outside) {
     unsigned row_step = map.shape.slow_threads;
     port::forget(row_step);  // otherwise every row's offset and predicate would stay in registers from tile to tile
     const int row = map.row(pixel0, 0) + r * static_cast<int>(row_step);
-    if (row >= map.rows()) return;
+    if (row >= map.rows()) {
+      GC_UNROLL
+      for (int e = 0; e < kElements<T>; e += kWidth) outside(e);
+      return;
+    }
     const int element = map.element(pixel0);
     const int offset = row * map.row_extent() + element;
     [[maybe_unused]] unsigned threads = map.shape.fast_threads;
     if constexpr (Map::kNeighbours) port::forget(threads);  // or else its multiples would
     GC_UNROLL
     for (int e = 0; e < kElements<T>; e += kWidth) {
-      if constexpr (Map::kNeighbours) {
-        const int step = e * static_cast<int>(threads);
-        if (element + step < map.row_extent()) body(e, offset + step);
+      const int step = Map::kNeighbours ? e * static_cast<int>(threads) : e;
+      if (element + step < map.row_extent()) {
+        body(e, offset + step);
       } else {
-        if (element + e < map.row_extent()) body(e, offset + e);
+        outside(e);
       }
     }
+  }
+  template <typename Body>
+  GC_DEVICE static void each_access(const Map& map, int pixel0, int r, const Body& body) {
+    each_access(map, pixel0, r, body, [](int) {});
   }
 
   PackedVector<T> rows_[kRows];
@@ -199,7 +235,7 @@ class Tile {
 
 // The tile of an instantiation with these traits.
 template <typename Traits, typename T, Layout kLayout, int kRows, int kWidth>
-using TileOf = Tile<T, kLayout, kRows, kWidth, !(Traits::kPaths == Paths{}), Traits::kNeighbours>;
+using TileOf = Tile<T, kLayout, kRows, kWidth, has_planned_walk<Traits>(), Traits::kNeighbours>;
 
 // Two areas of scratch that tiles use in turn. One barrier a tile is then enough: a thread that writes an area again
 // has passed the barrier of the tile between, after which nobody reads what was there.

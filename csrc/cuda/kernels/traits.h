@@ -70,6 +70,12 @@ GC_BOTH int resident_blocks(int threads, int registers) {
 struct KernelTraits {
   // The newer ways that its instantiations go. A plan chooses among those of one kind.
   static constexpr Paths kPaths = {};
+  // Those of the newer paths that take no instantiation of their own: the plan says to the launch or to the kernel
+  // whether it takes them. With Path::kEarlyStart, every thread waits for the launch before as its first access to
+  // memory.
+  static constexpr Paths kPlannedPaths = {};
+  // The least bytes of an access that they make sense for.
+  static constexpr int kLeastAccess = 1;
   // What a kernel is compiled for: threads of a block, and registers of a thread.
   static constexpr int kMostThreads = kMaxThreads;
   static GC_BOTH int registers(int /*element_bytes*/) { return kRegistersOfThread; }
@@ -114,10 +120,17 @@ GC_BOTH bool has_tall_tiles(Layout layout, int element_bytes) {
   return Traits::kTallRows > 0 && layout == Layout::kNCHW && element_bytes == 4;
 }
 
+// Are a block's tiles those of PlannedBlock (tile.h)? The splits of the others are cut as they were measured.
+template <typename Traits>
+GC_BOTH bool has_planned_walk() {
+  return !(Traits::kPaths == Paths{});
+}
+
 // Is there an instantiation of the kernel for loads of so many of the elements of a vector?
 template <typename Traits>
 GC_BOTH bool has_width(int width, int elements) {
-  return !Traits::kNeighbours || width < elements;
+  const bool wide_enough = width * kVectorBytes / elements >= Traits::kLeastAccess;
+  return wide_enough && (!Traits::kNeighbours || width < elements);
 }
 
 // Is there an instantiation of the kernel for tiles of this height?

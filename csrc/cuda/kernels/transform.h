@@ -97,6 +97,18 @@ GC_DEVICE A sum_in_chains(int first, int end, int step, const Value& value) {
   return sum;
 }
 
+// Every block takes its share of the lines.
+GC_DEVICE void prefetch_share(const Prefetches& wanted) {
+  GC_UNROLL_BY(1)
+  for (int i = 0; i < wanted.count; ++i) {
+    GC_UNROLL_BY(1)
+    for (unsigned line = port::block_x() * kTransformThreads + port::thread_index(); line < wanted.lines[i];
+         line += port::grid_x() * kTransformThreads) {
+      port::prefetch_line(static_cast<const char*>(wanted.begin[i]) + static_cast<long long>(line) * kCacheLine);
+    }
+  }
+}
+
 template <typename A>
 GC_DEVICE A warp_sum(A value) {
   GC_UNROLL

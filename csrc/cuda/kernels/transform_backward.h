@@ -310,8 +310,11 @@ template <typename T, int kSteps>
 GC_KERNEL(kTransformThreads, 2)
 transform_backward(const TransformBackwardArgs args) {
   using A = Acc<T>;
+  port::let_next_launch_begin();
   port::SharedArena arena;
   const TransformBackwardShared<A> shared(arena, kSteps);
+  if constexpr (port::kLaunchesOverlap) prefetch_share(args.prefetches);
+  port::wait_for_launch_before<kWaitTransformBackward>();
   ImageSums<T, kSteps> image_sums(args.images, shared.slab.image_sums);
   if (args.zero.data != nullptr && port::block_x() == 0 && port::thread_index() == 0) write<T>(args.zero, 0, A(0));
   const Phase phase(args.grid, args.counters, shared.ticket);

@@ -12,12 +12,13 @@
 // Decomposition: two phases (phases.h), the products with W1 and those with W2. Both cut rows x images into tiles,
 // which blocks take one after the other. In a tile, a warp multiplies a few rows with a few images' vectors; where
 // there are few tiles, several warps share the length of the rows. In the second phase every block computes the norm of
-// its tile's images for itself.
+// its tile's images for itself. merging_transform_forward has a phase before, which computes the context from the
+// partial results of the pooling (late_merge.h).
 //
 // Moves: W1 and W2 once from memory; context and h from the second-level cache, once for each row of tiles.
 #pragma once
 
-#include "transform.h"
+#include "late_merge.h"
 
 namespace gc {
 
@@ -270,19 +271,12 @@ GC_DEVICE void normalize(const TransformForwardArgs& args, const TransformBranch
   }
 }
 
-// kWidth: elements moved by one load of a weight.
+// A phase of products, with W1 if it is the first, or with W2.
 template <typename T, int kWidth>
-GC_KERNEL(kTransformThreads, 2)
-transform_forward(const TransformForwardArgs args) {
+GC_DEVICE void multiply_tiles(const TransformForwardArgs& args, const Phase& phase, bool is_first,
+                              const TransformForwardShared<Acc<T>>& shared) {
   using A = Acc<T>;
-  const int hidden_max = args.branches > 1 && args.branch[1].hidden > args.branch[0].hidden ? args.branch[1].hidden
-                                                                                            : args.branch[0].hidden;
-  port::SharedArena arena;
-  const TransformForwardShared<A> shared(arena, args.tile_images * hidden_max);
-  const Phase phase(args.grid, args.counters, shared.ticket);
-  phase.await_previous();
-
-  const PhaseTiles tiles(args, phase.number() == 0);
+  const PhaseTiles tiles(args, is_first);
   const int count = tiles.count();
   // A block takes neighbouring tiles, which have the same images as far as possible.
   const int first = static_cast<int>(static_cast<long long>(count) * phase.block() / phase.blocks());
@@ -295,7 +289,7 @@ transform_forward(const TransformForwardArgs args) {
     A* const scratch = shared.scratch_of(index);
     Product<A> product;
     product.images = tile.images;
-    if (phase.number() == 0) {
+    if (is_first) {
       product.matrix = branch.w1;
       product.rows = branch.hidden;
       product.count = args.channels;
@@ -327,7 +321,41 @@ transform_forward(const TransformForwardArgs args) {
       });
     }
   }
+}
+
+// kMerging: with the merge of the partial results as the first phase.
+template <typename T, int kWidth, bool kMerging>
+GC_DEVICE void transform_phases(const TransformForwardArgs& args) {
+  using A = Acc<T>;
+  const int hidden_max = args.branches > 1 && args.branch[1].hidden > args.branch[0].hidden ? args.branch[1].hidden
+                                                                                            : args.branch[0].hidden;
+  port::let_next_launch_begin();
+  port::SharedArena arena;
+  const TransformForwardShared<A> shared(arena, args.tile_images * hidden_max);
+  if constexpr (port::kLaunchesOverlap) prefetch_share(args.prefetches);
+  port::wait_for_launch_before<kWaitTransformForward>();
+  const Phase phase(args.grid, args.counters, shared.ticket);
+  phase.await_previous();
+  if (kMerging && phase.number() == 0) {
+    merge_late(args.partial, args.images, args.channels, phase.block(), phase.blocks(), shared.scratch);
+  } else {
+    const int first_product = kMerging ? args.grid.phases - 2 : 0;  // the phase; the second product is the last
+    multiply_tiles<T, kWidth>(args, phase, phase.number() == first_product, shared);
+  }
   phase.finish();
+}
+
+// kWidth: elements moved by one load of a weight.
+template <typename T, int kWidth>
+GC_KERNEL(kTransformThreads, 2)
+transform_forward(const TransformForwardArgs args) {
+  transform_phases<T, kWidth, false>(args);
+}
+
+template <typename T, int kWidth>
+GC_KERNEL(kTransformThreads, 2)
+merging_transform_forward(const TransformForwardArgs args) {
+  transform_phases<T, kWidth, true>(args);
 }
 
 }  // namespace gc

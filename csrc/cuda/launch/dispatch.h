@@ -6,6 +6,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime_api.h>
 
+#include "cuda/kernels/args.h"
 #include "cuda/kernels/numeric.h"
 #include "cuda/launch/shared_memory.h"
 #include "cuda/plan/plan.h"
@@ -88,7 +89,8 @@ cudaError_t dispatch_kind(const Plan& plan, const Body& body) {
 template <typename... Kinds, typename Body>
 cudaError_t dispatch(const Plan& plan, const Body& body) {
   cudaError_t status = cudaErrorInvalidValue;
-  ((plan.kind == Kinds::kKind && plan.paths == Kinds::kPaths && (status = dispatch_kind<Kinds>(plan, body), true)) ||
+  ((plan.kind == Kinds::kKind && plan.paths.without(Kinds::kPlannedPaths) == Kinds::kPaths &&
+    (status = dispatch_kind<Kinds>(plan, body), true)) ||
    ...);
   return status;
 }
@@ -105,19 +107,54 @@ template <typename... Kinds, typename Body>
 cudaError_t dispatch_flat(const Plan& plan, const Body& body) {
   return dispatch_type(plan.type, [&](auto type) {
     cudaError_t status = cudaErrorInvalidValue;
-    ((plan.kind == Kinds::kKind && plan.paths == Kinds::kPaths &&
+    ((plan.kind == Kinds::kKind && plan.paths.without(Kinds::kPlannedPaths) == Kinds::kPaths &&
       (status = body(FlatInstance<Kinds, typename decltype(type)::type>{}), true)) ||
      ...);
     return status;
   });
 }
 
+// For a launch that begins early: a matrix of so many elements.
+inline void add_prefetch(Prefetches& all, const Companion& matrix, int64_t elements, ElementType type) {
+  const int64_t bytes = elements * (matrix.wide ? accumulation_bytes(type) : element_bytes(type));
+  all.begin[all.count] = matrix.data;
+  all.lines[all.count++] = static_cast<unsigned>((bytes + kCacheLine - 1) / kCacheLine);
+}
+
+// A launch that may begin while the one before it on the stream ends. In a graph it gets a programmatic edge, which
+// CUDA has since 12.3; a driver may be older.
+template <typename Args>
+cudaError_t launch_early([[maybe_unused]] void (*kernel)(Args), [[maybe_unused]] dim3 grid,
+                         [[maybe_unused]] int threads, [[maybe_unused]] int shared_bytes,
+                         [[maybe_unused]] const Args& args, [[maybe_unused]] cudaStream_t stream) {
+#if CUDART_VERSION >= 12030
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, kernel, args);
+#else
+  return cudaErrorNotSupported;
+#endif
+}
+
+// early: see launch_early. The kernel waits for the launch before, and this launch is not its operator's first.
 template <typename Args>
 cudaError_t launch(void (*kernel)(Args), dim3 grid, int threads, int shared_bytes, const Args& args,
-                   cudaStream_t stream) {
+                   cudaStream_t stream, bool early) {
   if (shared_bytes > kSharedWithoutAsking) {
     const cudaError_t status = allow_all_shared_memory(reinterpret_cast<const void*>(kernel));
     if (status != cudaSuccess) return status;
+  }
+  if (early) {
+    if (launch_early(kernel, grid, threads, shared_bytes, args, stream) == cudaSuccess) return cudaSuccess;
+    static_cast<void>(cudaGetLastError());  // the plain launch does without, or has the same error
   }
   kernel<<<grid, threads, shared_bytes, stream>>>(args);
   return cudaGetLastError();
@@ -127,7 +164,7 @@ template <typename Args>
 cudaError_t launch(void (*kernel)(Args), const Plan& plan, Args args, cudaStream_t stream) {
   args.walk = plan.walk;
   const dim3 grid(static_cast<unsigned>(plan.grid_x()), static_cast<unsigned>(plan.grid_y()));
-  return launch(kernel, grid, plan.threads(), plan.shared_bytes, args, stream);
+  return launch(kernel, grid, plan.threads(), plan.shared_bytes, args, stream, plan.paths.has(Path::kEarlyStart));
 }
 
 }  // namespace gc

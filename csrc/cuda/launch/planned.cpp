@@ -16,7 +16,7 @@ DeviceLimits limits_of(int device) {
   int major = 0, minor = 0;
   C10_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
   C10_CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
-  limits.paths = chosen_paths().value_or(default_paths(10 * major + minor));
+  limits.paths = paths_on(10 * major + minor);
   return limits;
 }
 
@@ -28,7 +28,7 @@ int64_t with_choice(int64_t number) {
 
 }  // namespace
 
-Plan planned(KernelKind kind, const Problem& problem, int device, bool dots_given) {
+Plan planned(KernelKind kind, const Problem& problem, int device, const Planning& planning) {
   static thread_local Recent<8, Plan> plans;
   const Key<8> key{problem.images,
                    problem.channels,
@@ -36,12 +36,17 @@ Plan planned(KernelKind kind, const Problem& problem, int device, bool dots_give
                    static_cast<int64_t>(problem.layout),
                    static_cast<int64_t>(problem.type),
                    problem.alignment,
-                   with_choice(static_cast<int64_t>(kind) * 2 + dots_given),
+                   with_choice(static_cast<int64_t>(kind) * 4 + planning.merged_later * 2 + planning.dots_given),
                    device};
-  return plans.get(key, [&] { return make_plan(kind, problem, limits_of(device), dots_given); });
+  return plans.get(key, [&] {
+    DeviceLimits limits = limits_of(device);
+    if (!planning.merged_later) limits.paths = limits.paths.without(Path::kLateMerge);
+    return make_plan(kind, problem, limits, planning.dots_given);
+  });
 }
 
-TransformPlan planned(TransformPass pass, const TransformProblem& problem, int device, TransformDepth depth) {
+TransformPlan planned(TransformPass pass, const TransformProblem& problem, int device, TransformDepth depth,
+                      bool merges) {
   static thread_local Recent<8, TransformPlan> plans;
   const Key<8> key{problem.images,
                    problem.channels,
@@ -49,10 +54,11 @@ TransformPlan planned(TransformPass pass, const TransformProblem& problem, int d
                    problem.hidden[0],
                    problem.hidden[1],
                    static_cast<int64_t>(problem.type) * 2 + problem.pairs,
-                   with_choice(static_cast<int64_t>(pass) * 4 + static_cast<int64_t>(depth)),
+                   with_choice((static_cast<int64_t>(pass) * 4 + static_cast<int64_t>(depth)) * 2 + merges),
                    device};
   return plans.get(key, [&] {
-    const DeviceLimits limits = limits_of(device);
+    DeviceLimits limits = limits_of(device);
+    limits.paths = merges ? limits.paths | Path::kLateMerge : limits.paths.without(Path::kLateMerge);
     return pass == TransformPass::kForward ? make_transform_forward_plan(problem, limits)
                                            : make_transform_backward_plan(problem, limits, depth);
   });

@@ -6,12 +6,19 @@
 
 namespace gc::cuda {
 
+// What a plan depends on besides the problem and the device.
+struct Planning {
+  bool dots_given = false;    // see make_plan
+  bool merged_later = false;  // a transform follows, which can merge a pool's partial results
+};
+
 // The plan for the device's multiprocessors and shared memory. Throws std::invalid_argument as make_plan does.
-Plan planned(KernelKind kind, const Problem& problem, int device, bool dots_given);
+Plan planned(KernelKind kind, const Problem& problem, int device, const Planning& planning);
 
 enum class TransformPass : int { kForward, kBackward };
 
-// depth: of the backward pass.
-TransformPlan planned(TransformPass pass, const TransformProblem& problem, int device, TransformDepth depth);
+// depth: of the backward pass. merges: the forward pass begins with the partial results of a pool.
+TransformPlan planned(TransformPass pass, const TransformProblem& problem, int device, TransformDepth depth,
+                      bool merges);
 
 }  // namespace gc::cuda

@@ -8,10 +8,11 @@ cudaError_t launch_pool_backward(const Plan& plan, PoolBackwardArgs args, cudaSt
   using Logits = PoolBackwardTraits<PoolGradient::kLogits>;
   using Mask = PoolBackwardTraits<PoolGradient::kMask>;
   using Block = PoolBackwardTraits<PoolGradient::kBlock>;
-  return dispatch<Logits, Mask, Block>(plan, [&](auto instance) {
+  using StagedBlock = PoolBackwardTraits<PoolGradient::kBlock, Path::kStagedGrad>;
+  return dispatch<Logits, Mask, Block, StagedBlock>(plan, [&](auto instance) {
     using I = decltype(instance);
-    constexpr PoolGradient kGradient = I::Traits::kGradient;
-    return launch(pool_backward<typename I::T, I::kLayout, I::kRows, I::kWidth, kGradient>, plan, args, stream);
+    return launch(pool_backward<typename I::T, I::kLayout, I::kRows, I::kWidth, typename I::Traits>, plan, args,
+                  stream);
   });
 }
 

@@ -6,11 +6,17 @@ namespace gc {
 
 cudaError_t launch_transform_backward(const TransformPlan& plan, TransformBackwardArgs args, cudaStream_t stream) {
   args.grid = plan.grid;
+  const bool early = plan.paths.has(Path::kEarlyStart);
+  for (int b = 0; early && b < args.branches; ++b) {
+    const int64_t elements = int64_t{args.branch[b].hidden} * args.channels;
+    if (plan.grid.phases > 1) add_prefetch(args.prefetches, args.branch[b].w2, elements, plan.type);
+    if (args.grad_context != nullptr) add_prefetch(args.prefetches, args.branch[b].w1, elements, plan.type);
+  }
   return dispatch_type(plan.type, [&](auto type) {
     using T = typename decltype(type)::type;
     return dispatch_width<kMaxSlabSteps>(plan.slab_steps, [&](auto steps) {
       return launch(transform_backward<T, decltype(steps)::value>, plan.blocks(), kTransformThreads, plan.shared_bytes,
-                    args, stream);
+                    args, stream, early);
     });
   });
 }

@@ -75,6 +75,11 @@ Paths paths_named(const std::string& list) {
 
 Paths default_paths(int /*compute_capability*/) { return {}; }  // none has been measured yet
 
+Paths paths_on(int compute_capability) {
+  const Paths wanted = chosen_paths().value_or(default_paths(compute_capability));
+  return compute_capability >= 90 ? wanted : wanted.without(Path::kEarlyStart);
+}
+
 void choose_paths(std::optional<Paths> paths) { chosen() = paths ? int64_t{paths->bits} : kNothingChosen; }
 
 std::optional<Paths> chosen_paths() {

@@ -19,6 +19,8 @@ Paths paths_named(const std::string& list);
 
 // Those that were measured on GPUs of this compute capability, 90 for 9.0, and found faster.
 Paths default_paths(int compute_capability);
+// Those that launches on such GPUs go: what is chosen, or the defaults; without what such GPUs cannot do.
+Paths paths_on(int compute_capability);
 
 // For all launches of this process from now on; nullopt: the defaults. At first what GC_CUDA_PATHS says.
 void choose_paths(std::optional<Paths> paths);

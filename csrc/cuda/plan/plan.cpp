@@ -5,6 +5,7 @@
 #include <stdexcept>
 
 #include "cuda/kernels/broadcast.h"
+#include "cuda/kernels/late_merge.h"
 #include "cuda/kernels/pixel_dot.h"
 #include "cuda/kernels/pool_backward.h"
 #include "cuda/kernels/pool_forward.h"
@@ -106,8 +107,9 @@ void set_whole_tile(Plan& plan, const Problem& p, int elements) {
 }
 
 // At most `splits` of the tiles, all but the last equally long; or as many, each with a tile more or less than others.
+template <typename Traits>
 void set_splits(Plan& plan, const Problem& p, int64_t tiles, int64_t splits) {
-  const bool even = !(plan.paths == Paths{});
+  constexpr bool even = has_planned_walk<Traits>();
   const int64_t tiles_per_split = even ? tiles / splits : divide_up(tiles, splits);
   if (!even) splits = divide_up(tiles, tiles_per_split);
   require(p.images <= kMaxGridX / splits,
@@ -159,9 +161,9 @@ void set_flat(Plan& plan, const Problem& p, const DeviceLimits& device) {
   const int64_t slots = int64_t{device.multiprocessors} * plan.resident;
   if constexpr (Traits::kFullMachine) {
     const int64_t waves = std::clamp<int64_t>(p.images * tiles / slots, 1, Traits::kWaves);
-    set_splits(plan, p, tiles, splits_in_waves(p.images, slots, waves, tiles));
+    set_splits<Traits>(plan, p, tiles, splits_in_waves(p.images, slots, waves, tiles));
   } else {
-    set_splits(plan, p, tiles, std::clamp<int64_t>(slots / p.images, 1, tiles));
+    set_splits<Traits>(plan, p, tiles, std::clamp<int64_t>(slots / p.images, 1, tiles));
   }
 }
 
@@ -181,16 +183,22 @@ int64_t splits_for(const Plan& plan, const Problem& p, const DeviceLimits& devic
 
 // The workspace and tickets of a merge.
 template <typename Traits>
-void set_merge(Plan& plan) {
+void set_merge(Plan& plan, Paths paths) {
   const bool all = Traits::kMerge == Merge::kAll;
   const int partials = all ? plan.walk.images * plan.walk.splits : plan.walk.splits;
   plan.walk.group = group_for(partials, Traits::kMergedAtOnce);
   if (Traits::kMerge == Merge::kNone || (Traits::kMerge == Merge::kImage && partials == 1)) return;
   const int64_t merges = all ? 1 : plan.walk.images;
+  const bool late = Traits::kPlannedPaths.has(Path::kLateMerge) && paths.has(Path::kLateMerge);
+  if (late && partials <= kMostLateSplits) {
+    plan.paths = plan.paths | Path::kLateMerge;
+    plan.walk.merged_later = true;
+    plan.walk.group = partials;
+  }
   const int64_t partial_elements =
       int64_t{Traits::kPartialVectors} * plan.walk.channels + int64_t{Traits::kPartialValues} * plan.chunks;
   plan.workspace = merges * merged_rows(partials, plan.walk.group) * partial_elements;
-  plan.tickets = merges * plan.chunks * merge_tickets(partials, plan.walk.group);
+  if (!plan.walk.merged_later) plan.tickets = merges * plan.chunks * merge_tickets(partials, plan.walk.group);
 }
 
 template <typename Traits>
@@ -204,9 +212,11 @@ Plan plan_for(const Problem& p, const DeviceLimits& device, bool dots_given) {
   const int elements = kVectorBytes / bytes;
   const bool channels_fast = channels_are_fast(p.layout);
 
+  constexpr bool kEarly = Traits::kPlannedPaths.has(Path::kEarlyStart);
   Plan plan{};
   plan.kind = Traits::kKind;
   plan.paths = Traits::kPaths;
+  if (kEarly && device.paths.has(Path::kEarlyStart)) plan.paths = plan.paths | Path::kEarlyStart;
   plan.type = p.type;
   plan.layout = p.layout;
   plan.rows = Traits::kRows;
@@ -236,8 +246,8 @@ Plan plan_for(const Problem& p, const DeviceLimits& device, bool dots_given) {
 
   const int64_t tiles = divide_up(p.pixels, plan.tile_pixels());
   plan.resident = resident_on<Traits>(plan);
-  set_splits(plan, p, tiles, splits_for<Traits>(plan, p, device, tiles));
-  set_merge<Traits>(plan);
+  set_splits<Traits>(plan, p, tiles, splits_for<Traits>(plan, p, device, tiles));
+  set_merge<Traits>(plan, device.paths);
 
   CountingArena arena;
   if (p.type == ElementType::kDouble) {
@@ -291,14 +301,14 @@ constexpr Kernel kernel() {
 
 // Every kind, in the order of KernelKind.
 constexpr Kernel kKernels[] = {
-    kernel<PoolForwardTraits<Weighting::kMask>>(),
+    kernel<PoolForwardTraits<Weighting::kMask, Path::kTilesAhead>, PoolForwardTraits<Weighting::kMask>>(),
     kernel<PoolForwardTraits<Weighting::kLogits>>(),
     kernel<PoolForwardTraits<Weighting::kUniform, Path::kFullMachine, Path::kNeighbours>,
            PoolForwardTraits<Weighting::kUniform, Path::kNeighbours>,
            PoolForwardTraits<Weighting::kUniform, Path::kFullMachine>, PoolForwardTraits<Weighting::kUniform>>(),
     kernel<PoolBackwardTraits<PoolGradient::kMask>>(),
     kernel<PoolBackwardTraits<PoolGradient::kLogits>>(),
-    kernel<PoolBackwardTraits<PoolGradient::kBlock>>(),
+    kernel<PoolBackwardTraits<PoolGradient::kBlock, Path::kStagedGrad>, PoolBackwardTraits<PoolGradient::kBlock>>(),
     kernel<PixelDotTraits>(),
     kernel<BroadcastTraits<Path::kFullMachine>, BroadcastTraits<>>(),
     kernel<BroadcastMulBackwardTraits>()};
@@ -340,9 +350,10 @@ std::string Plan::to_string() const {
       << 'x' << walk.pixels << ": " << rows << " rows of " << kVectorBytes << " bytes a thread, loads of "
       << width * element_bytes(type) << " bytes, " << walk.shape.fast_threads << 'x' << walk.shape.slow_threads
       << " threads" << (flat ? " on flat images, " : ", ") << walk.splits << " splits of " << walk.tiles_per_split
-      << (walk.longer > 0 ? " or " + std::to_string(walk.tiles_per_split + 1) : "") << " tiles, merged by "
-      << walk.group << ", grid " << grid_x() << 'x' << grid_y() << ", " << shared_bytes << " bytes shared, "
-      << workspace << " workspace elements, " << tickets << " tickets";
+      << (walk.longer > 0 ? " or " + std::to_string(walk.tiles_per_split + 1) : "") << " tiles, merged "
+      << (walk.merged_later ? std::string("later") : "by " + std::to_string(walk.group)) << ", grid " << grid_x() << 'x'
+      << grid_y() << ", " << shared_bytes << " bytes shared, " << workspace << " workspace elements, " << tickets
+      << " tickets";
   if (!(paths == Paths{})) out << "; " << names_of(paths);
   if (!holds_channels) out << "; too many channels for a block: needs pixel_dot first";
   return out.str();

@@ -45,7 +45,7 @@ struct Plan {
   Layout layout;
   int rows;     // vectors a thread holds of a feature map
   int width;    // elements moved by one load or store
-  Paths paths;  // those that it takes
+  Paths paths;  // those that it takes; kEarlyStart not where the launch is its operator's first
   Walk walk;
   int chunks;           // of channels
   int resident;         // blocks that a multiprocessor is counted on to hold at once

@@ -68,6 +68,7 @@ std::string TransformPlan::to_string() const {
     out << ", slabs of " << slab_steps * kStepRows << " rows";
   }
   out << ", " << shared_bytes << " bytes shared, " << workspace << " workspace elements";
+  if (!(paths == Paths{})) out << "; " << names_of(paths);
   return out.str();
 }
 
@@ -77,6 +78,7 @@ TransformPlan make_transform_forward_plan(const TransformProblem& p, const Devic
   check(p);
   TransformPlan plan{};
   plan.type = p.type;
+  if (device.paths.has(Path::kEarlyStart)) plan.paths = Path::kEarlyStart;
   const bool even = p.channels % 2 == 0 && p.hidden[0] % 2 == 0 && (p.branches == 1 || p.hidden[1] % 2 == 0);
   plan.width = p.pairs && even ? 2 : 1;
 
@@ -88,25 +90,28 @@ TransformPlan make_transform_forward_plan(const TransformProblem& p, const Devic
   plan.tile_images = static_cast<int>(std::min({p.images, int64_t{kManyImages}, units / hidden_max(p)}));
   plan.shared_bytes = shared_bytes<TransformForwardShared>(p.type, static_cast<int>(plan.tile_images * hidden_max(p)));
 
-  plan.grid.phases = 2;
+  if (device.paths.has(Path::kLateMerge)) {
+    plan.paths = plan.paths | Path::kLateMerge;
+    plan.grid.blocks[plan.grid.phases++] = blocks_for(p.images * merge_slices(static_cast<int>(p.channels)), device);
+  }
   plan.counters = kPhaseCounters;
-  const auto tiles = [&](int phase) {
+  const auto tiles = [&](int product) {
     int64_t sum = 0;
     for (int b = 0; b < p.branches; ++b) {
-      sum += row_tiles(static_cast<int>(phase == 0 ? p.hidden[b] : p.channels), plan.shares[phase]);
+      sum += row_tiles(static_cast<int>(product == 0 ? p.hidden[b] : p.channels), plan.shares[product]);
     }
     return sum * image_tiles(static_cast<int>(p.images), plan.tile_images);
   };
-  for (int phase = 0; phase < 2; ++phase) {
+  for (int product = 0; product < 2; ++product) {
     // As many tiles as multiprocessors, as long as every lane has a pair of weights to fetch. Not by the width: whether
     // pairs begin at even addresses must not change the order of additions.
-    const int64_t length = phase == 0 ? p.channels : hidden_max(p);
-    plan.shares[phase] = 1;
-    while (plan.shares[phase] < kTransformWarps && tiles(phase) < device.multiprocessors &&
-           length >= 2 * plan.shares[phase] * kWarp * 2) {
-      plan.shares[phase] *= 2;
+    const int64_t length = product == 0 ? p.channels : hidden_max(p);
+    plan.shares[product] = 1;
+    while (plan.shares[product] < kTransformWarps && tiles(product) < device.multiprocessors &&
+           length >= 2 * plan.shares[product] * kWarp * 2) {
+      plan.shares[product] *= 2;
     }
-    plan.grid.blocks[phase] = blocks_for(tiles(phase), device);
+    plan.grid.blocks[plan.grid.phases++] = blocks_for(tiles(product), device);
   }
   plan.workspace = products_elements(p);
   return plan;
@@ -117,6 +122,7 @@ TransformPlan make_transform_backward_plan(const TransformProblem& p, const Devi
   check(p);
   TransformPlan plan{};
   plan.type = p.type;
+  if (device.paths.has(Path::kEarlyStart)) plan.paths = Path::kEarlyStart;
   plan.width = 1;
   // The slabs of W2 and of W1, those of both branches as of one matrix.
   const auto output_slabs = [&] { return slabs_down(p.channels, plan.slab_steps) * slabs_across(hidden_sum(p)); };

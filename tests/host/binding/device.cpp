@@ -34,6 +34,8 @@ Counters::~Counters() {
 
 }  // namespace gc::cuda
 
+extern "C" int gc_early_launches() { return gc::host::LaunchFiles::early_launches; }
+
 // An H100, but for the shared memory: what the harness gives a block.
 extern "C" cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   switch (attribute) {

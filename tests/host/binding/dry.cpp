@@ -9,6 +9,7 @@ struct Pass {
   template <typename... Given>
   explicit Pass(const Given&...) {}
   static Wanted wanted() { return {1, 1}; }
+  static Unmerged left() { return {}; }
   template <typename Call>
   static void launch(const Call&, Lent) {}
 };

@@ -9,7 +9,8 @@ namespace {
 // Large enough for the small vectors and weights to be what they are in a network: below 5 % of the feature map.
 constexpr Shape kShape = {2, 128, 3136};
 constexpr int kHidden = 8;
-constexpr DeviceLimits kDevice = {1, host::kMaxSharedOptIn};
+// Where the transform merges what the pooling leaves, there have to be several splits, and more than one round takes.
+constexpr int kLateMultiprocessors = 20;
 
 struct Fusion {
   const char* name;
@@ -24,6 +25,7 @@ struct Block {
   bool attention;
   Fusion fusion;
   Layout layout;
+  DeviceLimits device;
   int first = fusion.add ? 0 : 1, branches = fusion.add + fusion.mul;
   std::size_t maps = kShape.elements(), pixels = static_cast<std::size_t>(kShape.images) * kShape.pixels,
               outputs = static_cast<std::size_t>(kShape.images) * kShape.channels,
@@ -39,6 +41,7 @@ struct Block {
 
   // Everything else is small. Parameters are in the accumulation type, as under autocast.
   std::vector<std::unique_ptr<Buffer<A>>> small;
+  const Buffer<A>* partials = nullptr;  // of the pooling
   A* mask_weight = input("mask_weight", kShape.channels, 0.3);
   A* mask_bias = input("mask_bias", 1, 1);
   A* logits = output("logits", pixels);
@@ -53,8 +56,8 @@ struct Block {
   };
   Branch branch[2];
 
-  Block(bool attention_, const Fusion& fusion_, Layout layout_)
-      : attention(attention_), fusion(fusion_), layout(layout_) {
+  Block(bool attention_, const Fusion& fusion_, Layout layout_, Paths paths, int multiprocessors = 1)
+      : attention(attention_), fusion(fusion_), layout(layout_), device{multiprocessors, host::kMaxSharedOptIn, paths} {
     Numbers numbers(12);
     x.fill(numbers, 2);
     grad.fill(numbers, 1);
@@ -98,8 +101,14 @@ struct Block {
     return add(std::move(buffer));
   }
 
+  // Only the pool of the forward pass can leave its partial results to a transform.
   Plan plan(KernelKind kind) const {
-    return make_plan(kind, {kShape.images, kShape.channels, kShape.pixels, layout, Element<T>::type}, kDevice);
+    DeviceLimits limits = device;
+    limits.paths = limits.paths.without(Path::kLateMerge);
+    return plan(kind, limits);
+  }
+  Plan plan(KernelKind kind, const DeviceLimits& limits) const {
+    return make_plan(kind, {kShape.images, kShape.channels, kShape.pixels, layout, Element<T>::type}, limits);
   }
   TransformProblem problem() const {
     return {kShape.images, kShape.channels, branches, {kHidden, kHidden}, Element<T>::type, true};
@@ -109,8 +118,22 @@ struct Block {
   static CompanionOut wide_out(A* data) { return {data, true}; }
   Companion scale() const { return fusion.mul ? wide(branch[branches - 1].out) : Companion{}; }
 
+  Plan pool_plan() const { return plan(attention ? KernelKind::kPoolMask : KernelKind::kPoolUniform, device); }
+
+  // The first launch of a pass waits for all that the stream has done; the others may begin while the one before ends.
+  template <typename AnyPlan>
+  void run_one(const AnyPlan& plan, const host::Schedule& schedule, const std::function<cudaError_t()>& launch) const {
+    run_launch(plan, schedule, launch);
+    const int number = host::LaunchFiles::launches;  // 1 to 3
+    const bool early = number > 1 && device.paths.has(Path::kEarlyStart) && !host::LaunchFiles::refuse_early;
+    host::require(host::LaunchFiles::last.early == early, "which launches of a pass begin early");
+    host::require(host::LaunchFiles::last.lets_next_begin == (number < 3), "which let the next begin");
+  }
+
   void forward(const host::Schedule& schedule) {
-    const Plan pool = plan(attention ? KernelKind::kPoolMask : KernelKind::kPoolUniform);
+    const Plan pool = pool_plan();
+    host::require(pool.paths == device.paths.without(Path::kEarlyStart),
+                  "a plan of the paths that are switched on: " + pool.to_string());
     Tickets tickets(pool);
     PoolForwardArgs pooling{};
     pooling.x = x.buffer().data();
@@ -120,12 +143,13 @@ struct Block {
     pooling.logits = attention ? logits : nullptr;
     pooling.state = state;
     pooling.partial_context = output("pool_workspace", pool.workspace);
+    partials = small.back().get();
     pooling.partial_stats =
         static_cast<A*>(pooling.partial_context) + outputs * merged_rows(pool.walk.splits, pool.walk.group);
     pooling.tickets = tickets.data();
-    run_launch(pool, schedule, [&] { return launch_pool_forward(pool, pooling, nullptr); });
+    run_one(pool, schedule, [&] { return launch_pool_forward(pool, pooling, nullptr); });
 
-    const TransformPlan small_plan = make_transform_forward_plan(problem(), kDevice);
+    const TransformPlan small_plan = make_transform_forward_plan(problem(), device);
     PhaseCounters counters(small_plan);
     TransformForwardArgs transform{};
     transform.counters = counters.data();
@@ -141,7 +165,10 @@ struct Block {
           kHidden,      wide(own.w1), wide(own.b1), wide(own.norm_weight), wide(own.norm_bias),   wide(own.w2),
           wide(own.b2), gate_of(b),   own.products, own.normalized,        own.inverse_deviation, own.out};
     }
-    run_launch(small_plan, schedule, [&] { return launch_transform_forward(small_plan, transform, nullptr); });
+    const void* const stats = attention ? pooling.partial_stats : nullptr;
+    transform.partial = {pool.walk.splits, kShape.pixels, pooling.partial_context, stats, 2LL * pool.walk.splits,
+                         pooling.factor,   pooling.state};
+    run_one(small_plan, schedule, [&] { return launch_transform_forward(small_plan, transform, nullptr); });
 
     const Plan apply = plan(KernelKind::kBroadcast);
     BroadcastArgs broadcast{};
@@ -149,13 +176,13 @@ struct Block {
     broadcast.scale = scale();
     if (fusion.add) broadcast.term = wide(branch[0].out);
     broadcast.out = out.buffer().data();
-    run_launch(apply, schedule, [&] { return launch_broadcast(apply, broadcast, nullptr); });
+    run_one(apply, schedule, [&] { return launch_broadcast(apply, broadcast, nullptr); });
   }
 
   void backward(const host::Schedule& schedule) {
     sum_gradients(schedule);
 
-    const TransformPlan small_plan = make_transform_backward_plan(problem(), kDevice, TransformDepth::kContext);
+    const TransformPlan small_plan = make_transform_backward_plan(problem(), device, TransformDepth::kContext);
     PhaseCounters counters(small_plan);
     TransformBackwardArgs transform{};
     transform.counters = counters.data();
@@ -190,7 +217,7 @@ struct Block {
                              output("grad_hidden", sizes.grad_hidden),
                              output("partial_context", sizes.partial_context)};
     }
-    run_launch(small_plan, schedule, [&] { return launch_transform_backward(small_plan, transform, nullptr); });
+    run_one(small_plan, schedule, [&] { return launch_transform_backward(small_plan, transform, nullptr); });
 
     if (attention) return last_pass(schedule);
     const Plan apply = plan(KernelKind::kBroadcast);
@@ -199,7 +226,7 @@ struct Block {
     broadcast.scale = scale();
     broadcast.term = wide(grad_context);
     broadcast.out = grad_x.buffer().data();
-    run_launch(apply, schedule, [&] { return launch_broadcast(apply, broadcast, nullptr); });
+    run_one(apply, schedule, [&] { return launch_broadcast(apply, broadcast, nullptr); });
   }
 
   void sum_gradients(const host::Schedule& schedule) {
@@ -213,7 +240,7 @@ struct Block {
       args.context = wide_out(branch[0].grad_out);
       args.partial_context = workspace;
       args.tickets = tickets.data();
-      return run_launch(sums, schedule, [&] { return launch_pool_forward(sums, args, nullptr); });
+      return run_one(sums, schedule, [&] { return launch_pool_forward(sums, args, nullptr); });
     }
     BroadcastMulBackwardArgs args{};
     args.grad = grad.buffer().data();
@@ -222,7 +249,7 @@ struct Block {
     if (fusion.add) args.grad_term = wide_out(branch[0].grad_out);
     args.partial_sums = workspace;
     args.tickets = tickets.data();
-    run_launch(sums, schedule, [&] { return launch_broadcast_mul_backward(sums, args, nullptr); });
+    run_one(sums, schedule, [&] { return launch_broadcast_mul_backward(sums, args, nullptr); });
   }
 
   void last_pass(const host::Schedule& schedule) {
@@ -240,13 +267,42 @@ struct Block {
     args.grad_weight = wide_out(grad_mask_weight);
     args.partial_weight = output("weight_workspace", last.workspace);
     args.tickets = tickets.data();
-    run_launch(last, schedule, [&] { return launch_pool_backward(last, args, nullptr); });
+    run_one(last, schedule, [&] { return launch_pool_backward(last, args, nullptr); });
   }
 
   double passes() const {
     std::uint64_t bytes = 0;
     for (const auto& of_buffer : traffic) bytes += of_buffer().fetched + of_buffer().written;
     return static_cast<double>(bytes) / static_cast<double>(x.buffer().bytes());
+  }
+
+  // The context, from x.
+  void check_state() const {
+    for (int n = 0; n < kShape.images; ++n) {
+      std::vector<double> weight(kShape.pixels, 1);
+      double most = -HUGE_VAL, z = 0, size = 0;
+      for (int s = 0; attention && s < kShape.pixels; ++s) {
+        weight[s] = mask_bias[0];
+        double own_size = 0;
+        for (int c = 0; c < kShape.channels; ++c) {
+          weight[s] += mask_weight[c] * x(n, c, s);
+          own_size += std::abs(mask_weight[c] * x(n, c, s));
+        }
+        most = std::max(most, weight[s]);
+        size = std::max(size, own_size);
+      }
+      for (int s = 0; s < kShape.pixels; ++s) z += weight[s] = attention ? std::exp(weight[s] - most) : 1;
+      const double error = 2 * sum_error<T>(kShape.channels) * size + 2 * sum_error<T>(kShape.pixels);
+      for (int c = 0; c < kShape.channels; ++c) {
+        double sum = 0, sizes = 0;
+        for (int s = 0; s < kShape.pixels; ++s) {
+          sum += weight[s] * x(n, c, s) / z;
+          sizes += weight[s] * std::abs(x(n, c, s)) / z;
+        }
+        const std::size_t own = static_cast<std::size_t>(n) * (kShape.channels + 2) + 2 + c;
+        host::require_close("context", state[own], sum, error * sizes);
+      }
+    }
   }
 
   // out = x * scale + term, from the scale and term that the launches left.
@@ -293,8 +349,8 @@ void require_within(const char* pass, double moved, int formula) {
 }
 
 template <typename T>
-void run(bool attention, const Fusion& fusion, Layout layout, const host::Schedule& schedule) {
-  Block<T> block(attention, fusion, layout);
+void run(bool attention, const Fusion& fusion, Layout layout, const host::Schedule& schedule, Paths paths) {
+  Block<T> block(attention, fusion, layout, paths);
   host::LaunchFiles::launches = 0;
   block.forward(schedule);
   host::require(host::LaunchFiles::launches == 3, "forward takes three launches");
@@ -310,6 +366,37 @@ void run(bool attention, const Fusion& fusion, Layout layout, const host::Schedu
   block.check_grad_x();
 }
 
+// The forward pass in both ways: with the merge in the transform, what the pooling leaves moves as many bytes as there
+// are splits, and everything together moves fewer than with two rounds of merging in the pooling.
+template <typename T>
+void run_late(bool attention, const Fusion& fusion, Layout layout, const host::Schedule& schedule) {
+  const Paths paths = paths_under(schedule);
+  Block<T> before(attention, fusion, layout, paths, kLateMultiprocessors);
+  Block<T> late(attention, fusion, layout, paths | Path::kLateMerge, kLateMultiprocessors);
+  for (Block<T>* block : {&before, &late}) {
+    host::LaunchFiles::launches = 0;
+    block->forward(schedule);
+    host::require(host::LaunchFiles::launches == 3, "forward takes three launches");
+    block->check_state();
+    block->check_out();
+    require_passes(block->x.buffer(), 2, 0);
+    require_passes(block->out.buffer(), 0, 1);
+  }
+  if (!host::kRaceBuild) return;
+  const Plan plan = late.pool_plan();
+  const std::uint64_t values = sizeof(Acc<T>) * kShape.images * plan.walk.splits;
+  const std::uint64_t written = values * (kShape.channels + (attention ? 2 : 0));
+  const std::uint64_t read = values * (kShape.channels + (attention ? 2 * kShape.channels / 32 : 0));
+  const host::Traffic own = late.partials->traffic(), other = before.partials->traffic();
+  const std::string what = "partial results: " + std::to_string(own.read) + " bytes read and " +
+                           std::to_string(own.written) + " written, in two rounds " + std::to_string(other.read) +
+                           " and " + std::to_string(other.written) + ", expected " + std::to_string(read) + " and " +
+                           std::to_string(written) + " by " + plan.to_string();
+  host::require(own.read == read && own.written == written, what);
+  host::require(own.read < other.read && own.written < other.written, what);
+  host::require(late.passes() < before.passes(), "all launches move fewer bytes than with two rounds");
+}
+
 std::vector<host::Case> cases() {
   constexpr Fusion kFusions[] = {{"add", true, false}, {"mul", false, true}, {"both", true, true}};
   std::vector<host::Case> list;
@@ -320,12 +407,23 @@ std::vector<host::Case> cases() {
           using T = decltype(element);
           list.push_back({std::string(attention ? "att-" : "avg-") + fusion.name + "-" + Element<T>::name + "-" +
                               gc::name_of(layout),
-                          "a block as in a network",
-                          [=](const host::Schedule& schedule) { run<T>(attention, fusion, layout, schedule); }});
+                          "a block as in a network", [=](const host::Schedule& schedule) {
+                            run<T>(attention, fusion, layout, schedule, paths_under(schedule));
+                          }});
+          if (fusion.add && fusion.mul && sizeof(T) == sizeof(float)) {
+            list.push_back({"late-" + list.back().name, "the transform merges what the pooling leaves",
+                            [=](const host::Schedule& schedule) { run_late<T>(attention, fusion, layout, schedule); }});
+          }
         });
       }
     }
   }
+  list.push_back({"refused", "a driver that knows no launches that begin early", [=](const host::Schedule& schedule) {
+                    host::LaunchFiles::refuse_early = true;
+                    const auto back =
+                        std::shared_ptr<void>(nullptr, [](void*) { host::LaunchFiles::refuse_early = false; });
+                    run<float>(true, kFusions[2], Layout::kNCHW, schedule, Path::kEarlyStart);
+                  }});
   return list;
 }
 

@@ -22,8 +22,8 @@ void run_forward(Form form, const ShapeCase& on, Layout layout, bool wide, Paths
   scale.fill(numbers, 1);
   term.fill(numbers, 3);
 
-  const Plan plan =
-      plan_for<T>(KernelKind::kBroadcast, on.shape, layout, on.multiprocessors, false, on.misaligned, paths);
+  const Plan plan = plan_for<T>(KernelKind::kBroadcast, on.shape, layout, on.multiprocessors, false, on.misaligned,
+                                paths | paths_under(schedule));
   BroadcastArgs args{};
   args.x = x.buffer().data();
   if (form != Form::kAdd) args.scale = scale.companion();

@@ -174,13 +174,19 @@ class Tickets {
   Buffer<unsigned> buffer_;
 };
 
+// Of the random schedules: launches that can begin early do so. Under every schedule a case must give the same bits.
+inline Paths paths_under(const host::Schedule& schedule) {
+  return schedule.order == host::Order::kRandom ? Paths(Path::kEarlyStart) : Paths{};
+}
+
 // A plan for a small device, so that small feature maps are split. The alignment is what misaligned elements leave.
 template <typename T>
 Plan plan_for(KernelKind kind, Shape shape, Layout layout, int multiprocessors, bool dots_given = false,
               int misaligned = 0, Paths paths = {}) {
   Problem problem{shape.images, shape.channels, shape.pixels, layout, Element<T>::type};
   while (misaligned * static_cast<int>(sizeof(T)) % problem.alignment != 0) problem.alignment /= 2;
-  return make_plan(kind, problem, {multiprocessors, host::kMaxSharedOptIn, paths}, dots_given);
+  const int shared_bytes = paths.without(Path::kEarlyStart) == Paths{} ? host::kMaxSharedOptIn : host::kMostSharedOptIn;
+  return make_plan(kind, problem, {multiprocessors, shared_bytes, paths}, dots_given);
 }
 
 // "", or "+full_machine": what newer ways add to the name of a case.
@@ -195,6 +201,8 @@ void run_launch(const AnyPlan& plan, const host::Schedule& schedule, const std::
   } catch (const host::LaunchError& error) {
     throw host::LaunchError(std::string(error.what()) + "\n  " + plan.to_string());
   }
+  const bool early = plan.paths.has(Path::kEarlyStart) && !host::LaunchFiles::refuse_early;
+  host::require(host::LaunchFiles::last.early == early, "the launch begins early, or not, against " + plan.to_string());
   host::require(host::LaunchFiles::last.shared_bytes == plan.shared_bytes,
                 "a block took " + std::to_string(host::LaunchFiles::last.shared_bytes) +
                     " bytes of shared memory, planned: " + plan.to_string());
@@ -230,6 +238,16 @@ void require_passes(const Buffer<T>& buffer, int read, int written) {
                 buffer.name() + ": " + std::to_string(traffic.read) + " bytes read and " +
                     std::to_string(traffic.written) + " written, expected " + std::to_string(read) + " and " +
                     std::to_string(written) + " passes over " + std::to_string(buffer.bytes()) + " bytes");
+}
+
+// In the race build: how often the cache lines of a matrix were prefetched.
+template <typename T>
+void require_prefetched(const Buffer<T>& buffer, int times) {
+  if (!host::kRaceBuild) return;
+  const std::size_t lines = times * ((buffer.bytes() + 127) / 128);
+  host::require(buffer.traffic().prefetched == lines, buffer.name() + ": " +
+                                                          std::to_string(buffer.traffic().prefetched) +
+                                                          " lines prefetched, expected " + std::to_string(lines));
 }
 
 // Calls body(T{}) for each element type that is named.

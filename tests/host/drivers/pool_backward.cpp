@@ -15,6 +15,7 @@ struct Variant {
   bool scaled = false;  // kBlock: with channel_mul
   bool grad_x = true;
   bool grad_weight = true;
+  Paths paths = {};  // that the plan takes
 
   bool mask() const { return gradient != PoolGradient::kLogits; }
   bool block() const { return gradient == PoolGradient::kBlock; }
@@ -27,6 +28,9 @@ constexpr Variant kVariants[] = {
     {"block_mul", PoolGradient::kBlock, true},
     {"block_mul_x", PoolGradient::kBlock, true, true, false},
     {"block_add_weight", PoolGradient::kBlock, false, false, true},
+    {"block_add_staged", PoolGradient::kBlock, false, true, true, Path::kStagedGrad},
+    {"block_mul_staged", PoolGradient::kBlock, true, true, true, Path::kStagedGrad},
+    {"block_add_weight_staged", PoolGradient::kBlock, false, false, true, Path::kStagedGrad},
 };
 
 template <typename T>
@@ -89,7 +93,8 @@ struct Backward {
                             : mask          ? KernelKind::kPoolBackwardMask
                                             : KernelKind::kPoolBackwardLogits;
     const auto plan_of = [&](KernelKind wanted, bool dots_given) {
-      return plan_for<T>(wanted, on.shape, layout, on.multiprocessors, dots_given, on.misaligned);
+      return plan_for<T>(wanted, on.shape, layout, on.multiprocessors, dots_given, on.misaligned,
+                         variant.paths | paths_under(schedule));
     };
     Plan plan = plan_of(kind, false);
     const bool two_passes = !plan.holds_channels;
@@ -100,6 +105,10 @@ struct Backward {
       plan = plan_of(kind, true);
       args.dots = dots.data();
     }
+    // Of more channels, the vectors over them leave no room; and single halves are not copied.
+    const bool too_many = on.shape.channels > 4096, too_narrow = plan.width * sizeof(T) < kLeastStaged;
+    host::require(plan.paths.without(Path::kEarlyStart) == variant.paths || too_many || too_narrow,
+                  "the path is taken: " + plan.to_string());
     const int rows = merged_rows(plan.walk.images * plan.walk.splits, plan.walk.group);
     Buffer<A> partial_weight("partial_weight", mask ? static_cast<std::size_t>(rows) * on.shape.channels : 0,
                              Use::kOutput);

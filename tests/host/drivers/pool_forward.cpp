@@ -1,16 +1,18 @@
 // pool_forward (csrc/cuda/kernels/pool_forward.h), after pixel_dot where a block cannot hold all channels, against
-// plain loops.
+// plain loops. Where it leaves partial results, so is the state that the transform makes of them.
 #include <limits>
 
 #include "cuda/kernels/tile.h"
-#include "feature_map.h"
 #include "shapes.h"
+#include "transform_cases.h"
 
 namespace gc::drivers {
 namespace {
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
+
+constexpr KernelKind kKinds[] = {KernelKind::kPoolMask, KernelKind::kPoolLogits, KernelKind::kPoolUniform};
 
 const char* name_of(Weighting weighting) {
   return weighting == Weighting::kMask ? "mask" : weighting == Weighting::kLogits ? "logits" : "uniform";
@@ -35,9 +37,9 @@ struct Pooling {
   SmallVector<T> mask_bias{"mask_bias", 1, wide, Use::kInput};
   SmallVector<T> given_logits{"given_logits", pixels_in_all(), wide, Use::kInput};
   double factor = 1.0 / on.shape.pixels;
-  // A caller may want only one of them.
-  bool with_context = !(wide && weighting == Weighting::kMask);
-  bool with_state = !(wide && weighting == Weighting::kUniform);
+  // A caller may want only one of them. The transform wants the state.
+  bool with_context = paths == Paths{} && !(wide && weighting == Weighting::kMask);
+  bool with_state = !with_context || !(wide && weighting == Weighting::kUniform);
 
   Buffer<A> logits{"logits", pixels_in_all(), Use::kOutput};
   SmallVector<T> context{"context", channels_in_all(), wide, Use::kOutput};
@@ -72,14 +74,10 @@ struct Pooling {
   }
 
   void run(const host::Schedule& schedule) {
-    const KernelKind kinds[] = {KernelKind::kPoolMask, KernelKind::kPoolLogits, KernelKind::kPoolUniform};
     const auto plan_of = [&](KernelKind kind, bool dots_given) {
       return plan_for<T>(kind, on.shape, layout, on.multiprocessors, dots_given, on.misaligned, paths);
     };
-    Plan plan = plan_of(kinds[static_cast<int>(weighting)], false);
-    const bool narrow = plan.width < kElements<T>;
-    host::require(plan.paths == paths || (!narrow && !plan.paths.has(Path::kNeighbours) && plan.paths.within(paths)),
-                  "a plan that takes its ways: " + plan.to_string());
+    Plan plan = plan_of(kKinds[static_cast<int>(weighting)], false);
     PoolForwardArgs args{};
     args.x = x.buffer().data();
     args.factor = factor;
@@ -93,7 +91,9 @@ struct Pooling {
       plan = plan_of(KernelKind::kPoolLogits, true);
       args.given_logits = {logits.data(), true};
     }
+    const bool two_passes = weighting == Weighting::kMask && args.logits == nullptr;
     const int splits = plan.walk.splits;
+    check_paths(plan, two_passes);
     const int rows = merged_rows(splits, plan.walk.group);
     Buffer<A> partial_context("partial_context", splits > 1 ? channels_in_all() * rows : 0, Use::kOutput);
     const bool softmax = weighting != Weighting::kUniform;
@@ -109,9 +109,62 @@ struct Pooling {
     args.tickets = tickets.data();
     run_launch(plan, schedule, [&] { return launch_pool_forward(plan, args, nullptr); });
     tickets.check();
-    const bool two_passes = weighting == Weighting::kMask && args.logits == nullptr;
+    if (plan.paths.has(Path::kLateMerge)) {
+      host::require(plan.tickets == 0, "nothing is merged in " + plan.to_string());
+      merge(plan, args, schedule);
+    }
     require_passes(x.buffer(), two_passes ? 2 : 1, 0);
     if (weighting == Weighting::kMask && !two_passes) require_passes(logits, 0, 1);
+  }
+
+  // Of the newer paths that are switched on, a plan takes those that it can.
+  void check_paths(const Plan& plan, bool two_passes) const {
+    Paths taken = paths;
+    if (plan.width == kElements<T>) taken = taken.without(Path::kNeighbours);
+    if (plan.width * sizeof(T) < kLeastStaged || two_passes) taken = taken.without(Path::kTilesAhead);
+    if (plan.walk.splits == 1) taken = taken.without(Path::kLateMerge);
+    // Of more channels, the tile leaves no room for another in shared memory.
+    const bool too_many = on.shape.channels > 4096 && plan.paths.within(taken);
+    host::require(plan.paths == taken || too_many, "a plan that takes its paths: " + plan.to_string());
+  }
+
+  // The state, by a transform with one hidden unit.
+  void merge(const Plan& pool, const PoolForwardArgs& left, const host::Schedule& schedule) {
+    const auto [images, channels, pixels] = on.shape;
+    const TransformProblem problem{images, channels, 1, {1, 0}, Element<T>::type, true};
+    const TransformPlan plan =
+        make_transform_forward_plan(problem, {on.multiprocessors, host::kMaxSharedOptIn, Path::kLateMerge});
+    PhaseCounters counters(plan);
+    const std::size_t units = images;
+    Buffer<A> weights("weights", std::vector<A>(channels, 1), Use::kInput);
+    Buffer<A> products("products", units, Use::kOutput), normalized("normalized", units, Use::kOutput);
+    Buffer<A> inverse_deviation("inverse_deviation", units, Use::kOutput);
+    Buffer<A> term("term", channels_in_all(), Use::kOutput);
+    const Companion all{weights.data(), true};
+    TransformForwardArgs args{};
+    args.counters = counters.data();
+    args.images = images;
+    args.channels = channels;
+    args.branches = 1;
+    args.context = state.data() + 2;
+    args.context_stride = channels + 2;
+    args.branch[0] = {1,
+                      all,
+                      all,
+                      {},
+                      {},
+                      all,
+                      all,
+                      Gate::kNone,
+                      products.data(),
+                      normalized.data(),
+                      inverse_deviation.data(),
+                      term.data()};
+    const void* const stats = weighting == Weighting::kUniform ? nullptr : left.partial_stats;
+    const long long stats_stride = 2LL * pool.chunks * pool.walk.splits;
+    args.partial = {pool.walk.splits, pixels, left.partial_context, stats, stats_stride, factor, state.data()};
+    run_launch(plan, schedule, [&] { return launch_transform_forward(plan, args, nullptr); });
+    counters.check();
   }
 
   void run_pixel_dot(const Plan& plan, const host::Schedule& schedule) {
@@ -207,9 +260,12 @@ host::Case case_of(const std::string& name, const char* reason, Weighting weight
           }};
 }
 
-// The newer ways of uniform pooling.
-std::vector<Paths> uniform_paths() {
-  return {Path::kFullMachine, Path::kNeighbours, {Path::kFullMachine, Path::kNeighbours}};
+// The newer paths of a kind of pooling.
+std::vector<Paths> newer_paths(Weighting weighting) {
+  if (weighting == Weighting::kMask)
+    return {Path::kTilesAhead, Path::kLateMerge, {Path::kTilesAhead, Path::kLateMerge}};
+  if (weighting == Weighting::kLogits) return {Path::kLateMerge};
+  return {Path::kFullMachine, Path::kNeighbours, {Path::kFullMachine, Path::kNeighbours}, Path::kLateMerge};
 }
 
 // Where Path::kNeighbours puts the elements of a tile's row: a tile of 4 threads by 8, in both layouts.
@@ -263,8 +319,7 @@ std::vector<host::Case> cases() {
                                    gc::name_of(layout) + "-" + on.shape.to_string() +
                                    (on.misaligned ? "+" + std::to_string(on.misaligned) : "");
           list.push_back(case_of<T>(name, on.reason, weighting, on, layout, wide, Special::kNone));
-          if (weighting != Weighting::kUniform) continue;
-          for (const Paths paths : uniform_paths()) {
+          for (const Paths paths : newer_paths(weighting)) {
             list.push_back(case_of<T>(name, on.reason, weighting, on, layout, wide, Special::kNone, paths));
           }
         }
@@ -275,7 +330,7 @@ std::vector<host::Case> cases() {
     each_type(false, [&](auto element) {
       using T = decltype(element);
       const std::string name = std::string("uniform-") + Element<T>::name + "-" + gc::name_of(layout) + "-uneven";
-      for (const Paths paths : uniform_paths()) {
+      for (const Paths paths : newer_paths(Weighting::kUniform)) {
         list.push_back(case_of<T>(name, uneven_case().reason, Weighting::kUniform, uneven_case(), layout, true,
                                   Special::kNone, paths));
       }
@@ -308,6 +363,9 @@ std::vector<host::Case> cases() {
           const std::string name =
               std::string(name_of(weighting)) + "-" + Element<T>::name + "-" + gc::name_of(layout) + "-" + special.name;
           list.push_back(case_of<T>(name, special.reason, weighting, on, layout, true, special.special));
+          for (const Paths paths : newer_paths(weighting)) {
+            list.push_back(case_of<T>(name, special.reason, weighting, on, layout, true, special.special, paths));
+          }
         }
       });
     }

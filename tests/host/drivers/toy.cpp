@@ -9,7 +9,18 @@ namespace {
 
 using namespace gc;
 
-enum ToySite : int { kFill, kReuse, kRelease, kBeforeTicket, kAfterTicket, kAcquire };
+enum ToySite : int {
+  kFill,
+  kReuse,
+  kRelease,
+  kBeforeTicket,
+  kAfterTicket,
+  kAcquire,
+  kAwait,
+  kStagedByAll,
+  kRefill,
+  kWait
+};
 
 // out[block] = sum of x over the block's threads. Shared memory is used twice, so both barriers are needed.
 struct BlockSumArgs {
@@ -148,7 +159,93 @@ void run_copy(const host::Schedule& schedule, int slack, int misaligned) {
   if (host::kRaceBuild) host::require(x.traffic().read == 812 && out.traffic().written == 812, "812 bytes each way");
 }
 
+// A launch that begins early: what it does before it waits for the launch before.
+enum class Before { kNothing, kPlainRead, kRead, kWrite, kTicket, kIdleBlock, kPrefetchPast };
+
+struct EarlyArgs {
+  const float* x;     // [threads]
+  float* out;         // [threads]
+  unsigned* counter;  // 0
+  Before before;      // all but kNothing are wrong
+};
+
+GC_KERNEL(32, 1) early(const EarlyArgs args) {
+  port::let_next_launch_begin();
+  port::SharedArena arena;
+  float* const values = arena.take<float>(port::block_threads());
+  const int i = port::block_x() * port::block_threads() + port::thread_index();
+  values[port::thread_index()] = 2;
+  float sum = values[port::thread_index()];
+  port::prefetch_line(args.x + i);
+  if (args.before == Before::kPlainRead) sum += args.x[i];
+  if (args.before == Before::kRead) sum += port::load_global(args.x + i);
+  if (args.before == Before::kWrite) port::store_streaming(args.out + i, sum);
+  if (args.before == Before::kTicket) port::take_ticket(args.counter);
+  if (args.before == Before::kIdleBlock && port::block_x() == 1) return;
+  if (args.before == Before::kPrefetchPast) port::prefetch_line(args.x + i + 64);
+  port::wait_for_launch_before<kWait>();
+  args.out[i] = sum + port::load_global(args.x + i);
+}
+
+void run_early(const host::Schedule& schedule, Before before, bool begins_early = true) {
+  const int blocks = 2, threads = 32;
+  host::Buffer<float> x("x", std::vector<float>(blocks * threads, 3), host::Use::kInput);
+  host::Buffer<float> out("out", blocks * threads, host::Use::kOutput);
+  host::Buffer<unsigned> counter("counter", std::vector<unsigned>{0}, host::Use::kState);
+  const auto report = host::launch(
+      {blocks}, threads, threads * 4, schedule, [&] { early({x.data(), out.data(), counter.data(), before}); },
+      host::kSharedLimit, begins_early);
+  host::require(report.early == begins_early && report.lets_next_begin, "what is reported of the launch");
+  if (host::kRaceBuild) host::require(x.traffic().prefetched == blocks * threads, "prefetches are counted");
+  if (before == Before::kNothing) host::require_close("out", out[threads], 5, 0);
+}
+
+// out[i] = x[i] + x[i ^ 1], twice, x by copies that each thread starts and both threads of a pair read.
+struct StagedArgs {
+  const float* x;  // [2, threads, 4]
+  float* out;      // like x
+  bool early;      // wrong: reads its own copy before it has awaited it
+};
+
+GC_KERNEL(64, 1) staged(const StagedArgs args) {
+  port::SharedArena arena;
+  const int threads = port::block_threads(), thread = port::thread_index();
+  Four* const places = arena.take<Four>(threads);
+  for (int round = 0; round < 2; ++round) {
+    port::stage<16>(places + thread, args.x + (round * threads + thread) * 4);
+    const Four early = args.early ? places[thread] : Four{};
+    port::await_staged<kAwait>();
+    port::sync_block<kStagedByAll>();
+    for (int i = 0; i < 4; ++i) {
+      const float own = args.early ? early.value[i] : places[thread].value[i];
+      args.out[(round * threads + thread) * 4 + i] = own + places[thread ^ 1].value[i];
+    }
+    port::sync_block<kRefill>();
+  }
+}
+
+void run_staged(const host::Schedule& schedule, bool early) {
+  const int threads = 64;
+  host::Buffer<float> x("x", 2 * threads * 4, host::Use::kInput);
+  host::Buffer<float> out("out", 2 * threads * 4, host::Use::kOutput);
+  std::iota(x.data(), x.data() + x.size(), 1.0f);
+  host::launch({1}, threads, threads * 16, schedule, [&] { staged({x.data(), out.data(), early}); });
+  for (std::size_t i = 0; i < x.size(); ++i) host::require_close("sum", out[i], x[i] + x[i ^ 4], 0);
+  if (host::kRaceBuild) host::require(x.traffic().read == x.bytes(), "a copy reads its source once");
+}
+
 // Kernels with a bug each.
+
+GC_KERNEL(32, 1) never_awaited(float* x) {
+  port::SharedArena arena;
+  port::stage<4>(arena.take<float>(32) + port::thread_index(), x + port::thread_index());
+}
+
+GC_KERNEL(32, 1) staged_off_its_boundary(float* x) {
+  port::SharedArena arena;
+  port::stage<8>(arena.take<float>(64) + 2 * port::thread_index(), x + port::thread_index());
+  port::await_staged<kAwait>();
+}
 
 GC_KERNEL(64, 1) divergent(float* out) {
   port::thread_index() < 32 ? port::sync_block<0>() : port::sync_block<1>();
@@ -223,6 +320,20 @@ int main(int argc, char** argv) {
           {"shuffle_double", "8 bytes", run_warp_sum<double>},
           {"shuffle_int", "an integer", run_warp_sum<int>},
           {"copy", "vectors and a tail", [](const Schedule& s) { run_copy(s, 0, 0); }},
+          {"early", "nothing but shared memory and prefetches before the wait",
+           [](const Schedule& s) { run_early(s, Before::kNothing); }},
+          {"not_early", "a launch that waits for nobody, and so may do anything",
+           [](const Schedule& s) { run_early(s, Before::kWrite, false); }},
+          {"bad_early_plain_read", "a read before the wait",
+           [](const Schedule& s) { run_early(s, Before::kPlainRead); }},
+          {"bad_early_load", "a vector read before it", [](const Schedule& s) { run_early(s, Before::kRead); }},
+          {"bad_early_write", "a write before it", [](const Schedule& s) { run_early(s, Before::kWrite); }},
+          {"bad_early_ticket", "a ticket before it", [](const Schedule& s) { run_early(s, Before::kTicket); }},
+          {"bad_early_idle", "an idle block without it", [](const Schedule& s) { run_early(s, Before::kIdleBlock); }},
+          {"bad_prefetch", "of what is no buffer", [](const Schedule& s) { run_early(s, Before::kPrefetchPast); }},
+          {"staged", "copies to shared memory that others read, and places that are filled again",
+           [](const Schedule& s) { run_staged(s, false); }},
+          {"bad_early_read", "a copy is read before it is awaited", [](const Schedule& s) { run_staged(s, true); }},
           {"bad_overrun", "4 bytes past the end", [](const Schedule& s) { run_copy(s, 1, 0); }},
           {"bad_alignment", "a vector off its boundary", [](const Schedule& s) { run_copy(s, 0, 1); }},
           bad("divergent", "two barriers, half the block at each", 64, divergent),
@@ -237,6 +348,9 @@ int main(int argc, char** argv) {
           bad("two_arenas", "a second arena starts at the first byte again", 32, two_arenas),
           bad("shuffle_as_barrier", "a shuffle does not order memory", 32, shuffle_as_barrier),
           bad("read_of_output", "an output is read before it is written", 32, read_of_output),
+          bad("never_awaited", "a thread ends before its copy is there", 32, never_awaited, host::Use::kInput),
+          bad("staged_off_its_boundary", "8 bytes from a multiple of 4", 32, staged_off_its_boundary,
+              host::Use::kInput),
           bad("input_written", "an input is written", 32, store, host::Use::kInput),
           bad("block_of_2048", "a block of too many threads", 2048, store),
           bad("shared_64k", "more shared memory than a GPU gives unasked", 32, store, host::Use::kOutput, 64 * 1024),

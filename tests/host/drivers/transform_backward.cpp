@@ -232,7 +232,7 @@ template <typename T>
 void run(const Wanted& wanted, const TransformCase& on, bool wide, SameBits& bits, const host::Schedule& schedule) {
   using A = Acc<T>;
   const TransformPlan plan =
-      make_transform_backward_plan(problem_of(on, Element<T>::type), device_of(on), wanted.depth);
+      make_transform_backward_plan(problem_of(on, Element<T>::type), device_of(on, schedule), wanted.depth);
   const int stride = on.channels;
   Buffer<A> context("context", static_cast<std::size_t>(on.images) * stride, Use::kInput);
   Numbers numbers(11);
@@ -268,8 +268,12 @@ void run(const Wanted& wanted, const TransformCase& on, bool wide, SameBits& bit
   std::vector<Bounded> want(grad_context.size());
   for (const auto& branch : branches) {
     const bool deep = wanted.depth != TransformDepth::kLastLayer;
-    const auto passes = [](const SmallVector<T>& matrix, int read, int written) {
-      matrix.with_buffer([&](const auto& buffer) { require_passes(buffer, read, written); });
+    const bool early = plan.paths.has(Path::kEarlyStart);
+    const auto passes = [&](const SmallVector<T>& matrix, int read, int written) {
+      matrix.with_buffer([&](const auto& buffer) {
+        require_passes(buffer, read, written);
+        require_prefetched(buffer, early ? read : 0);  // nothing that is not needed
+      });
     };
     passes(branch->w1, with_context ? 1 : 0, 0);
     passes(branch->w2, deep ? 1 : 0, 0);

@@ -86,7 +86,9 @@ inline TransformProblem problem_of(const TransformCase& on, ElementType type) {
   return problem;
 }
 
-inline DeviceLimits device_of(const TransformCase& on) { return {on.multiprocessors, host::kMaxSharedOptIn}; }
+inline DeviceLimits device_of(const TransformCase& on, const host::Schedule& schedule = {}) {
+  return {on.multiprocessors, host::kMaxSharedOptIn, paths_under(schedule)};
+}
 
 class PhaseCounters {
  public:

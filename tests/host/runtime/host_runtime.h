@@ -50,9 +50,31 @@ GC_DEVICE T shuffle_xor(T value, int lane_mask) {
   return value;
 }
 
+// In steps over the bits of the lanes' indices: after each, the value lies in the lanes that agree with `lane` in one
+// bit fewer.
+template <typename T>
+GC_DEVICE T shuffle(T value, int lane) {
+  for (int mask = 1; mask < 32; mask <<= 1) {
+    const T other = shuffle_xor(value, mask);
+    if (((thread_index() ^ lane) & mask) != 0) value = other;
+  }
+  return value;
+}
+
 GC_DEVICE unsigned take_ticket(unsigned* counter) { return host::take_ticket(counter); }
 
 GC_DEVICE void wait_for(const unsigned* counter, unsigned value) { host::wait_for(counter, value); }
+
+inline constexpr bool kLaunchesOverlap = true;
+
+template <int Site>
+GC_DEVICE void wait_for_launch_before() {
+  if constexpr (Site != GC_DROP_SITE) host::wait_for_launch_before(Site);
+}
+
+GC_DEVICE void let_next_launch_begin() { host::let_next_launch_begin(); }
+
+GC_DEVICE void prefetch_line(const void* address) { host::prefetch(address); }
 
 class SharedArena {
  public:
@@ -71,10 +93,22 @@ class SharedArena {
   int ordinal_ = 0;
 };
 
+template <int kBytes>
+GC_DEVICE void stage(void* shared, const void* global) {
+  static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16, "see port.h");
+  host::stage(shared, global, kBytes);
+}
+
+template <int Site>
+GC_DEVICE void await_staged() {
+  if constexpr (Site != GC_DROP_SITE) host::await_staged(Site);
+}
+
 template <typename V>
 GC_DEVICE V load_global(const V* address) {
   static_assert(std::is_trivially_copyable_v<V> && alignof(V) == sizeof(V), "a vector is aligned to its size");
   host::check_vector(address, sizeof(V));
+  host::check_waited("reads", address);
   if constexpr (host::kRaceBuild) {
     V value;
     host::race::load(&value, address, sizeof(V));
@@ -89,6 +123,7 @@ GC_DEVICE void store_streaming(V* address, const V& value) {
   static_assert(std::is_trivially_copyable_v<V> && alignof(V) == sizeof(V), "a vector is aligned to its size");
   static_assert(sizeof(V) == 2 || sizeof(V) == 4 || sizeof(V) == 8 || sizeof(V) == 16, "see port.h");
   host::check_vector(address, sizeof(V));
+  host::check_waited("writes", address);
   if constexpr (host::kRaceBuild) {
     host::race::store(address, &value, sizeof(V));
   } else {

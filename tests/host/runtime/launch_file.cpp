@@ -14,6 +14,8 @@ std::map<const void*, int> shared_limits;
 Schedule LaunchFiles::schedule;
 LaunchReport LaunchFiles::last;
 int LaunchFiles::launches = 0;
+int LaunchFiles::early_launches = 0;
+bool LaunchFiles::refuse_early = false;
 
 int shared_limit_of(const void* kernel) {
   const auto found = shared_limits.find(kernel);
@@ -24,7 +26,7 @@ int shared_limit_of(const void* kernel) {
 
 // The part of csrc/cuda/launch/shared_memory.cpp and of the CUDA runtime that launch files call.
 cudaError_t gc::allow_all_shared_memory(const void* kernel) {
-  host::shared_limits[kernel] = host::kMaxSharedOptIn;
+  host::shared_limits[kernel] = host::kMostSharedOptIn;
   return cudaSuccess;
 }
 

@@ -17,6 +17,8 @@ struct LaunchFiles {
   static Schedule schedule;
   static LaunchReport last;
   static int launches;
+  static int early_launches;
+  static bool refuse_early;  // launches with attributes fail, as where a driver does not know them
 };
 
 // What a kernel is allowed: 48 KB, until allow_all_shared_memory was called for it.
@@ -25,15 +27,16 @@ int shared_limit_of(const void* kernel);
 template <typename Args>
 class KernelLaunch {
  public:
-  KernelLaunch(void (*kernel)(Args), dim3 grid, int threads, int shared_bytes)
-      : kernel_(kernel), grid_(grid), threads_(threads), shared_bytes_(shared_bytes) {}
+  KernelLaunch(void (*kernel)(Args), dim3 grid, int threads, int shared_bytes, bool early = false)
+      : kernel_(kernel), grid_(grid), threads_(threads), shared_bytes_(shared_bytes), early_(early) {}
 
   void operator()(const Args& args) const {
     const Grid grid{static_cast<int>(grid_.x), static_cast<int>(grid_.y), static_cast<int>(grid_.z)};
     const int limit = shared_limit_of(reinterpret_cast<const void*>(kernel_));
     ++LaunchFiles::launches;
+    LaunchFiles::early_launches += early_;
     LaunchFiles::last =
-        host::launch(grid, threads_, shared_bytes_, LaunchFiles::schedule, [&] { kernel_(args); }, limit);
+        host::launch(grid, threads_, shared_bytes_, LaunchFiles::schedule, [&] { kernel_(args); }, limit, early_);
   }
 
  private:
@@ -41,6 +44,7 @@ class KernelLaunch {
   dim3 grid_;
   int threads_;
   int shared_bytes_;
+  bool early_;
 };
 
 template <typename Args>
@@ -49,3 +53,17 @@ KernelLaunch<Args> launch_kernel(void (*kernel)(Args), dim3 grid, int threads, i
 }
 
 }  // namespace gc::host
+
+// As cuda_runtime.h has it, which nvcc includes. With its one attribute, the launch begins early.
+template <typename Args>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Args), const Args& args) {
+  const dim3 block = config->blockDim;
+  if (gc::host::LaunchFiles::refuse_early) return cudaErrorNotSupported;
+  if (config->numAttrs != 1 || config->attrs->id != cudaLaunchAttributeProgrammaticStreamSerialization ||
+      config->attrs->val.programmaticStreamSerializationAllowed != 1 || block.y != 1 || block.z != 1) {
+    return cudaErrorInvalidValue;
+  }
+  gc::host::KernelLaunch<Args>(kernel, config->gridDim, static_cast<int>(block.x),
+                               static_cast<int>(config->dynamicSmemBytes), true)(args);
+  return cudaSuccess;
+}

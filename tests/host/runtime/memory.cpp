@@ -18,6 +18,7 @@ unsigned char poison = 0xff;
 }  // namespace
 
 void set_poison(unsigned char byte) { poison = byte; }
+unsigned char current_poison() { return poison; }
 
 void* allocate(const std::string& name, std::size_t bytes, std::size_t offset, Use use) {
   char* base = nullptr;
@@ -46,6 +47,18 @@ void release(void* memory, std::size_t offset) {
 Traffic traffic_of(const void* memory) {
   if constexpr (kRaceBuild) return race::traffic_of(memory);
   return {};
+}
+
+std::string name_of_memory(const void* address) {
+  if constexpr (kRaceBuild) return race::describe_memory(address);
+  return "memory";
+}
+
+void prefetch(const void* address) {
+#if defined(__SANITIZE_ADDRESS__)
+  if (__asan_address_is_poisoned(address)) fail("out of bounds: a prefetch");
+#endif
+  if constexpr (kRaceBuild) race::prefetch(address);
 }
 
 void report_misaligned(const void* address, std::size_t bytes) {

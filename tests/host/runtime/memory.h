@@ -22,6 +22,7 @@ enum class Use {
   kInput,   // filled by the caller, not to be written by a kernel
   kOutput,  // poisoned, not to be read by a kernel before it is written
   kState,   // filled by the caller, read and written by kernels
+  kShared,  // an array of a block: as kOutput
 };
 
 // Bytes that kernels have moved from and to a buffer, as they asked for them. Counted in the race build only.
@@ -31,15 +32,22 @@ struct Traffic {
   // Of those read, without what the same block of the launch was the last to read: a GPU has that in its first-level
   // cache, or hands one load to a whole warp.
   std::uint64_t fetched = 0;
+  std::uint64_t prefetched = 0;  // cache lines, as often as they were asked for
 };
 
 // What fresh memory holds from now on: Schedule::poison().
 void set_poison(unsigned char byte);
+unsigned char current_poison();
 
 // At least 16-byte aligned, plus `offset` bytes.
 void* allocate(const std::string& name, std::size_t bytes, std::size_t offset, Use use);
 void release(void* memory, std::size_t offset);
 Traffic traffic_of(const void* memory);
+// "x, byte 16 of 64"; in builds other than the race build "memory".
+std::string name_of_memory(const void* address);
+
+// Moves no data, but must lie within a buffer.
+void prefetch(const void* address);
 
 // A vector load or store must be aligned to its size: a GPU would fault.
 void report_misaligned(const void* address, std::size_t bytes);

@@ -90,7 +90,7 @@ std::string describe_stamp(const Stamp& stamp) {
 }
 
 void check_read(Cell& cell, const char* address, const Me& me, const Stamp& mine, Use use) {
-  if (cell.write.launch == 0 && use == Use::kOutput) {
+  if (cell.write.launch == 0 && (use == Use::kOutput || use == Use::kShared)) {
     fail("uninitialised: " + describe_stamp(mine) + " reads " + memory.describe(address) +
          ", which nothing has written");
   }
@@ -145,6 +145,15 @@ void release(void* base) { memory.release(base); }
 Traffic traffic_of(const void* address) {
   if (!memory.contains(address) || memory.cell(address).region == 0) return {};
   return memory.region(memory.cell(address)).traffic;
+}
+
+std::string describe_memory(const void* address) { return memory.describe(address); }
+
+void prefetch(const void* address) {
+  const Me me(current_place->block, current_place->thread);
+  const bool known = memory.contains(address) && memory.cell(address).region != 0;
+  if (!known) fail("out of bounds: " + describe_stamp(me.stamp(nullptr)) + " prefetches " + memory.describe(address));
+  ++memory.region(memory.cell(address)).traffic.prefetched;
 }
 
 void begin_launch(int, int threads) {
@@ -249,6 +258,7 @@ void access(const void* address, std::size_t bytes, bool write, const void* pc) 
     fail("out of bounds: " + describe_stamp(mine) + (write ? " writes " : " reads ") + std::to_string(bytes) +
          " bytes at " + memory.describe(address));
   }
+  if (region.use != Use::kShared) check_waited(write ? "writes" : "reads", address);
   (write ? region.traffic.written : region.traffic.read) += bytes;
   if (write && region.use == Use::kInput) {
     fail("write to an input: " + describe_stamp(mine) + " writes " + memory.describe(address));
@@ -256,6 +266,10 @@ void access(const void* address, std::size_t bytes, bool write, const void* pc) 
   me.state.fenced = false;
   for (std::size_t at = 0; at < bytes; at += kGranule) {
     Cell& cell = memory.cell(begin + at);
+    if (cell.in_flight) {
+      fail("in flight: " + describe_stamp(mine) + (write ? " writes " : " reads ") + memory.describe(begin + at) +
+           ", which a staged copy is still to write");
+    }
     if (cell.counter) check_counter(begin + at, me, mine, write);
     if (write) {
       check_write(cell, begin + at, me, mine);
@@ -265,6 +279,21 @@ void access(const void* address, std::size_t bytes, bool write, const void* pc) 
       check_read(cell, begin + at, me, mine, region.use);
     }
   }
+}
+
+void begin_copy(const void* to, const void* from, std::size_t bytes) {
+  access(from, bytes, false, __builtin_return_address(0));
+  access(to, bytes, true, __builtin_return_address(0));
+  for (std::size_t at = 0; at < bytes; at += kGranule) {
+    memory.cell(static_cast<const char*>(to) + at).in_flight = true;
+  }
+}
+
+void end_copy(const void* to, std::size_t bytes) {
+  for (std::size_t at = 0; at < bytes; at += kGranule) {
+    memory.cell(static_cast<const char*>(to) + at).in_flight = false;
+  }
+  access(to, bytes, true, __builtin_return_address(0));
 }
 
 void load(void* to, const void* from, std::size_t bytes) {

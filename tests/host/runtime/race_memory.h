@@ -20,6 +20,7 @@ struct Cell {
   std::uint32_t more_reads = 0;  // index into ShadowedMemory's, or 0
   std::uint32_t region = 0;      // index into ShadowedMemory's, or 0: not allocated
   bool counter = false;          // tickets have been taken from it
+  bool in_flight = false;        // a copy to it has begun, and nobody has awaited it
 };
 
 struct Region {

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cstring>
 #include <map>
 #include <memory>
 #include <numeric>
@@ -23,6 +24,15 @@ enum class State { kReady, kAtBarrier, kAtShuffle, kAtCounter, kDone };
 
 struct Block;
 
+struct Copy {
+  void* to;
+  const void* from;
+  std::size_t bytes;
+};
+
+// When staged copies are done.
+enum class CopyTime { kAtOnce, kLater, kWhenAwaited };
+
 struct Thread {
   Place place{};
   Block* block = nullptr;
@@ -30,6 +40,8 @@ struct Thread {
   int site = -1;                      // of the barrier it waits at
   const unsigned* counter = nullptr;  // that it waits for
   bool has_arena = false;
+  std::vector<Copy> copies;  // that it has staged and not yet awaited
+  std::size_t copied = 0;    // of these
   Fiber fiber;
 };
 
@@ -52,6 +64,7 @@ struct Block {
   int at_barrier = 0;
   int done = 0;
   int shared_bytes = 0;
+  bool lets_next_begin = false;
   std::vector<SharedArray> shared;
   std::vector<Warp> warps;
   std::vector<std::unique_ptr<Thread>> threads;
@@ -65,6 +78,7 @@ struct Launch {
   ReadySet ready;
   std::vector<int> to_come;  // blocks, the next one last
   std::vector<Block> blocks;
+  CopyTime copy_time;
   LaunchReport report;
   std::string failure;
   bool failed = false;
@@ -92,6 +106,17 @@ bool reach(int site) {
 void yield() {
   make_ready(*running);
   Fiber::pause();
+}
+
+void copy_next() {
+  const Copy& copy = running->copies[running->copied++];
+  std::memcpy(copy.to, copy.from, copy.bytes);
+}
+
+// Some of the copies that are due later are done now.
+void copy_some() {
+  if (current->copy_time != CopyTime::kLater) return;
+  for (std::size_t left = (running->copies.size() - running->copied + 1) / 2; left > 0; --left) copy_next();
 }
 
 void wait(State state) {
@@ -158,6 +183,14 @@ void release_barrier_if_complete(Block& block) {
 void run_kernel() {
   try {
     (*current->kernel)();
+    if (!running->copies.empty()) {
+      fail("in flight: " + describe(running->place.block, running->place.thread) +
+           " ends before what it has staged is there");
+    }
+    const Place& place = running->place;
+    if (!place.waited) {
+      fail("early start: " + describe(place.block, place.thread) + " leaves without a wait for the launch before");
+    }
     running->state = State::kDone;
     ++running->block->done;
     release_barrier_if_complete(*running->block);
@@ -177,12 +210,16 @@ void start_block(Block& block, int number) {
   const Grid& grid = current->grid;
   block.number = number;
   block.at_barrier = block.done = block.shared_bytes = 0;
+  block.lets_next_begin = false;
   block.warps.assign((current->threads + kWarpThreads - 1) / kWarpThreads, Warp{});
   for (int i = 0; i < current->threads; ++i) {
     Thread& thread = *block.threads[i];
-    thread.place = {i, number % grid.x, number / grid.x % grid.y, number / grid.x / grid.y, number};
+    thread.place = {i,      number % grid.x,       number / grid.x % grid.y, number / grid.x / grid.y,
+                    number, !current->report.early};
     thread.site = -1;
     thread.has_arena = false;
+    thread.copies.clear();
+    thread.copied = 0;
     thread.fiber.start(&run_kernel);
   }
   current->ready.new_block(first_place(block), current->threads);
@@ -191,6 +228,7 @@ void start_block(Block& block, int number) {
 
 void finish_block(Block& block) {
   current->report.shared_bytes = std::max(current->report.shared_bytes, block.shared_bytes);
+  current->report.lets_next_begin = current->report.lets_next_begin && block.lets_next_begin;
   free_shared(block);
   block.number = -1;
 }
@@ -265,14 +303,23 @@ void check_limits(Grid grid, int threads, int shared_bytes, int shared_limit) {
 }  // namespace
 
 LaunchReport launch(Grid grid, int threads, int shared_bytes, const Schedule& schedule,
-                    const std::function<void()>& kernel, int shared_limit) {
+                    const std::function<void()>& kernel, int shared_limit, bool early) {
   check_limits(grid, threads, shared_bytes, shared_limit);
   const int blocks = grid.x * grid.y * grid.z;
   const int in_flight = blocks_in_flight(blocks, schedule);
   set_poison(schedule.poison());
-  Launch launch{
-      &kernel, grid, threads, shared_bytes, ReadySet(schedule, in_flight * threads), order_of_blocks(blocks, schedule),
-      {},      {},   "",      false};
+  Launch launch{&kernel,
+                grid,
+                threads,
+                shared_bytes,
+                ReadySet(schedule, in_flight * threads),
+                order_of_blocks(blocks, schedule),
+                {},
+                static_cast<CopyTime>(schedule.seed % 3),
+                {},
+                "",
+                false};
+  launch.report.early = early;
   launch.blocks.resize(in_flight);
   for (Block& block : launch.blocks) {
     for (int i = 0; i < threads; ++i) {
@@ -309,6 +356,7 @@ std::string describe(int block, int thread) {
 
 void barrier(int site) {
   if (!reach(site)) return;
+  copy_some();
   Thread& self = *running;
   self.site = site;
   self.state = State::kAtBarrier;
@@ -354,6 +402,7 @@ std::uint64_t shuffle(std::uint64_t bits, int lane_mask) {
 }
 
 unsigned take_ticket(unsigned* counter) {
+  check_waited("takes a ticket of", counter);
   yield();
   if constexpr (kRaceBuild) race::ticket(running->place.block, running->place.thread, counter);
   const unsigned old = (*counter)++;
@@ -367,12 +416,50 @@ unsigned take_ticket(unsigned* counter) {
 }
 
 void wait_for(const unsigned* counter, unsigned value) {
+  check_waited("waits for", counter);
   yield();
   while (*counter < value) {
     running->counter = counter;
     wait(State::kAtCounter);
   }
   if constexpr (kRaceBuild) race::observe(running->place.block, running->place.thread, counter);
+}
+
+void wait_for_launch_before(int site) {
+  if (!reach(site) || running->place.waited) return;
+  yield();
+  running->place.waited = true;
+}
+
+void let_next_launch_begin() { running->block->lets_next_begin = true; }
+
+void report_not_waited(const char* does, const void* address) {
+  const Place& place = *current_place;
+  fail("early start: " + describe(place.block, place.thread) + " " + does + " " + name_of_memory(address) +
+       " before it has waited for the launch before");
+}
+
+void stage(void* to, const void* from, std::size_t bytes) {
+  check_vector(to, bytes);
+  check_vector(from, bytes);
+  check_waited("copies", from);
+  if constexpr (kRaceBuild) race::begin_copy(to, from, bytes);
+  running->copies.push_back({to, from, bytes});
+  if (current->copy_time == CopyTime::kAtOnce) {
+    copy_next();
+  } else {
+    std::memset(to, current_poison(), bytes);
+  }
+}
+
+void await_staged(int site) {
+  if (!reach(site)) return;
+  while (running->copied < running->copies.size()) copy_next();
+  if constexpr (kRaceBuild) {
+    for (const Copy& copy : running->copies) race::end_copy(copy.to, copy.bytes);
+  }
+  running->copies.clear();
+  running->copied = 0;
 }
 
 void open_arena() {
@@ -387,7 +474,7 @@ void* take_shared(int ordinal, int count, int element_bytes) {
   if (ordinal == static_cast<int>(block.shared.size())) {
     const int bytes = count * element_bytes;
     const std::string name = "shared array " + std::to_string(ordinal) + " of block " + std::to_string(block.number);
-    block.shared.push_back({allocate(name, bytes, 0, Use::kOutput), count, element_bytes});
+    block.shared.push_back({allocate(name, bytes, 0, Use::kShared), count, element_bytes});
     block.shared_bytes += (bytes + 15) / 16 * 16;
     if (block.shared_bytes > current->shared_bytes) {
       fail("shared memory: " + name + " makes it " + std::to_string(block.shared_bytes) + " bytes, launched with " +
