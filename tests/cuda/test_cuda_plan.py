@@ -192,7 +192,7 @@ def test_a_full_machine_has_no_fewer_blocks_at_once(kernel, problem, layout):
             assert p.paths == "none" and str(p) == str(old), p
             continue
         assert p.paths == "full_machine" and p.threads <= 256, p
-        registers = 80 if p.flat and dtype != "float32" else 64
+        registers = 80 if p.flat else 64
         assert p.resident == min(65536 // 4 // (32 * registers) * 4 // (p.threads // 32), 16), p
         (before, share_before), (now, share) = used(old), used(p)
         tile, extent = (

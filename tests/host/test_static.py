@@ -54,12 +54,18 @@ def moves_vectors(kernel: str) -> bool:
     return ELEMENT_BYTES.get(match[1], 0) * int(match[2]) == 16
 
 
-# Some words of the transform, which without them would have to fetch later.
+STAGED_HALVES = (
+    "gc::pool_backward<{}, (gc::Layout)0, 8, 8, gc::PoolBackwardTraits<(gc::PoolGradient)2, (gc::Path)1> >"
+)
+# Some words of the transform, which without them would have to fetch later; and one beside the addresses of a
+# staged grad.
 KNOWN_SPILLS = {
+    (STAGED_HALVES.format("__half"), "sm_100"): 4,
+    (STAGED_HALVES.format("__nv_bfloat16"), "sm_100"): 4,
     ("gc::transform_forward<__half, 2>", "sm_120"): 32,
     ("gc::transform_forward<__nv_bfloat16, 2>", "sm_120"): 32,
-    ("gc::merging_transform_forward<__half, 2>", "sm_120"): 16,
-    ("gc::merging_transform_forward<__nv_bfloat16, 2>", "sm_120"): 16,
+    ("gc::merging_transform_forward<__half, 2>", "sm_120"): 20,
+    ("gc::merging_transform_forward<__nv_bfloat16, 2>", "sm_120"): 20,
     ("gc::transform_backward<__half, 2>", "sm_70"): 24,
     ("gc::transform_backward<__nv_bfloat16, 2>", "sm_70"): 24,
 }
@@ -171,7 +177,7 @@ def bound_of(kernel: str) -> int:
     constants = dict(re.findall(r"constexpr int (k\w*Registers\w*) = (\d+);", text))
     name = "kRegistersOfThread"
     if "(gc::Path)16" in kernel and "broadcast_flat" in kernel:
-        name = "kMoreRegisters" if "half" in kernel or "bfloat16" in kernel else "kFullMachineRegisters"
+        name = "kMoreRegisters"
     elif "(gc::Path)16" in kernel and "<double" not in kernel:
         name = "kFullMachineRegisters"
     return int(constants[name])

@@ -33,9 +33,7 @@ struct BroadcastTraits : KernelTraits {
   static constexpr Paths kPlannedPaths = Path::kEarlyStart;
   static constexpr bool kFlatOnly = kFullMachine;
   static constexpr int kMostThreads = kFullMachine ? 256 : kMaxThreads;
-  static GC_BOTH int registers(int element_bytes) {
-    return !kFullMachine ? kRegistersOfThread : element_bytes == 2 ? kMoreRegisters : kFullMachineRegisters;
-  }
+  static GC_BOTH int registers(int /*element_bytes*/) { return kFullMachine ? kMoreRegisters : kRegistersOfThread; }
 };
 
 // A partial result is the sums of both gradients over pixels.

@@ -51,13 +51,14 @@ struct Walk {
   int splits, tiles_per_split;
   int group;  // of partial results, see split_merge.h
   bool backwards;
-  bool merged_later;
-  // For newer paths, which do not divide before they load.
-  unsigned char fast_shift;  // fast_threads = 1 << fast_shift
+  // What newer paths need lies in the gaps of what was measured, whose arguments stay where they were.
+  unsigned char merged_later : 1;
+  unsigned char fast_shift : 7;  // fast_threads = 1 << fast_shift; such paths do not divide before they load
   unsigned short longer;
   TileShape shape;
   unsigned reciprocal;  // of splits, times 2^32: rounded down, and less than 2^32
 };
+static_assert(sizeof(Walk) == 40, "other arguments would move, and with them the registers of sm_100's kernels");
 
 GC_BOTH bool channels_are_fast(Layout layout) { return layout == Layout::kNHWC; }
 

@@ -168,12 +168,20 @@ class Tile {
   using Place = Vector<unsigned, kVectorBytes / 4>;
   GC_DEVICE static int places() { return kRows * port::block_threads(); }
   GC_DEVICE static void stage(Place* places, const T* image, const Map& map, int pixel0) {
+    static_assert(!Map::kNeighbours, "its pieces lie side by side");
     GC_UNROLL_BY(2)  // as a whole, its addresses take registers that a tall tile does not leave
     for (int r = 0; r < kRows; ++r) {
       T* const place = reinterpret_cast<T*>(places + place_of(r));
-      each_access(
-          map, pixel0, r, [&](int e, int offset) { port::stage<kWidth * sizeof(T)>(place + e, image + offset); },
-          [&](int e) { *reinterpret_cast<Word<kWidth * sizeof(T)>*>(place + e) = {}; });
+      const int row = map.row(pixel0, r);
+      const int element = map.element(pixel0);
+      GC_UNROLL
+      for (int e = 0; e < kElements<T>; e += kWidth) {
+        if (row < map.rows() && element + e < map.row_extent()) {
+          port::stage<kWidth * sizeof(T)>(place + e, image + row * map.row_extent() + element + e);
+        } else {
+          *reinterpret_cast<Word<kWidth * sizeof(T)>*>(place + e) = {};
+        }
+      }
     }
   }
   // After port::await_staged.
@@ -199,35 +207,26 @@ class Tile {
  private:
   GC_DEVICE static int place_of(int r) { return r * port::block_threads() + port::thread_index(); }
 
-  // Calls body(element within the vector, offset within the image) for the loads or stores of row r inside the image,
-  // and outside(element within the vector) for the others.
-  template <typename Body, typename Outside>
-  GC_DEVICE static void each_access(const Map& map, int pixel0, int r, const Body& body, const Outside& outside) {
+  // Calls body(element within the vector, offset within the image) for the loads or stores of row r inside the image.
+  template <typename Body>
+  GC_DEVICE static void each_access(const Map& map, int pixel0, int r, const Body& body) {
     unsigned row_step = map.shape.slow_threads;
     port::forget(row_step);  // otherwise every row's offset and predicate would stay in registers from tile to tile
     const int row = map.row(pixel0, 0) + r * static_cast<int>(row_step);
-    if (row >= map.rows()) {
-      GC_UNROLL
-      for (int e = 0; e < kElements<T>; e += kWidth) outside(e);
-      return;
-    }
+    if (row >= map.rows()) return;
     const int element = map.element(pixel0);
     const int offset = row * map.row_extent() + element;
     [[maybe_unused]] unsigned threads = map.shape.fast_threads;
     if constexpr (Map::kNeighbours) port::forget(threads);  // or else its multiples would
     GC_UNROLL
     for (int e = 0; e < kElements<T>; e += kWidth) {
-      const int step = Map::kNeighbours ? e * static_cast<int>(threads) : e;
-      if (element + step < map.row_extent()) {
-        body(e, offset + step);
+      if constexpr (Map::kNeighbours) {
+        const int step = e * static_cast<int>(threads);
+        if (element + step < map.row_extent()) body(e, offset + step);
       } else {
-        outside(e);
+        if (element + e < map.row_extent()) body(e, offset + e);
       }
     }
-  }
-  template <typename Body>
-  GC_DEVICE static void each_access(const Map& map, int pixel0, int r, const Body& body) {
-    each_access(map, pixel0, r, body, [](int) {});
   }
 
   PackedVector<T> rows_[kRows];

@@ -271,12 +271,12 @@ GC_DEVICE void normalize(const TransformForwardArgs& args, const TransformBranch
   }
 }
 
-// A phase of products, with W1 if it is the first, or with W2.
+// A phase of products: with W1 in phase first_product, with W2 in the next.
 template <typename T, int kWidth>
-GC_DEVICE void multiply_tiles(const TransformForwardArgs& args, const Phase& phase, bool is_first,
+GC_DEVICE void multiply_tiles(const TransformForwardArgs& args, const Phase& phase, int first_product,
                               const TransformForwardShared<Acc<T>>& shared) {
   using A = Acc<T>;
-  const PhaseTiles tiles(args, is_first);
+  const PhaseTiles tiles(args, phase.number() == first_product);
   const int count = tiles.count();
   // A block takes neighbouring tiles, which have the same images as far as possible.
   const int first = static_cast<int>(static_cast<long long>(count) * phase.block() / phase.blocks());
@@ -289,7 +289,7 @@ GC_DEVICE void multiply_tiles(const TransformForwardArgs& args, const Phase& pha
     A* const scratch = shared.scratch_of(index);
     Product<A> product;
     product.images = tile.images;
-    if (is_first) {
+    if (phase.number() == first_product) {
       product.matrix = branch.w1;
       product.rows = branch.hidden;
       product.count = args.channels;
@@ -340,7 +340,7 @@ GC_DEVICE void transform_phases(const TransformForwardArgs& args) {
     merge_late(args.partial, args.images, args.channels, phase.block(), phase.blocks(), shared.scratch);
   } else {
     const int first_product = kMerging ? args.grid.phases - 2 : 0;  // the phase; the second product is the last
-    multiply_tiles<T, kWidth>(args, phase, phase.number() == first_product, shared);
+    multiply_tiles<T, kWidth>(args, phase, first_product, shared);
   }
   phase.finish();
 }

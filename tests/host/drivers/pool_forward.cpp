@@ -132,8 +132,8 @@ struct Pooling {
   void merge(const Plan& pool, const PoolForwardArgs& left, const host::Schedule& schedule) {
     const auto [images, channels, pixels] = on.shape;
     const TransformProblem problem{images, channels, 1, {1, 0}, Element<T>::type, true};
-    const TransformPlan plan =
-        make_transform_forward_plan(problem, {on.multiprocessors, host::kMaxSharedOptIn, Path::kLateMerge});
+    const TransformPlan plan = make_transform_forward_plan(
+        problem, {on.multiprocessors, host::kMaxSharedOptIn, paths_under(schedule) | Path::kLateMerge});
     PhaseCounters counters(plan);
     const std::size_t units = images;
     Buffer<A> weights("weights", std::vector<A>(channels, 1), Use::kInput);
