@@ -60,8 +60,8 @@ STAGED_HALVES = (
 # Some words of the transform, which without them would have to fetch later; and one beside the addresses of a
 # staged grad.
 KNOWN_SPILLS = {
-    (STAGED_HALVES.format("__half"), "sm_100"): 4,
-    (STAGED_HALVES.format("__nv_bfloat16"), "sm_100"): 4,
+    (STAGED_HALVES.format("__half"), "sm_100"): 8,
+    (STAGED_HALVES.format("__nv_bfloat16"), "sm_100"): 8,
     ("gc::transform_forward<__half, 2>", "sm_120"): 32,
     ("gc::transform_forward<__nv_bfloat16, 2>", "sm_120"): 32,
     ("gc::merging_transform_forward<__half, 2>", "sm_120"): 20,
