@@ -37,7 +37,7 @@ PASSES = {
     **dict.fromkeys(POOLINGS.values(), 1),
 }
 SCALED = ("broadcast_mul_backward",)
-MATRICES = {"transform_forward": 1, "transform_backward": 2}
+MATRICES = {"transform_forward": 1, "merging_transform_forward": 1, "transform_backward": 2}
 KERNEL = re.compile(r"\bgc::(\w+)<")
 WEIGHTING = re.compile(r"\(gc::Weighting\)(\d)")
 
