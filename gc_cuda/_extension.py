@@ -66,8 +66,7 @@ def _load() -> tuple[dict[str, str] | None, str, Exception | None]:
         return None, problem, None
     here = f"torch {torch.__version__}"
     try:
-        binary_module = importlib.import_module("gc_cuda._C")
-        config: dict[str, str] = binary_module.build_config()
+        config: dict[str, str] = importlib.import_module("gc_cuda._C").build_config()
     except (ImportError, OSError) as error:
         return (
             None,
@@ -76,10 +75,7 @@ def _load() -> tuple[dict[str, str] | None, str, Exception | None]:
             error,
         )
     _remember(binary)
-    if problem := _misfit(config, here):
-        return None, problem, None
-    binary_module.chosen_paths()  # a wrong GC_CUDA_PATHS is a ValueError now, not at the first launch
-    return config, "", None
+    return (None, problem, None) if (problem := _misfit(config, here)) else (config, "", None)
 
 
 def _misfit(config: dict[str, str], here: str) -> str:

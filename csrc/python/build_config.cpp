@@ -3,6 +3,7 @@
 #include "python/build_config.h"
 
 #include "build_facts.h"  // by setup.py: GC_VERSION, GC_SOURCES, GC_BUILD_TORCH, GC_CUDA_VERSION, GC_ARCH_LIST
+#include "cuda/plan/paths.h"
 
 namespace gc {
 
@@ -19,6 +20,7 @@ static std::string compiler_name() {
 }
 
 std::map<std::string, std::string> build_config() {
+  chosen_paths();  // asked for at import: a wrong GC_CUDA_PATHS is an error then, and not at the first launch
   return {{"version", GC_VERSION},   {"sources", GC_SOURCES},     {"torch", GC_BUILD_TORCH},
           {"cuda", GC_CUDA_VERSION}, {"arch_list", GC_ARCH_LIST}, {"compiler", compiler_name()}};
 }

@@ -410,6 +410,8 @@ def test_what_a_gpu_cannot_do_is_not_chosen_for_it():
         assert "early_start" in extension.paths_on(90).split(",")
         assert "early_start" in extension.paths_on(120).split(",")
         assert "early_start" not in extension.paths_on(89).split(",")
+        assert {"staged_grad", "tiles_ahead"} < set(extension.paths_on(80).split(","))
+        assert not {"staged_grad", "tiles_ahead"} & set(extension.paths_on(75).split(","))
         extension.choose_paths("none")
         assert extension.paths_on(90) == "none"
     finally:

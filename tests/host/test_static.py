@@ -57,9 +57,14 @@ def moves_vectors(kernel: str) -> bool:
 STAGED_HALVES = (
     "gc::pool_backward<{}, (gc::Layout)0, 8, 8, gc::PoolBackwardTraits<(gc::PoolGradient)2, (gc::Path)1> >"
 )
+# On sm_70 no plan takes it: copies to shared memory begin with sm_80.
+TALL_TILES_AHEAD = (
+    "gc::pool_forward<float, (gc::Layout)0, 16, 4, gc::PoolForwardTraits<(gc::Weighting)0, (gc::Path)2> >"
+)
 # Some words of the transform, which without them would have to fetch later; and one beside the addresses of a
 # staged grad.
 KNOWN_SPILLS = {
+    (TALL_TILES_AHEAD, "sm_70"): 48,
     (STAGED_HALVES.format("__half"), "sm_100"): 8,
     (STAGED_HALVES.format("__nv_bfloat16"), "sm_100"): 8,
     ("gc::transform_forward<__half, 2>", "sm_120"): 32,

@@ -77,7 +77,10 @@ Paths default_paths(int /*compute_capability*/) { return {}; }  // none has been
 
 Paths paths_on(int compute_capability) {
   const Paths wanted = chosen_paths().value_or(default_paths(compute_capability));
-  return compute_capability >= 90 ? wanted : wanted.without(Path::kEarlyStart);
+  Paths missing;
+  if (compute_capability < 90) missing = missing | Path::kEarlyStart;
+  if (compute_capability < 80) missing = missing | Path::kStagedGrad | Path::kTilesAhead;  // no copies to shared memory
+  return wanted.without(missing);
 }
 
 void choose_paths(std::optional<Paths> paths) { chosen() = paths ? int64_t{paths->bits} : kNothingChosen; }
