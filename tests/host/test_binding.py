@@ -78,6 +78,20 @@ def environment(library: Path, launch_paths: str) -> dict[str, str]:
     }
 
 
+def said_by(library: Path, launch_paths: str, *arguments: str) -> str:
+    """What Python prints with these arguments; it must end well."""
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=TIMEOUT_S,
+        env=environment(library, launch_paths),
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    return done.stdout
+
+
 # With newer paths of a launch: what they hand from one launch to the next.
 CALLS = [*((test, "none") for test in TESTS), ("blocks/blocks", "all")]
 
@@ -85,41 +99,15 @@ CALLS = [*((test, "none") for test in TESTS), ("blocks/blocks", "all")]
 @pytest.mark.parametrize(("test", "launch_paths"), CALLS)
 def test_binding(library: Path, test: str, launch_paths: str) -> None:
     folder, name = test.split("/")
-    plugins = ["-p", "on_the_host", "-p", "no:cacheprovider", "-p", "no:faulthandler", "-p", "no:xdist"]
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-x",
-            *plugins,
-            "-k",
-            "cpu or dry",
-            f"tests/{folder}/test_{name}.py",
-        ],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        timeout=TIMEOUT_S,
-        env=environment(library, launch_paths),
-    )
-    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
-    assert " passed" in done.stdout
+    plugins = ("-p", "on_the_host", "-p", "no:cacheprovider", "-p", "no:faulthandler", "-p", "no:xdist")
+    pytests = ("-m", "pytest", "-q", "-x", *plugins, "-k", "cpu or dry", f"tests/{folder}/test_{name}.py")
+    assert " passed" in said_by(library, launch_paths, *pytests)
 
 
 @pytest.mark.parametrize("launch_paths", ["none", "early_start"])
 def test_the_first_launch_of_an_operator_waits_for_the_stream(library: Path, launch_paths: str) -> None:
-    done = subprocess.run(
-        [sys.executable, str(BINDING / "early.py")],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        timeout=TIMEOUT_S,
-        env=environment(library, launch_paths),
-    )
-    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
-    found = {what: int(number) for what, number in re.findall(r"^(.*) (\d+)$", done.stdout, re.MULTILINE)}
+    said = said_by(library, launch_paths, str(BINDING / "early.py"))
+    found = {what: int(number) for what, number in re.findall(r"^(.*) (\d+)$", said, re.MULTILINE)}
     two = 2 if launch_paths == "early_start" else 0
     blocks = [f"{pooling} channel_{fusion}" for pooling in ("att", "avg") for fusion in ("add", "mul")]
     expected = {f"{block} {direction}": two for block in blocks for direction in ("forward", "backward")}

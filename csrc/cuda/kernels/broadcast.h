@@ -19,8 +19,7 @@
 
 namespace gc {
 
-// With Path::kFullMachine the flat form only: its waves are full, and two of them are as many blocks as four of blocks
-// with twice the registers.
+// With Path::kFullMachine the flat form only: at most two waves of blocks, as full as can be.
 template <Path... kNewer>
 struct BroadcastTraits : KernelTraits {
   static constexpr Paths kPaths = Paths(kNewer...);

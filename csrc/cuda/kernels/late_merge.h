@@ -39,7 +39,7 @@ struct MergeShares {
   A* stats;  // [kTransformWarps, 2]
 };
 
-// A warp's share: of the lane's channel if `has_channel`. values: of that channel and the first split of the image.
+// A warp's share of an image's splits, of which each lane adds up its channel; a channel past the last counts as 0.
 template <typename A>
 GC_DEVICE void merge_share(const PartialContext& partial, int channels, int n, int channel, const MergeShares<A>& to) {
   constexpr int kAtOnce = 4;  // are added to each other first: errors grow with the length of a chain of additions

@@ -34,13 +34,6 @@ std::atomic<int64_t>& chosen() {
 
 }  // namespace
 
-const char* name_of(Path path) {
-  for (int i = 0; i < kPathCount; ++i) {
-    if (path_at(i) == path) return kNames[i];
-  }
-  return "";
-}
-
 std::string names_of(Paths paths) {
   std::string names;
   for (int i = 0; i < kPathCount; ++i) {

@@ -10,8 +10,6 @@
 
 namespace gc {
 
-// "staged_grad", ...
-const char* name_of(Path path);
 // "staged_grad,tiles_ahead", or "none".
 std::string names_of(Paths paths);
 // The set of such a list, of "none" or of "all". Throws std::invalid_argument, with the names that there are.
