@@ -60,7 +60,7 @@ struct Unmerged {
 struct Norm {
   const void* mean = nullptr;         // A [C]
   const void* inverse_std = nullptr;  // A [C]
-  Companion weight, bias;             // [C], or absent: 1, 0
+  Companion weight, bias;             // [C], or absent: 1, 0. A copy of the bias is kept
 };
 
 struct PoolForwardCall {
@@ -127,8 +127,10 @@ struct TransformBackwardCall {
 struct StatisticsCall {
   double eps = 0;
   Companion given_mean, given_variance;  // [C]; not of_batch, or both absent: 0 and 1, exactly
+  Companion given_bias;                  // [C], or absent
   // Results.
   void *mean, *inverse_std, *variance;  // A [C]; the variance that is given, or the unbiased one of the batch
+  void* bias;                           // A [C]: the same, which may be changed before the backward pass
   void* state = nullptr;                // A [N, C + kStatistics], or null; of_batch: the mean over pixels of y - mean
   CompanionOut running_mean, running_variance;  // [C], or absent; of_batch: moved by momentum
   double momentum = 0;

@@ -14,13 +14,13 @@ template <typename T>
 struct StatisticsMemory {
   using A = acc_t<T>;
   A *centre, *sums, *squares;                    // [N, splits, C]
-  A *given_mean, *given_variance;                // copies
+  A *given_mean, *given_variance, *given_bias;   // copies
   A *mean, *variance, *new_mean, *new_variance;  // copies, of the running ones
 
   StatisticsMemory(const FeatureMap& y, bool of_batch, const Shape& shape, const Plan& plan, Scratch<A>& scratch) {
     const int64_t partials = of_batch ? shape.images * plan.splits * shape.channels : 0;
     for (A** const place : {&centre, &sums, &squares}) *place = scratch.take(partials);
-    for (A** const place : {&given_mean, &given_variance}) *place = take_copy<T>(scratch, y.channels());
+    for (A** const place : {&given_mean, &given_variance, &given_bias}) *place = take_copy<T>(scratch, y.channels());
     for (A** const place : {&mean, &variance, &new_mean, &new_variance}) *place = scratch.take(y.channels());
   }
 };
@@ -33,6 +33,8 @@ class Statistics {
   void launch(const StatisticsCall& call, Lent lent) const {
     const auto body = [&](auto zero, const auto& memory) {
       using T = decltype(zero);
+      const auto* const bias = widen<T>(call.given_bias, y_.channels(), memory.given_bias);
+      for (int64_t c = 0; c < y_.channels(); ++c) static_cast<acc_t<T>*>(call.bias)[c] = bias ? bias[c] : 0;
       if (of_batch_) {
         take_batch<T>(call, memory);
         move_running<T>(call, memory);

@@ -48,8 +48,8 @@ TORCH_LIBRARY(gc_cuda, m) {
 
   // The residual tail: x = BN(y), the block as above (none without add and mul), out = relu(block(x) + identity).
   // norm_kind: 0 no norm, 1 with mean and variance as given, 2 with those of the batch. kept: TailKept in
-  // tail_problem.h, which begins with mean, 1 / sqrt(variance + norm_eps) and variance [C], the unbiased one of the
-  // batch.
+  // tail_problem.h, which begins with mean, 1 / sqrt(variance + norm_eps), variance, the unbiased one of the batch,
+  // and bias, each [C].
   m.def(
       "bn_context_add_relu(Tensor y, Tensor? identity, Tensor? weight, Tensor? bias, Tensor? mean, Tensor? variance, "
       "int norm_kind, float norm_eps, Tensor? mask_weight, Tensor? mask_bias, Tensor[] add, Tensor[] mul, float eps, "

@@ -61,6 +61,8 @@ std::tuple<Tensor, Tensor> tail_forward(const FeatureMap& map, const TailProblem
   taking.mean = kept.mean;
   taking.inverse_std = kept.inverse_std;
   taking.variance = kept.variance;
+  taking.given_bias = map.companion(problem.bias);
+  taking.bias = kept.bias;
   taking.state = problem.has_block() && !pools ? kept.block->state : nullptr;
   if (running.mean.has_value()) taking.running_mean = map.companion_out(*running.mean);
   if (running.variance.has_value()) taking.running_variance = map.companion_out(*running.variance);

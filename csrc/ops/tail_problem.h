@@ -21,21 +21,22 @@ struct NormSource {
 
 // Where each part begins in one tensor of the accumulation type. gc_cuda/ops/tail.py has the same sizes.
 struct TailKept {
-  int64_t mean, inverse_std, variance;  // [C]
-  int64_t block;                        // Kept, where there is a block
+  int64_t mean, inverse_std, variance, bias;  // [C]
+  int64_t block;                              // Kept, where there is a block
   int64_t elements;
 
   TailKept(const FeatureMap& y, bool attention, const Branches& branches) {
     mean = 0;
     inverse_std = mean + y.channels();
     variance = inverse_std + y.channels();
-    block = variance + y.channels();
+    bias = variance + y.channels();
+    block = bias + y.channels();
     elements = block + (branches.count() > 0 ? Kept(y, attention, branches).elements : 0);
   }
 };
 
 struct TailParts {
-  void *mean, *inverse_std, *variance;
+  void *mean, *inverse_std, *variance, *bias;
   std::optional<KeptParts> block;  // of y - mean: its context is that before slope and bias
 
   TailParts(void* memory, const TailKept& kept, const FeatureMap& y, const Branches& branches) {
@@ -43,6 +44,7 @@ struct TailParts {
     mean = at(kept.mean);
     inverse_std = at(kept.inverse_std);
     variance = at(kept.variance);
+    bias = at(kept.bias);
     if (branches.count() == 0) return;
     const bool attention = kept.elements - kept.block > Kept(y, false, branches).elements;
     block.emplace(at(kept.block), Kept(y, attention, branches), y, branches);
@@ -124,7 +126,7 @@ struct TailProblem {
   bool attention() const { return mask_weight.has_value(); }
 
   Norm norm(const FeatureMap& map, const TailParts& parts) const {
-    return {parts.mean, parts.inverse_std, map.companion(weight), map.companion(bias)};
+    return {parts.mean, parts.inverse_std, map.companion(weight), wide(parts.bias)};
   }
 
   void check_forward(const FeatureMap& map, const OptionalTensor& identity, const NormSource& source,
