@@ -118,6 +118,8 @@ def batch_norm(norm: BatchNorm, y: Tensor) -> None:
     if isinstance(momentum, bool) or not isinstance(momentum, (int, float)):
         raise TypeError(f"norm.momentum must be a number, got {type(momentum).__name__}")
     epsilon(eps, "norm.eps")
+    if training and not eps > 0:
+        raise ValueError(f"norm.eps must be positive in training, got {eps}")
     n, _, h, w = y.shape
     if training and n * h * w == 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {_shape(y)}")

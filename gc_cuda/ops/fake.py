@@ -23,7 +23,9 @@ from gc_cuda.ops.operands import (
     Kept,
     Tensors,
     in_places,
+    transform_of,
 )
+from gc_cuda.reference import BatchNorm
 
 
 def _feature_map_like(x: Tensor) -> Tensor:
@@ -142,6 +144,23 @@ def bn_context_add_relu(
     mul: Tensors,
     *policy: Any,
 ) -> tuple[Tensor, Tensor]:
+    given = norm_kind == 1
+    norm = BatchNorm(weight, bias, mean, variance, not given, 0.0, norm_eps) if norm_kind else None
+    names = "avg" if mask_weight is None else "att"
+    add_transform, mul_transform = transform_of(add), transform_of(mul)
+    checks.bn_context_add_relu(
+        y,
+        identity,
+        norm,
+        mask_weight,
+        mask_bias,
+        add_transform,
+        mul_transform,
+        names,
+        "relu",
+        "sigmoid",
+        policy[0],
+    )
     kept = TAIL_VECTORS * y.shape[1]
     if add or mul:
         kept += sum(Kept.sizes(y, attends=mask_weight is not None, add=add, mul=mul))
@@ -159,7 +178,7 @@ def bn_context_add_relu_training(
     norm_eps: float,
     *block: Any,
 ) -> tuple[Tensor, Tensor]:
-    return bn_context_add_relu(y, identity, weight, bias, None, None, 2, norm_eps, *block)
+    return bn_context_add_relu(y, identity, weight, bias, running_mean, running_var, 2, norm_eps, *block)
 
 
 def bn_context_add_relu_backward(

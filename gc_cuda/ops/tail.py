@@ -97,6 +97,10 @@ def bn_context_add_relu(
         )
     if identity is not None and identity.dtype != y.dtype:
         identity = identity.to(y.dtype)
+    if norm is not None and norm.training and not _in_a_row(norm):
+        return _with_strided_statistics(
+            y, identity, norm, mask_weight, mask_bias, add, mul, relu=relu, **words
+        )
     policy = TailPolicy.of(norm, policy_of(activation, gate, eps), relu, len(tensors_of(add)))
     weight, bias, mean, var = (None,) * 4 if norm is None else norm[:4]
     # Under the compiler a Function must not change its inputs, so the running statistics are moved after it.
@@ -125,6 +129,23 @@ def bn_context_add_relu(
             for running_one, start in ((mean, 0), (var, 2 * channels)):
                 of_batch = kept[start : start + channels]
                 running_one.copy_(policy.momentum * of_batch + (1 - policy.momentum) * running_one)
+    return out
+
+
+def _in_a_row(norm: BatchNorm) -> bool:
+    _, _, mean, var, *_ = norm
+    return (mean is None or mean.is_contiguous()) and (var is None or var.is_contiguous())
+
+
+def _with_strided_statistics(
+    y: Tensor, identity: Tensor | None, norm: BatchNorm, *block: Any, **words: Any
+) -> Tensor:
+    """The operator moves statistics that lie in a row."""
+    copies = [None if one is None else one.clone(memory_format=torch.contiguous_format) for one in norm[2:4]]
+    out = bn_context_add_relu(y, identity, BatchNorm(*norm[:2], *copies, *norm[4:]), *block, **words)
+    for one, copy in zip(norm[2:4], copies):
+        if copy is not None:
+            one.copy_(copy)
     return out
 
 
