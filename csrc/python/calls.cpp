@@ -9,13 +9,12 @@
 #include <vector>
 
 #include "ops/needs.h"
+#include "ops/tail_problem.h"
 
 namespace gc {
 
 namespace {
 
-using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 using Tensors = std::vector<Tensor>;
 
 using Forward = Tensor(const Tensor&, const OptionalTensor&, const OptionalTensor&, at::TensorList, at::TensorList,
@@ -25,6 +24,19 @@ using ForwardKept = std::tuple<Tensor, Tensor>(const Tensor&, const OptionalTens
 using Backward = Tensors(const Tensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
                          at::TensorList, at::TensorList, const Tensor&, int64_t, int64_t,
                          std::array<bool, Needs::kCount>);
+
+using Tail = std::tuple<Tensor, Tensor>(const Tensor&, const OptionalTensor&, const OptionalTensor&,
+                                        const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, int64_t,
+                                        double, const OptionalTensor&, const OptionalTensor&, at::TensorList,
+                                        at::TensorList, double, int64_t, int64_t, bool);
+using TailTraining = std::tuple<Tensor, Tensor>(const Tensor&, const OptionalTensor&, const OptionalTensor&,
+                                                const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
+                                                double, double, const OptionalTensor&, const OptionalTensor&,
+                                                at::TensorList, at::TensorList, double, int64_t, int64_t, bool);
+using TailBackward = Tensors(const Tensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
+                             const OptionalTensor&, int64_t, const OptionalTensor&, const OptionalTensor&,
+                             at::TensorList, at::TensorList, const Tensor&, int64_t, int64_t,
+                             std::array<bool, TailNeeds::kCount>);
 
 template <typename Signature>
 c10::TypedOperatorHandle<Signature> operator_of(const char* name) {
@@ -70,6 +82,40 @@ Tensors global_context_backward(const Tensor& grad, const OptionalTensor& x, con
   return op.call(grad, x, mask_weight, mask_bias, add, mul, kept, activation, gate, placed);
 }
 
+std::tuple<Tensor, Tensor> bn_context_add_relu(const Tensor& y, const OptionalTensor& identity,
+                                               const OptionalTensor& weight, const OptionalTensor& bias,
+                                               const OptionalTensor& mean, const OptionalTensor& variance,
+                                               int64_t norm_kind, double norm_eps, const OptionalTensor& mask_weight,
+                                               const OptionalTensor& mask_bias, const Tensors& add, const Tensors& mul,
+                                               double eps, int64_t activation, int64_t gate, bool relu) {
+  static const auto op = operator_of<Tail>("gc_cuda::bn_context_add_relu");
+  const Outside outside;
+  return op.call(y, identity, weight, bias, mean, variance, norm_kind, norm_eps, mask_weight, mask_bias, add, mul, eps,
+                 activation, gate, relu);
+}
+
+std::tuple<Tensor, Tensor> bn_context_add_relu_training(
+    const Tensor& y, const OptionalTensor& identity, const OptionalTensor& weight, const OptionalTensor& bias,
+    const OptionalTensor& running_mean, const OptionalTensor& running_var, double momentum, double norm_eps,
+    const OptionalTensor& mask_weight, const OptionalTensor& mask_bias, const Tensors& add, const Tensors& mul,
+    double eps, int64_t activation, int64_t gate, bool relu) {
+  static const auto op = operator_of<TailTraining>("gc_cuda::bn_context_add_relu_training");
+  const Outside outside;
+  return op.call(y, identity, weight, bias, running_mean, running_var, momentum, norm_eps, mask_weight, mask_bias, add,
+                 mul, eps, activation, gate, relu);
+}
+
+Tensors bn_context_add_relu_backward(const Tensor& grad, const OptionalTensor& y, const OptionalTensor& out,
+                                     const OptionalTensor& weight, const OptionalTensor& bias, int64_t norm_kind,
+                                     const OptionalTensor& mask_weight, const OptionalTensor& mask_bias,
+                                     const Tensors& add, const Tensors& mul, const Tensor& kept, int64_t activation,
+                                     int64_t gate, const std::array<bool, TailNeeds::kCount>& needed) {
+  static const auto op = operator_of<TailBackward>("gc_cuda::bn_context_add_relu_backward");
+  const Outside outside;
+  return op.call(grad, y, out, weight, bias, norm_kind, mask_weight, mask_bias, add, mul, kept, activation, gate,
+                 needed);
+}
+
 // How often each has been changed in place; -1 for None, and for a tensor that does not count.
 py::tuple versions(const py::tuple& tensors) {
   py::tuple counts(tensors.size());
@@ -92,6 +138,11 @@ void bind_calls(pybind11::module_& module) {
   module.def(
       "global_context_backward", &global_context_backward,
       "torch.ops.gc_cuda.global_context_backward, by position, where needed tells of the tensors that are given.");
+  module.def("bn_context_add_relu", &bn_context_add_relu, "torch.ops.gc_cuda.bn_context_add_relu, by position.");
+  module.def("bn_context_add_relu_training", &bn_context_add_relu_training,
+             "torch.ops.gc_cuda.bn_context_add_relu_training, by position.");
+  module.def("bn_context_add_relu_backward", &bn_context_add_relu_backward,
+             "torch.ops.gc_cuda.bn_context_add_relu_backward, by position.");
   module.def("versions", &versions, "How often each tensor of a tuple has been changed in place, or -1.");
 }
 

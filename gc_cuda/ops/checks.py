@@ -145,6 +145,36 @@ def unseen_by_the_operator(x: Tensor, mask_weight: Tensor | None, pooling_type: 
     epsilon(eps)
 
 
+def unseen_by_the_tail(
+    y: Tensor,
+    identity: Tensor | None,
+    norm: BatchNorm | None,
+    mask_weight: Tensor | None,
+    mask_bias: Tensor | None,
+    no_block: bool,
+    pooling_type: str,
+    eps: float,
+) -> None:
+    """Demand what the operator of the residual tail cannot, as :func:`unseen_by_the_operator`."""
+    if not isinstance(y, Tensor) or not (y.is_cpu or y.is_cuda or y.is_meta):
+        feature_map(y, "y")
+    if identity is not None and (not isinstance(identity, Tensor) or identity.dtype != y.dtype):
+        _identity(identity, y)
+    if norm is not None:
+        if not isinstance(norm, (tuple, list)) or len(norm) != len(BatchNorm._fields):
+            batch_norm(norm, y)
+        _, _, mean, var, training, momentum, norm_eps, group = norm
+        epsilon(norm_eps, "norm.eps")
+        odd_statistics = (mean is None) != (var is None) or (training and norm_eps == 0)
+        if odd_statistics or group is not None or type(momentum) is not float:
+            batch_norm(norm, y)
+    if no_block:
+        one_of(pooling_type, "pooling_type", POOLING_TYPES)
+    elif pooling_type != ("avg" if mask_weight is None else "att"):
+        pooling(pooling_type, mask_weight, mask_bias)
+    epsilon(eps)
+
+
 def feature_map(x: Tensor, name: str = "x") -> None:
     """Demand a dense floating [N, C, H, W] with channels and pixels, on a device this build serves."""
     if not isinstance(x, Tensor):

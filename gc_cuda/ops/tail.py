@@ -14,7 +14,7 @@ from gc_cuda.ops import checks
 from gc_cuda.ops.autograd import differentiable_gradients, save, saved
 from gc_cuda.ops.contexts import differentiable_wanted, is_foreign, plain_pytorch_wanted
 from gc_cuda.ops.operands import in_places, tensors_of, transform_of
-from gc_cuda.ops.whole_block import SPLITS, Policy, policy_of
+from gc_cuda.ops.whole_block import SPLITS, Policy, operator, policy_of
 from gc_cuda.reference import BatchNorm, Transform
 
 
@@ -90,38 +90,60 @@ def bn_context_add_relu(
             y, identity, norm, mask_weight, mask_bias, add, mul, relu=relu, **words
         )
     _extension.require()
-    checks.bn_context_add_relu(y, identity, norm, mask_weight, mask_bias, add, mul, **words)
+    arguments = y, identity, norm, mask_weight, mask_bias, add, mul
+    if torch.compiler.is_compiling():  # a check costs no run time then
+        checks.bn_context_add_relu(*arguments, **words)
+        return _run(*arguments, relu, words)
+    try:
+        checks.unseen_by_the_tail(
+            y, identity, norm, mask_weight, mask_bias, add is mul is None, pooling_type, eps
+        )
+        return _run(*arguments, relu, words)
+    except Exception:
+        try:
+            checks.bn_context_add_relu(*arguments, **words)
+        except (ValueError, TypeError, ImportError) as explanation:
+            raise explanation from None
+        raise
+
+
+def _run(
+    y: Tensor,
+    identity: Tensor | None,
+    norm: BatchNorm | None,
+    mask_weight: Tensor | None,
+    mask_bias: Tensor | None,
+    add: Transform | None,
+    mul: Transform | None,
+    relu: bool,
+    words: dict[str, Any],
+) -> Tensor:
     if not (y.is_cpu or y.is_meta):
         return reference.bn_context_add_relu(
             y, identity, norm, mask_weight, mask_bias, add, mul, relu=relu, **words
         )
-    if identity is not None and identity.dtype != y.dtype:
-        identity = identity.to(y.dtype)
     if norm is not None and norm.training and not _in_a_row(norm):
         return _with_strided_statistics(
             y, identity, norm, mask_weight, mask_bias, add, mul, relu=relu, **words
         )
-    policy = TailPolicy.of(norm, policy_of(activation, gate, eps), relu, len(tensors_of(add)))
-    weight, bias, mean, var = (None,) * 4 if norm is None else norm[:4]
+    if identity is not None and identity.dtype != y.dtype:
+        identity = identity.to(y.dtype)
+    add_tensors = tensors_of(add)
+    block = policy_of(words["activation"], words["gate"], words["eps"])
+    policy = TailPolicy.of(norm, block, relu, len(add_tensors))
+    weight, bias, mean, var = (None, None, None, None) if norm is None else norm[:4]
     # Under the compiler a Function must not change its inputs, so the running statistics are moved after it.
-    moves_later = policy.kind == OF_BATCH and mean is not None and torch.compiler.is_compiling()
+    moves_later = torch.compiler.is_compiling() and policy.kind == OF_BATCH and mean is not None
     moves_later = moves_later and y.numel() > 0
     running = (None, None) if moves_later else (mean, var)
-    out = _Tail.apply(
-        policy,
-        *running,
-        y,
-        identity,
-        weight,
-        bias,
-        mask_weight,
-        mask_bias,
-        *tensors_of(add),
-        *tensors_of(mul),
-    )
-    if not isinstance(out, tuple):
-        return out
-    out, kept = out
+    tensors = y, identity, weight, bias, mask_weight, mask_bias, *add_tensors, *tensors_of(mul)
+    if torch.is_grad_enabled():
+        out = _Tail.apply(policy, *running, *tensors)
+        if not isinstance(out, tuple):
+            return out
+        out, kept = out
+    else:
+        out, kept = _forward(policy, *running, *tensors)  # type: ignore[arg-type]
     if moves_later:
         assert mean is not None and var is not None
         with torch.no_grad():
@@ -141,10 +163,13 @@ def _with_strided_statistics(
     y: Tensor, identity: Tensor | None, norm: BatchNorm, *block: Any, **words: Any
 ) -> Tensor:
     """The operator moves statistics that lie in a row."""
-    copies = [None if one is None else one.clone(memory_format=torch.contiguous_format) for one in norm[2:4]]
-    out = bn_context_add_relu(y, identity, BatchNorm(*norm[:2], *copies, *norm[4:]), *block, **words)
-    for one, copy in zip(norm[2:4], copies):
-        if copy is not None:
+    _, _, mean, var, *_ = norm
+    row = torch.contiguous_format
+    copies = [None if one is None else one.clone(memory_format=row) for one in (mean, var)]
+    own = norm._replace(running_mean=copies[0], running_var=copies[1])
+    out = bn_context_add_relu(y, identity, own, *block, **words)
+    for one, copy in zip((mean, var), copies):
+        if one is not None and copy is not None:
             one.copy_(copy)
     return out
 
@@ -175,6 +200,30 @@ class TailPolicy(NamedTuple):
 _Y, _IDENTITY, _WEIGHT, _BIAS, _MASK_WEIGHT, _MASK_BIAS, _BRANCHES = range(3, 10)
 
 
+def _forward(
+    policy: TailPolicy,
+    mean: Tensor | None,
+    var: Tensor | None,
+    y: Tensor,
+    identity: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mask_weight: Tensor | None,
+    mask_bias: Tensor | None,
+    *branches: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The output, and what the backward pass takes."""
+    add, mul = branches[: policy.add_count], branches[policy.add_count :]
+    if policy.kind == OF_BATCH and mean is not None:
+        run = operator("bn_context_add_relu_training")
+        first: Any = policy.momentum
+    else:
+        run = operator("bn_context_add_relu")
+        first = policy.kind
+    of_norm = weight, bias, mean, var, first, policy.norm_eps
+    return run(y, identity, *of_norm, mask_weight, mask_bias, add, mul, *policy.block, policy.relu)
+
+
 class _Tail(Function):
     """Its inputs are the policy, running_mean and running_var, and what the backward operator has gradients
     for. Under the compiler what is kept is an output, too, which has no gradient.
@@ -194,21 +243,14 @@ class _Tail(Function):
         mask_bias: Tensor | None,
         *branches: Tensor,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        add, mul = branches[: policy.add_count], branches[policy.add_count :]
-        block = mask_weight, mask_bias, add, mul, *policy.block, policy.relu
-        of_norm = weight, bias, mean, var
-        if policy.kind == OF_BATCH and mean is not None:
-            operator = torch.ops.gc_cuda.bn_context_add_relu_training.default
-            out, kept = operator(y, identity, *of_norm, policy.momentum, policy.norm_eps, *block)
-        else:
-            operator = torch.ops.gc_cuda.bn_context_add_relu.default
-            out, kept = operator(y, identity, *of_norm, policy.kind, policy.norm_eps, *block)
+        of_norm = weight, bias
+        out, kept = _forward(policy, mean, var, y, identity, *of_norm, mask_weight, mask_bias, *branches)
         needs = ctx.needs_input_grad
-        counts = policy.add_count, len(mul)
+        counts = policy.add_count, len(branches) - policy.add_count
         # Where only identity needs a gradient, y and the parameters need not outlive the call.
         only_identity = not (needs[_Y] or any(needs[_WEIGHT:]))
         ctx.call = policy, counts, only_identity
-        tensors = (out,) if policy.relu else ()
+        tensors: tuple[Tensor, ...] = (out,) if policy.relu else ()
         if only_identity:
             save(ctx, tensors)
         else:
@@ -272,8 +314,8 @@ def _fused(
     of_add = needed[_BRANCHES - _Y :][: policy.add_count]
     of_mul = needed[_BRANCHES - _Y :][policy.add_count :]
     answers = [*first, of_mask, of_mask_bias, *in_places(of_add, False), *in_places(of_mul, False)]
-    operator = torch.ops.gc_cuda.bn_context_add_relu_backward.default
-    gradients = iter(operator(grad, y, out, weight, bias, policy.kind, *block, answers))
+    run = operator("bn_context_add_relu_backward")
+    gradients = iter(run(grad, y, out, weight, bias, policy.kind, *block, answers))
     return [next(gradients) if wanted else None for wanted in needed]
 
 

@@ -78,11 +78,11 @@ def whole_block(
             out, _kept = out
         return out
     # A Function of 11 arguments would take as long as the operator does on a small map.
-    return _operator("global_context")(x, mask_weight, mask_bias, add, mul, *policy)
+    return operator("global_context")(x, mask_weight, mask_bias, add, mul, *policy)
 
 
-def _operator(name: str) -> Callable[..., Any]:
-    """An operator of the whole block, which takes its arguments by position."""
+def operator(name: str) -> Callable[..., Any]:
+    """An operator of the whole block or of the tail, which takes its arguments by position."""
     if _watched():
         return getattr(torch.ops.gc_cuda, name).default
     return getattr(compiled_module(), name)
@@ -117,7 +117,7 @@ class _WholeBlock(Function):
         *branches: Tensor,
     ) -> Tensor | tuple[Tensor, Tensor]:
         add, mul = branches[:add_count], branches[add_count:]
-        out, kept = _operator("global_context_kept")(x, mask_weight, mask_bias, add, mul, *policy)
+        out, kept = operator("global_context_kept")(x, mask_weight, mask_bias, add, mul, *policy)
         needs = ctx.needs_input_grad
         needs_context = needs[_X] or needs[_MASK_WEIGHT]
         attends = mask_weight is not None
@@ -179,7 +179,7 @@ _apply_unwrapped = super(Function, _WholeBlock).apply
 def _fused(grad: Tensor, operands: _Operands, policy: Policy, needed: Sequence[bool]) -> list[Tensor | None]:
     _, _, _, add, _, _ = operands
     answers = _answers(needed, len(add)) if _watched() else needed
-    run = _operator("global_context_backward")
+    run = operator("global_context_backward")
     given = run(grad, *operands, policy.activation, policy.gate, answers)
     if len(given) == len(needed):
         return given
