@@ -14,14 +14,23 @@
 // order of arrival.
 //
 // Moves: the partial results once, the statistics among them once for each slice, and the state.
+//
+// The gradient's sums over pixels have no softmax, and few splits: there are more chunks of channels, without whole
+// pixels to hold. So in the backward pass the merge is no phase, with blocks that wait for its end. Where the
+// transform's first phase reads a gradient, it adds up that of the splits (sum_of_splits), as often as it reads: once
+// for each kWarp hidden units, and for the bias.
 #pragma once
 
+#include "traits.h"
 #include "transform.h"
 
 namespace gc {
 
-// So many splits give every lane one to fetch the statistics of. Where there are more, pool_forward merges.
-inline constexpr int kMostLateSplits = kTransformWarps * kWarp;
+static_assert(kMostLateSplits == kTransformWarps * kWarp, "every lane has one to fetch the statistics of");
+
+// Of the splits' gradients, a thread fetches so many at a time: a group, of which there are no more.
+inline constexpr int kGatheredAtOnce = KernelTraits::kMergedAtOnce;
+static_assert(kMostGatheredSplits <= kGatheredAtOnce * kGatheredAtOnce, "of more, two rounds have larger groups");
 
 GC_BOTH int merge_slices(int channels) { return (channels + kWarp - 1) / kWarp; }  // of an image
 
@@ -125,6 +134,45 @@ GC_DEVICE void merge_shares(const PartialContext& partial, int channels, int n, 
   if (channel != 0) return;
   state[0] = partial.stats != nullptr ? m : A(0);
   state[1] = partial.stats != nullptr ? z : static_cast<A>(partial.pixels);
+}
+
+// The sum of one value of the splits, `stride` elements from one split's to the next's. The additions are those of
+// merge_partials in groups of kGatheredAtOnce, and of add_partials in each of its rounds, so it has the same bits.
+template <typename A>
+GC_DEVICE A sum_of_splits(const A* value, int splits, int stride) {
+  constexpr int kAtOnce = 4;  // that add_partials adds to each other first
+  const int groups = (splits + kGatheredAtOnce - 1) / kGatheredAtOnce;
+  A sum = 0;
+  A together = 0;
+  GC_UNROLL_BY(1)
+  for (int g = 0; g < groups; ++g) {
+    const int left = splits - g * kGatheredAtOnce;
+    A part[kGatheredAtOnce];  // all loads are in flight before the first is used
+    GC_UNROLL
+    for (int k = 0; k < kGatheredAtOnce; ++k) {
+      part[k] = k < left ? *value : A(0);
+      value += stride;
+    }
+    static_assert(kGatheredAtOnce == 2 * kAtOnce);
+    const A first = part[0] + part[1] + part[2] + part[3];
+    A of_group;
+    if (left >= kGatheredAtOnce) {
+      of_group = first + (part[4] + part[5] + part[6] + part[7]);
+    } else if (left >= kAtOnce) {
+      of_group = first + part[4] + part[5] + part[6];
+    } else {
+      of_group = part[0] + part[1] + part[2];
+    }
+    if (g >= groups / kAtOnce * kAtOnce) {
+      sum += of_group;
+      continue;
+    }
+    together += of_group;
+    if (g % kAtOnce != kAtOnce - 1) continue;
+    sum += together;
+    together = 0;
+  }
+  return sum;
 }
 
 // The part of one block among `blocks`. scratch: [2, kTransformThreads] in shared memory.

@@ -222,6 +222,9 @@ GC_DEVICE void slab_backward(const LayerT& layer, const Slab& slab, const SlabSh
   }
 }
 
+// Images whose values a thread fetches at once, where a value is one load.
+inline constexpr int kImagesAtOnce = 8;
+
 // Sums over the images for the rows of a slab: the gradients of vectors, which every image shares. Several threads take
 // the images of a row in turn.
 template <typename T, int kSteps>
@@ -232,7 +235,7 @@ class ImageSums {
   GC_DEVICE ImageSums(int images, Acc<T>* scratch) : images_(images), scratch_(scratch) {}
 
   // out[row] = sum over n of value(n, row). Nothing happens where out is null.
-  template <typename Value>
+  template <int kUnroll = kImagesAtOnce, typename Value>
   GC_DEVICE void write_sums(const CompanionOut& out, const Slab& slab, const Value& value) {
     if (out.data == nullptr) return;
     const int thread = port::thread_index();
@@ -243,7 +246,8 @@ class ImageSums {
     const int row = slab.row0 + thread % kRows;
     Acc<T> sum = 0;
     if (row < slab.end_row) {
-      sum = sum_in_chains<Acc<T>, 8>(thread / kRows, images_, kAdders, [&](int n) { return value(n, row); });
+      sum = sum_in_chains<Acc<T>, kImagesAtOnce, kUnroll>(thread / kRows, images_, kAdders,
+                                                          [&](int n) { return value(n, row); });
     }
     scratch[thread] = sum;
     port::sync_block<kSyncImageSums>();
