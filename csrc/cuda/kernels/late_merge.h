@@ -28,9 +28,9 @@ namespace gc {
 
 static_assert(kMostLateSplits == kTransformWarps * kWarp, "every lane has one to fetch the statistics of");
 
-// Of the splits' gradients, a thread fetches so many at a time: a group, of which there are no more.
-inline constexpr int kGatheredAtOnce = KernelTraits::kMergedAtOnce;
-static_assert(kMostGatheredSplits <= kGatheredAtOnce * kGatheredAtOnce, "of more, two rounds have larger groups");
+// The splits' gradients are added up in such groups, of which there are no more.
+inline constexpr int kGathered = KernelTraits::kMergedAtOnce;
+static_assert(kMostGatheredSplits <= kGathered * kGathered, "of more, two rounds have larger groups");
 
 GC_BOTH int merge_slices(int channels) { return (channels + kWarp - 1) / kWarp; }  // of an image
 
@@ -137,31 +137,36 @@ GC_DEVICE void merge_shares(const PartialContext& partial, int channels, int n, 
 }
 
 // The sum of one value of the splits, `stride` elements from one split's to the next's. The additions are those of
-// merge_partials in groups of kGatheredAtOnce, and of add_partials in each of its rounds, so it has the same bits.
-template <typename A>
+// merge_partials in groups of kGathered, and of add_partials in each of its rounds, so it has the same bits. kInFlight:
+// loads before the first of them is used.
+template <int kInFlight, typename A>
 GC_DEVICE A sum_of_splits(const A* value, int splits, int stride) {
-  constexpr int kAtOnce = 4;  // that add_partials adds to each other first
-  const int groups = (splits + kGatheredAtOnce - 1) / kGatheredAtOnce;
+  constexpr int kAtOnce = 4;  // are added to each other first
+  static_assert(kGathered % kInFlight == 0 && kInFlight % kAtOnce == 0);
+  const int groups = (splits + kGathered - 1) / kGathered;
   A sum = 0;
   A together = 0;
+  int left = splits;
   GC_UNROLL_BY(1)
   for (int g = 0; g < groups; ++g) {
-    const int left = splits - g * kGatheredAtOnce;
-    A part[kGatheredAtOnce];  // all loads are in flight before the first is used
-    GC_UNROLL
-    for (int k = 0; k < kGatheredAtOnce; ++k) {
-      part[k] = k < left ? *value : A(0);
-      value += stride;
-    }
-    static_assert(kGatheredAtOnce == 2 * kAtOnce);
-    const A first = part[0] + part[1] + part[2] + part[3];
-    A of_group;
-    if (left >= kGatheredAtOnce) {
-      of_group = first + (part[4] + part[5] + part[6] + part[7]);
-    } else if (left >= kAtOnce) {
-      of_group = first + part[4] + part[5] + part[6];
-    } else {
-      of_group = part[0] + part[1] + part[2];
+    A of_group = 0;
+    GC_UNROLL_BY(1)
+    for (int k0 = 0; k0 < kGathered; k0 += kInFlight) {
+      A part[kInFlight];
+      GC_UNROLL
+      for (int k = 0; k < kInFlight; ++k) {
+        part[k] = k < left ? *value : A(0);
+        value += stride;
+      }
+      GC_UNROLL
+      for (int k = 0; k < kInFlight; k += kAtOnce) {
+        if (left >= k + kAtOnce) {
+          of_group += part[k] + part[k + 1] + part[k + 2] + part[k + 3];
+        } else {  // one by one; those that are not there are 0
+          of_group = of_group + part[k] + part[k + 1] + part[k + 2];
+        }
+      }
+      left -= kInFlight;
     }
     if (g >= groups / kAtOnce * kAtOnce) {
       sum += of_group;

@@ -62,13 +62,20 @@ class PreviousPhase {
 
 // ---- the first phase: out = gate(W2 . y + b2) ----
 
-// Rows are channels, columns hidden units. partial_out: A [N, splits, C], with kMerging.
-template <typename T, bool kMerging>
+// Of the partial sums that make a value of grad_out, the loads in flight. 0 where it is complete.
+template <int kSteps, bool kMerging>
+inline constexpr int kGradLoads = !kMerging                    ? 0
+                                  : registers_are_full(kSteps) ? kGathered / 2
+                                                               : kGathered;
+
+// Rows are channels, columns hidden units. partial_out: A [N, splits, C], with kLoads > 0.
+template <typename T, int kLoads>
 struct OutputLayer : Layer<Acc<T>> {
   using A = Acc<T>;
   const TransformBackwardArgs& args;
   const TransformGradients& branch;
   const A* partial_out;
+  static constexpr bool kStagedFirst = kLoads > 0;
 
   GC_DEVICE OutputLayer(const TransformBackwardArgs& args_, const TransformGradients& branch_, const void* partial_out_)
       : args(args_), branch(branch_), partial_out(static_cast<const A*>(partial_out_)) {
@@ -84,12 +91,18 @@ struct OutputLayer : Layer<Acc<T>> {
 
   GC_DEVICE A merged(int n, int c) const {
     const int splits = args.partial.splits;
-    return sum_of_splits(partial_out + static_cast<long long>(n) * splits * args.channels + c, splits, args.channels);
+    const long long first = static_cast<long long>(n) * splits * args.channels + c;
+    return sum_of_splits<kLoads>(partial_out + first, splits, args.channels);
   }
   // dt
   GC_DEVICE A grad_out(int n, int c) const {
     const long long i = static_cast<long long>(n) * args.channels + c;
-    const A grad = kMerging ? merged(n, c) : static_cast<const A*>(branch.grad_out)[i];
+    A grad;
+    if constexpr (kLoads > 0) {
+      grad = merged(n, c);
+    } else {
+      grad = static_cast<const A*>(branch.grad_out)[i];
+    }
     if (branch.gate == Gate::kNone) return grad;
     return gate_backward(branch.gate, grad, static_cast<const A*>(branch.gate_out)[i]);
   }
@@ -119,7 +132,7 @@ template <typename T, int kSteps, bool kMerging>
 GC_DEVICE void output_backward(const TransformBackwardArgs& args, const TransformGradients& branch,
                                const void* partial_out, const Phase& phase, int first, const SlabShared<Acc<T>>& shared,
                                ImageSums<T, kSteps>& image_sums) {
-  const OutputLayer<T, kMerging> layer(args, branch, partial_out);
+  const OutputLayer<T, kGradLoads<kSteps, kMerging>> layer(args, branch, partial_out);
   const int slabs = slabs_down(layer.rows, kSteps) * slabs_across(layer.columns);
   for (int number = first; number < slabs; number += phase.blocks()) {
     const Slab slab = slab_at<kSteps>(number, layer.rows);
