@@ -43,7 +43,7 @@ struct PartialSums {
         splits(splits_),
         channels(channels_),
         buffer(name, static_cast<std::size_t>(images_) * splits_ * channels_, Use::kInput) {
-    Numbers numbers(14);
+    Numbers numbers(static_cast<unsigned>(14 + name.front()));  // others for each branch
     for (std::size_t i = 0; i < buffer.size(); ++i) buffer[i] = static_cast<A>(numbers(1));
   }
 
