@@ -14,6 +14,15 @@
 //   TransformForward(x, branches, Unmerged)                   launch(TransformForwardCall, Lent)
 //   TransformBackward(x, BackwardProblem, context, Unmerged)  launch(TransformBackwardCall, Lent)
 //
+// And for the residual tail (ops/tail.h), which only the CPU has:
+//
+//   Statistics(y, of_batch)                                   launch(StatisticsCall, Lent)
+//   PoolForward and PoolBackward, made with normalized        of x = slope (y - mean) + bias, read from y (Norm)
+//   Residual(y)                                               launch(ResidualCall, Lent)
+//   ResidualSums(y, products)                                 launch(ResidualSumsCall, Lent)
+//   GradY(y, attention, of_batch)                             launch(GradYCall, Lent)
+//   static void contexts(y, …), branch_gradients(y, …), norm_gradients(y, …): small steps between them
+//
 // Where a transform follows, a pool may leave the context in parts, and the sums of the gradient theirs, in their
 // workspace. What left() then says is for the transform, which merges them.
 //
@@ -47,7 +56,16 @@ struct Unmerged {
   int chunks = 0;  // of channels, each with statistics of its own; 0: without a softmax there are none
 };
 
+// Batch normalization of y, x = weight (y - mean) inverse_std + bias, where the slope is weight * inverse_std. Without a
+// mean there is none, and x is y.
+struct Norm {
+  const void* mean = nullptr;         // A [C]
+  const void* inverse_std = nullptr;  // A [C]
+  Companion weight, bias;             // [C], or absent: 1, 0. A copy of the bias is kept
+};
+
 struct PoolForwardCall {
+  Norm norm;               // where the pass is normalized; what it gives as context is then that of y - mean
   Companion mask_weight;   // [C]     kMask
   Companion mask_bias;     // [1]     kMask, or absent
   Companion given_logits;  // [N, S]  kLogits
@@ -59,6 +77,7 @@ struct PoolForwardCall {
 };
 
 struct PoolBackwardCall {
+  Norm norm;                    // where the pass is normalized; grad_weight is then that of the slope * mask_weight
   const void* grad = nullptr;   // T like x    kBlock
   Companion scale;              // [N, C]      kBlock, or absent
   Companion grad_context;       // [N, C]
@@ -66,9 +85,10 @@ struct PoolBackwardCall {
   Companion logits;             // [N, S]
   const void* state = nullptr;  // A [N, C + kStatistics]
   // Results.
-  void* grad_x = nullptr;    // T like x     or null
-  CompanionOut grad_logits;  // [N, S]       kLogits
-  CompanionOut grad_weight;  // [C]          kMask, kBlock, or absent
+  void* grad_x = nullptr;     // T like x     or null
+  CompanionOut grad_logits;   // [N, S]       kLogits, or where it is wanted
+  CompanionOut grad_weight;   // [C]          kMask, kBlock, or absent
+  void* attention = nullptr;  // A [N, S]: the softmax, where it is wanted
 };
 
 struct BroadcastCall {
@@ -102,7 +122,66 @@ struct TransformBackwardCall {
   std::array<void*, 2> grad_outs;  // A [N, C] of each branch, past its gate; may be overwritten
   void* grad_context;              // A [N, C], or null
   const Gradients& grads;          // results: those of the branches' parameters, and 0 for that of the mask's bias
-  const void* partials;  // the workspace of the sums before: where it has partial results, there are no grad_outs
+  // The workspace of the sums before. Where it has partial results, they stand in place of grad_outs.
+  const void* partials = nullptr;
+};
+
+// Mean and variance of each channel, given or those of the batch.
+struct StatisticsCall {
+  double eps = 0;
+  Companion given_mean, given_variance;  // [C]; not of_batch, or both absent: 0 and 1, exactly
+  Companion given_bias;                  // [C], or absent
+  // Results.
+  void *mean, *inverse_std, *variance;  // A [C]; the variance that is given, or the unbiased one of the batch
+  void* bias;                           // A [C]: the same, which may be changed before the backward pass
+  void* state = nullptr;                // A [N, C + kStatistics], or null; of_batch: the mean over pixels of y - mean
+  CompanionOut running_mean, running_variance;  // [C], or absent; of_batch: moved by momentum
+  double momentum = 0;
+};
+
+// out = relu(slope (y - mean) scale + (bias scale + term) + identity)
+struct ResidualCall {
+  Norm norm;
+  const void* identity = nullptr;                // T like y, or null
+  const void *scale = nullptr, *term = nullptr;  // A [N, C], or null
+  bool relu = true;
+  void* out = nullptr;  // T like y
+};
+
+struct ResidualSumsCall {
+  Norm norm;
+  const void* grad = nullptr;  // T like y
+  const void* out = nullptr;   // T like y, or null: without a ReLU
+  // Results.
+  void* grad_in = nullptr;       // T like y: grad where out > 0; only with out
+  void* sums = nullptr;          // A [N, C]: of grad_in over the pixels
+  void* product_sums = nullptr;  // A [N, C]: of grad_in * (y - mean); the pass has products
+};
+
+// grad_y = slope (grad scale + what comes from the context - what comes from the statistics of the batch)
+struct GradYCall {
+  Norm norm;
+  const void* grad = nullptr;                               // T like y: grad_in
+  const void* scale = nullptr;                              // A [N, C], or null
+  const void* grad_context = nullptr;                       // A [N, C], or null: no block
+  const void *attention = nullptr, *grad_logits = nullptr;  // A [N, S]; with attention
+  Companion mask_weight;                                    // [C]; with attention
+  const void *grad_weight = nullptr, *grad_bias = nullptr;  // A [C]: of the norm; of_batch
+  void* grad_y = nullptr;                                   // T like y
+};
+
+// Of the norm's parameters and of mask_weight. Results may be absent.
+struct NormGradientsCall {
+  Norm norm;
+  const void *sums, *product_sums;     // A [N, C]; the latter null where grad_weight is not wanted
+  const void* scale = nullptr;         // A [N, C], or null
+  const void* grad_context = nullptr;  // A [N, C], or null: no block
+  const void* state = nullptr;         // A [N, C + kStatistics]: the context of y - mean; with grad_context
+  const void* grad_folded = nullptr;   // A [C]: of slope * mask_weight, or null: no attention
+  Companion mask_weight;               // [C]
+  // Results.
+  void *grad_weight_sum = nullptr, *grad_bias_sum = nullptr;  // A [C]
+  CompanionOut grad_weight, grad_bias, grad_mask_weight;      // [C]
 };
 
 }  // namespace gc

@@ -26,9 +26,11 @@ from gc_cuda.ops.functional import (
     global_context,
     softmax_pool,
 )
-from gc_cuda.reference import Transform
+from gc_cuda.ops.tail import bn_context_add_relu
+from gc_cuda.reference import BatchNorm, Transform
 
 __all__ = [
+    "BatchNorm",
     "ContextBlock",
     "Report",
     "Transform",
@@ -36,6 +38,7 @@ __all__ = [
     "attention_pool",
     "average_pool",
     "blocks",
+    "bn_context_add_relu",
     "broadcast_add",
     "broadcast_mul",
     "broadcast_mul_add",
@@ -53,5 +56,5 @@ scripting.refuse(
     *(swap.Derived, reference.ContextBlock),
     *(blocks.NonLocalBlock, blocks.SEBlock, blocks.SimplifiedNonLocalBlock),
     *(attention_pool, average_pool, softmax_pool),
-    *(broadcast_add, broadcast_mul, broadcast_mul_add, global_context),
+    *(broadcast_add, broadcast_mul, broadcast_mul_add, global_context, bn_context_add_relu),
 )

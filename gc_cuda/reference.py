@@ -53,6 +53,24 @@ class Transform(NamedTuple):
     b2: Tensor  # [C]
 
 
+class BatchNorm(NamedTuple):
+    """Batch normalization of y [N, C, H, W]: weight * (y - mean) / sqrt(var + eps) + bias for each channel.
+
+    training: mean and (biased) variance are those of the batch, and running_mean and running_var (unbiased)
+    move towards them, in place: running = (1 - momentum) * running + momentum * of_batch. Else they are
+    running_mean and running_var.
+    """
+
+    weight: Tensor | None = None  # [C]; None: 1
+    bias: Tensor | None = None  # [C]; None: 0
+    running_mean: Tensor | None = None  # [C]; both may be None in training
+    running_var: Tensor | None = None  # [C]
+    training: bool = False
+    momentum: float = 0.1
+    eps: float = 1e-5
+    group: Any = None  # of torch.distributed, whose batches count as one; None: this process alone
+
+
 def softmax_pool(x: Tensor, logits: Tensor) -> Tensor:
     """context[n, c] = sum_s softmax(logits[n])[s] * x[n, c, s].
 
@@ -169,6 +187,55 @@ def global_context(
     if add is not None:
         out = broadcast_add(out, transform(context, add, eps, activation))
     return out.to(x.dtype)
+
+
+def bn_context_add_relu(
+    y: Tensor,
+    identity: Tensor | None = None,
+    norm: BatchNorm | None = None,
+    mask_weight: Tensor | None = None,
+    mask_bias: Tensor | None = None,
+    add: Transform | None = None,
+    mul: Transform | None = None,
+    *,
+    relu: bool = True,
+    pooling_type: str = "att",
+    activation: str = "relu",
+    gate: str = "sigmoid",
+    eps: float = 1e-5,
+) -> Tensor:
+    """out = relu(global_context(batch_norm(y)) + identity), as the end of a ResNet's bottleneck computes it.
+
+    Without ``norm`` there is no batch normalization, without ``add`` and ``mul`` no global context block,
+    without ``identity`` no addition, and without ``relu`` no ReLU.
+
+    Args:
+        y: [N, C, H, W].
+        identity: like y, in any dtype, or None.
+        norm: a BatchNorm, or None. Its running_mean and running_var are changed in training.
+        mask_weight: see :func:`global_context`, as for the other arguments.
+        mask_bias: one element, or None.
+        add: the parameters of t_add, or None.
+        mul: the parameters of t_mul, or None.
+        relu: whether a ReLU ends it.
+        pooling_type: "att" or "avg"; of no meaning without a block.
+        activation: of the transforms, one of ``ACTIVATIONS``.
+        gate: one of ``GATES``.
+        eps: of the layer norms.
+
+    Returns:
+        [N, C, H, W] in the dtype of ``y``.
+    """
+    out = y
+    if norm is not None:
+        weight, bias, mean, var, training, momentum, norm_eps, _ = norm
+        out = functional.batch_norm(y, mean, var, weight, bias, training, momentum, norm_eps)
+    if add is not None or mul is not None:
+        options: Any = {"pooling_type": pooling_type, "activation": activation, "gate": gate, "eps": eps}
+        out = global_context(out, mask_weight, mask_bias, add, mul, **options)
+    if identity is not None:
+        out = (out + identity).to(y.dtype)
+    return functional.relu(out) if relu else out
 
 
 def _widest(tensors: Iterable[Tensor | None]) -> torch.dtype:

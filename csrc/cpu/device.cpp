@@ -2,7 +2,9 @@
 //
 // No step of a pass is an ATen operator: for a small x those would cost more than the work, and so would an allocation
 // for every intermediate result.
+#include "cpu/maps.h"
 #include "cpu/pages.h"
+#include "cpu/tail.h"
 #include "cpu/transform.h"
 #include "ops/operators.h"
 
@@ -10,36 +12,17 @@ namespace gc::cpu {
 
 namespace {
 
-// A single pixel is the same memory in both layouts, and a row of channels is the better one.
-Shape shape_of(const FeatureMap& x) {
-  return {x.images(), x.channels(), x.pixels(), x.channels_last() || x.pixels() == 1};
-}
-
-// For passes that read every element once and keep channels apart: the planes of an NCHW tensor may be grouped at will,
-// and in small groups each plane streams as one long run.
-Shape streaming(Shape shape) {
-  if (shape.channels_last) return shape;
-  const int64_t planes = shape.images * shape.channels;
-  int64_t group = 16;
-  while (planes % group != 0) group /= 2;
-  return {planes / group, group, shape.pixels, false};
-}
-
-Plan plan_for(const FeatureMap& x, const Shape& shape) { return make_plan(shape, x.tensor().element_size()); }
-
-// Whether an output like x is written past the caches: with x and the gradients it would not stay there anyway, and a
-// store that fetches its line first costs a third of the traffic. Measured on 2 cores of an AMD EPYC with 32 MiB of
-// third-level cache, float32, reused pages, outputs of 12 to 25 MiB: 6 to 13 % gained, and 2 to 9 % with an in-place
-// ReLU on the output and on grad_x included (7x7 NCHW, which was measured alone, left out).
-bool past_caches(const FeatureMap& x) { return x.tensor().nbytes() >= 8 * 1024 * 1024; }
-
 template <typename T>
 struct PoolForwardMemory {
   using A = acc_t<T>;
   A *copy, *partials, *rows;  // copy: of the mask's weight or of the logits
+  NormMemory<T> norm;
+  A* folded;  // the mask's weight times the slope, or the mean of each plane
 
-  PoolForwardMemory(const FeatureMap& x, Weighting weighting, const Shape& shape, const Plan& plan,
-                    Scratch<A>& scratch) {
+  PoolForwardMemory(const FeatureMap& x, Weighting weighting, bool normalized, const Shape& shape, const Plan& plan,
+                    Scratch<A>& scratch)
+      : norm(x, scratch, normalized) {
+    folded = scratch.take(normalized ? x.images() * x.channels() : 0);
     const int64_t row = shape.channels + kStatistics;
     copy = take_copy<T>(scratch, std::max(x.channels(), weighting == Weighting::kLogits ? x.images() * x.pixels() : 0));
     partials = scratch.take(plan.splits > 1 ? shape.images * plan.splits * row : 0);
@@ -66,8 +49,12 @@ struct PoolBackwardMemory {
   A *grad_context, *mask_weight, *given_logits;  // copies
   A *attention, *grad_logits, *grad_logits_sums;
   A *weight_partials, *weight_sum;
+  NormMemory<T> norm;
+  A* scaled;  // the gradient of the context, times the slope
 
-  PoolBackwardMemory(const FeatureMap& x, PoolGradient gradient, const Plan& plan, Scratch<A>& scratch) {
+  PoolBackwardMemory(const FeatureMap& x, PoolGradient gradient, bool normalized, const Plan& plan, Scratch<A>& scratch)
+      : norm(x, scratch, normalized) {
+    scaled = scratch.take(normalized ? x.images() * x.channels() : 0);
     const int64_t pixels = x.images() * x.pixels(), splits = x.images() * plan.splits;
     const bool mask = gradient != PoolGradient::kLogits;
     grad_context = take_copy<T>(scratch, x.images() * x.channels());
@@ -102,12 +89,13 @@ struct BroadcastBackwardMemory {
 
 class PoolForward {
  public:
-  PoolForward(const FeatureMap& x, Weighting weighting, bool /*transform_follows*/ = false)
+  PoolForward(const FeatureMap& x, Weighting weighting, bool /*transform_follows*/ = false, bool normalized = false)
       : x_(x),
         weighting_(weighting),
+        normalized_(normalized),
         shape_(weighting == Weighting::kUniform ? streaming(shape_of(x)) : shape_of(x)),
         plan_(plan_for(x, shape_)) {}
-  Wanted wanted() const { return wanted_by<PoolForwardMemory>(x_, weighting_, shape_, plan_); }
+  Wanted wanted() const { return wanted_by<PoolForwardMemory>(x_, weighting_, normalized_, shape_, plan_); }
   static Unmerged left() { return {}; }
   void launch(const PoolForwardCall& call, Lent lent) const {
     const auto body = [&](auto zero, const auto& memory) {
@@ -126,8 +114,16 @@ class PoolForward {
         A bias = 0;
         if (call.mask_bias.data != nullptr) args.mask_bias = *widen<T>(call.mask_bias, 1, &bias);
         args.logits = static_cast<A*>(call.logits);
+        if (normalized_) fold(call.norm, memory, args);
       } else if (weighting_ == Weighting::kLogits) {
         args.logits = const_cast<A*>(widen<T>(call.given_logits, x_.images() * x_.pixels(), memory.copy));
+      }
+      if (normalized_ && uniform) {
+        args.mean = static_cast<const A*>(call.norm.mean);
+        if (shape_.images != x_.images()) {
+          args.mean = for_each_image(args.mean, x_.images(), x_.channels(), memory.folded);
+          args.mean_stride = shape_.channels;
+        }
       }
       args.state = !uniform || in_place ? static_cast<A*>(call.state) : memory.rows;
       args.partials = plan_.splits > 1 ? memory.partials : args.state;
@@ -137,21 +133,36 @@ class PoolForward {
         states_from_rows(x_, shape_.channels, memory.rows, static_cast<A*>(call.state));
       }
     };
-    with_memory<PoolForwardMemory>(lent, body, x_, weighting_, shape_, plan_);
+    with_memory<PoolForwardMemory>(lent, body, x_, weighting_, normalized_, shape_, plan_);
   }
 
  private:
+  // logits = mask_weight . x + mask_bias = (mask_weight slope) . (y - mean) + (mask_weight . bias + mask_bias)
+  template <typename T>
+  void fold(const Norm& norm, const PoolForwardMemory<T>& memory, PoolArgs<T>& args) const {
+    const NormVectors<T> vectors(norm, x_.channels(), memory.norm);
+    args.mean = vectors.mean;
+    double bias = 0;
+    for (int64_t c = 0; c < x_.channels(); ++c) {
+      memory.folded[c] = args.mask_weight[c] * vectors.slope[c];
+      bias += static_cast<double>(args.mask_weight[c]) * vectors.bias[c];
+    }
+    args.mask_weight = memory.folded;
+    args.mask_bias += static_cast<acc_t<T>>(bias);
+  }
+
   const FeatureMap& x_;
   Weighting weighting_;
+  bool normalized_;
   Shape shape_;  // without logits, planes are taken in small groups
   Plan plan_;
 };
 
 class PoolBackward {
  public:
-  PoolBackward(const FeatureMap& x, PoolGradient gradient, const void*, const void*)
-      : x_(x), gradient_(gradient), shape_(shape_of(x)), plan_(plan_for(x, shape_)) {}
-  Wanted wanted() const { return wanted_by<PoolBackwardMemory>(x_, gradient_, plan_); }
+  PoolBackward(const FeatureMap& x, PoolGradient gradient, const void*, const void*, bool normalized = false)
+      : x_(x), gradient_(gradient), normalized_(normalized), shape_(shape_of(x)), plan_(plan_for(x, shape_)) {}
+  Wanted wanted() const { return wanted_by<PoolBackwardMemory>(x_, gradient_, normalized_, plan_); }
   void launch(const PoolBackwardCall& call, Lent lent) const {
     const auto body = [&](auto zero, const auto& memory) {
       using T = decltype(zero);
@@ -165,9 +176,15 @@ class PoolBackward {
       args.x = static_cast<const T*>(x_.data());
       args.logits = widen<T>(call.logits, pixels, memory.given_logits);
       args.state = static_cast<const A*>(call.state);
-      args.attention = memory.attention;
-      args.grad_logits = mask ? memory.grad_logits : computed_in<T>(call.grad_logits, memory.grad_logits);
+      args.attention = call.attention != nullptr ? static_cast<A*>(call.attention) : memory.attention;
+      const bool gives_logits = call.grad_logits.data != nullptr;
+      args.grad_logits = gives_logits ? computed_in<T>(call.grad_logits, memory.grad_logits) : memory.grad_logits;
       args.grad_logits_sums = memory.grad_logits_sums;
+      if (normalized_) {
+        const NormVectors<T> vectors(call.norm, x_.channels(), memory.norm);
+        args.mean = vectors.mean;
+        args.grad_context = times(args.grad_context, vectors.slope, x_.images(), x_.channels(), memory.scaled);
+      }
       args.grad_mask_weight = call.grad_weight.data != nullptr ? memory.weight_partials : nullptr;
       run(args);
       if (call.grad_x != nullptr) {
@@ -189,12 +206,13 @@ class PoolBackward {
       add_members<T>(args.grad_mask_weight, sum, 1, x_.images() * plan_.splits, x_.channels());
       narrow<T>(sum, call.grad_weight, x_.channels());
     };
-    with_memory<PoolBackwardMemory>(lent, body, x_, gradient_, plan_);
+    with_memory<PoolBackwardMemory>(lent, body, x_, gradient_, normalized_, plan_);
   }
 
  private:
   const FeatureMap& x_;
   PoolGradient gradient_;
+  bool normalized_;
   Shape shape_;
   Plan plan_;
 };
@@ -251,12 +269,19 @@ struct Device {
   using BroadcastBackward = cpu::BroadcastBackward;
   using TransformForward = cpu::TransformForward;
   using TransformBackward = cpu::TransformBackward;
+  using Statistics = cpu::Statistics;
+  using Residual = cpu::Residual;
+  using ResidualSums = cpu::ResidualSums;
+  using GradY = cpu::GradY;
 
   struct Counters {  // threads meet where a pass ends
     Counters(int64_t, const FeatureMap&) {}
     static unsigned* get() { return nullptr; }
   };
 
+  static constexpr auto contexts = cpu::contexts;
+  static constexpr auto branch_gradients = cpu::branch_gradients;
+  static constexpr auto norm_gradients = cpu::norm_gradients;
   static Tensor empty_output(const FeatureMap& x) { return cpu::empty_output(x.tensor().sizes(), x.like()); }
   static void broadcast(const FeatureMap& x, const BroadcastCall& call) {
     if (x.images() == 0) return;
@@ -286,4 +311,7 @@ struct Device {
 
 }  // namespace gc::cpu
 
-TORCH_LIBRARY_IMPL(gc_cuda, CPU, m) { gc::ops::register_operators<gc::cpu::Device>(m); }
+TORCH_LIBRARY_IMPL(gc_cuda, CPU, m) {
+  gc::ops::register_operators<gc::cpu::Device>(m);
+  gc::ops::register_tail<gc::cpu::Device>(m);
+}

@@ -27,6 +27,8 @@ struct PoolArgs {
   Weighting weighting;
   bool divide_by_z;             // false: context is the plain weighted sum
   const T* x;                   // [N, C, S] or [N, S, C]
+  const acc_t<T>* mean;         // [C], or null: x - mean takes the place of x
+  int64_t mean_stride;          // from image to image: 0, or C where each image has a mean of its own
   const acc_t<T>* mask_weight;  // [C], kMask only
   acc_t<T> mask_bias;
   acc_t<T>* logits;    // [N, S]: written (kMask), read (kLogits) or null (kUniform)
@@ -44,6 +46,7 @@ struct PoolBackwardArgs {
   Plan plan;
   const acc_t<T>* grad_context;  // [N, C]
   const T* x;                    // [N, C, S] or [N, S, C]
+  const acc_t<T>* mean;          // [C], or null: x - mean takes the place of x
   const acc_t<T>* logits;        // [N, S]
   const acc_t<T>* state;         // [N, 2 + C]
   acc_t<T>* attention;           // [N, S]: a
@@ -92,6 +95,71 @@ struct BroadcastBackwardArgs {
   T* grad_x;              // like x
   acc_t<T>* grad_scale;   // [N, splits, C]: partial sums
   acc_t<T>* grad_term;    // [N, splits, C]: partial sums
+};
+
+// Of the pixels of each split, with a centre near their mean:
+//
+//   sums[c]    = sum_s (y[c, s] - centre[c])
+//   squares[c] = sum_s (y[c, s] - centre[c])^2
+template <typename T>
+struct StatisticsArgs {
+  Shape shape;
+  Plan plan;
+  const T* y;         // [N, C, S] or [N, S, C]
+  acc_t<T>* centre;   // [N, splits, C]: written
+  acc_t<T>* sums;     // [N, splits, C]
+  acc_t<T>* squares;  // [N, splits, C]
+};
+
+// out[c, s] = relu((y[c, s] - mean[c]) * slope[c] + shift[c] + identity[c, s])
+template <typename T>
+struct ResidualArgs {
+  Shape shape;
+  const T* y;             // [N, C, S] or [N, S, C]
+  const T* identity;      // like y, or null
+  const acc_t<T>* mean;   // [C]
+  const acc_t<T>* slope;  // [N, C]
+  const acc_t<T>* shift;  // [N, C]
+  T* out;                 // like y
+  bool relu;
+  bool stream;  // write past the caches
+};
+
+// grad_in[c, s]   = grad[c, s] where out[c, s] is not below or at 0; grad itself without a ReLU
+// sums[c]         = sum_s grad_in[c, s]
+// product_sums[c] = sum_s grad_in[c, s] * (y[c, s] - mean[c])
+template <typename T>
+struct ResidualSumsArgs {
+  Shape shape;
+  Plan plan;
+  const T* grad;           // [N, C, S] or [N, S, C]
+  const T* out;            // like grad, or null: no ReLU
+  T* grad_in;              // like grad; only with out
+  const T* y;              // like grad; only product_sums need it
+  const acc_t<T>* mean;    // [C], or [N, C]; only product_sums need it
+  int64_t mean_stride;     // from image to image: 0, or C
+  acc_t<T>* sums;          // [N, splits, C]: partial sums
+  acc_t<T>* product_sums;  // [N, splits, C]: partial sums, or null
+  bool stream;             // write past the caches
+};
+
+// grad_y[c, s] = grad[c, s] * scale[c] + (y[c, s] - mean[c]) * curve[c] + term[c]
+//                + a[s] * grad_context[c] + dl[s] * mask_weight[c]
+template <typename T>
+struct GradYArgs {
+  Shape shape;
+  const T* grad;                 // like y
+  const T* y;                    // [N, C, S] or [N, S, C]
+  const acc_t<T>* scale;         // [N, C]
+  const acc_t<T>* mean;          // [C]
+  const acc_t<T>* curve;         // [C]
+  const acc_t<T>* term;          // [N, C]
+  const acc_t<T>* attention;     // [N, S]: a, or null: neither this nor what follows is there
+  const acc_t<T>* grad_logits;   // [N, S]: dl
+  const acc_t<T>* grad_context;  // [N, C]
+  const acc_t<T>* mask_weight;   // [C]
+  T* grad_y;                     // like y
+  bool stream;                   // write past the caches
 };
 
 // out[n] = gate(weight in[n] + bias). W is the type of the weight.
@@ -178,7 +246,11 @@ struct Kernels {
   void (*pool_backward)(const PoolBackwardArgs<T>&, int64_t split_begin, int64_t split_end);
   void (*pool_backward_balance)(const PoolBackwardArgs<T>&, int64_t split_begin, int64_t split_end);
   void (*broadcast_backward)(const BroadcastBackwardArgs<T>&, int64_t split_begin, int64_t split_end);
+  void (*statistics)(const StatisticsArgs<T>&, int64_t split_begin, int64_t split_end);
+  void (*residual_sums)(const ResidualSumsArgs<T>&, int64_t split_begin, int64_t split_end);
   // Strips are numbered through all images: there are N * make_strips(shape).count().
+  void (*residual)(const ResidualArgs<T>&, int64_t strip_begin, int64_t strip_end);
+  void (*grad_y)(const GradYArgs<T>&, int64_t strip_begin, int64_t strip_end);
   void (*broadcast)(const BroadcastArgs<T>&, int64_t strip_begin, int64_t strip_end);
   void (*grad_x)(const GradXArgs<T>&, int64_t strip_begin, int64_t strip_end);
   // Elements are those of the result: there are groups * width.

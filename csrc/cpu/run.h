@@ -70,6 +70,28 @@ void run(const BroadcastBackwardArgs<T>& args) {
                   [&](int64_t begin, int64_t end) { kernels<T>().broadcast_backward(args, begin, end); });
 }
 
+template <typename T>
+void run(const StatisticsArgs<T>& args) {
+  parallel_splits(args.shape, args.plan,
+                  [&](int64_t begin, int64_t end) { kernels<T>().statistics(args, begin, end); });
+}
+
+template <typename T>
+void run(const ResidualSumsArgs<T>& args) {
+  parallel_splits(args.shape, args.plan,
+                  [&](int64_t begin, int64_t end) { kernels<T>().residual_sums(args, begin, end); });
+}
+
+template <typename T>
+void run(const ResidualArgs<T>& args) {
+  parallel_strips(args.shape, [&](int64_t begin, int64_t end) { kernels<T>().residual(args, begin, end); });
+}
+
+template <typename T>
+void run(const GradYArgs<T>& args) {
+  parallel_strips(args.shape, [&](int64_t begin, int64_t end) { kernels<T>().grad_y(args, begin, end); });
+}
+
 // The sums are in T's accumulation type. Any T that has it will do.
 template <typename T>
 void run(const ReduceArgs<acc_t<T>>& args) {

@@ -121,7 +121,7 @@ class TransformForward {
 
 class TransformBackward {
  public:
-  TransformBackward(const FeatureMap& x, const BackwardProblem& of, const void* context, const Unmerged& left)
+  TransformBackward(const FeatureMap& x, const BackwardProblem& of, const void* context, const Unmerged& left = {})
       : x_(x),
         of_(of),
         left_(left),

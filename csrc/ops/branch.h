@@ -60,10 +60,10 @@ struct Branch {
 struct Branches {
   std::array<Branch, 2> each;  // add, mul
 
-  Branches(at::TensorList add, at::TensorList mul, const at::Tensor& x)
+  Branches(at::TensorList add, at::TensorList mul, const at::Tensor& x, bool may_be_none = false)
       : each{Branch(add, "add", {"add.w1", "add.b1", "add.norm_weight", "add.norm_bias", "add.w2", "add.b2"}, x),
              Branch(mul, "mul", {"mul.w1", "mul.b1", "mul.norm_weight", "mul.norm_bias", "mul.w2", "mul.b2"}, x)} {
-    TORCH_CHECK(has(kAdd) || has(kMul), "the block needs an add or a mul branch, got neither");
+    TORCH_CHECK(may_be_none || count() > 0, "the block needs an add or a mul branch, got neither");
   }
 
   bool has(int b) const { return each[b].hidden > 0; }

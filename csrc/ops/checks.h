@@ -43,6 +43,11 @@ inline void check_accumulated(const at::Tensor& tensor, const char* name, const 
   TORCH_CHECK_TYPE(tensor.scalar_type() == type, name, " must be ", type, ", got ", tensor.scalar_type());
 }
 
+inline void check_kept(const at::Tensor& kept, const at::Tensor& x, int64_t count) {
+  check_accumulated(kept, "kept", x, count);
+  TORCH_CHECK(kept.is_contiguous(), "kept must be contiguous, got strides ", kept.strides());
+}
+
 // A matrix of a 1x1 convolution: [rows, columns], where trailing dimensions of size 1 do not matter.
 inline void check_matrix(const at::Tensor& tensor, const char* name, const at::Tensor& x, int64_t rows,
                          int64_t columns) {

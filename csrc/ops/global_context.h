@@ -128,8 +128,8 @@ std::vector<Tensor> global_context_backward(const Tensor& grad, const OptionalTe
   summing.grad_term = wide_out(of_add);
   sums.launch(summing, {sums_workspace, counters.get()});
   const double factor = needs.attention ? 1.0 : 1.0 / static_cast<double>(map.pixels());
-  const TransformBackwardCall transforming{kinds,        factor, kept,          /*grad_outs=*/{of_add, of_mul},
-                                           grad_context, grads,  sums_workspace};
+  const std::array<void*, 2> grad_outs{of_add, of_mul};
+  const TransformBackwardCall transforming{kinds, factor, kept, grad_outs, grad_context, grads, sums_workspace};
   transform.launch(transforming, {transform_workspace, counters.get()});
   if (pool) {
     const Tensor own_weight = contiguous(mask_weight);

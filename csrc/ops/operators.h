@@ -6,6 +6,7 @@
 #include "ops/broadcast.h"
 #include "ops/global_context.h"
 #include "ops/pool.h"
+#include "ops/tail.h"
 
 namespace gc::ops {
 
@@ -27,6 +28,19 @@ void each_operator(const Enter& enter) {
 template <typename Device>
 void register_operators(torch::Library& library) {
   each_operator<Device>([&](const char* name, auto function) { library.impl(name, function); });
+}
+
+// Those of the residual tail, which only the CPU has.
+template <typename Device, typename Enter>
+void each_tail_operator(const Enter& enter) {
+  enter("bn_context_add_relu", bn_context_add_relu<Device>);
+  enter("bn_context_add_relu_training", bn_context_add_relu_training<Device>);
+  enter("bn_context_add_relu_backward", bn_context_add_relu_backward<Device>);
+}
+
+template <typename Device>
+void register_tail(torch::Library& library) {
+  each_tail_operator<Device>([&](const char* name, auto function) { library.impl(name, function); });
 }
 
 }  // namespace gc::ops

@@ -29,14 +29,22 @@ struct BackwardProblem {
         kept(map, weight.has_value(), branches) {
     check_like(grad, "grad", map.tensor());
     check_mask(weight, bias, map.tensor());
-    check_accumulated(kept_before, "kept", map.tensor(), kept.elements);
-    TORCH_CHECK(kept_before.is_contiguous(), "kept must be contiguous, got strides ", kept_before.strides());
+    check_kept(kept_before, map.tensor(), kept.elements);
     TORCH_CHECK(x_given || !needs.reads_x(branches),
                 "x must be given for the gradients of x or mask_weight and for a mul branch, got None");
     for (int i = 1; i < Needs::kCount; ++i) {
       TORCH_CHECK(!needed[i] || parameter(i).defined(), "needed[", i, "] asks for the gradient of what is not given");
     }
   }
+
+  // As a part of the residual tail, which has checked the rest.
+  BackwardProblem(const FeatureMap& map, const OptionalTensor& weight, const OptionalTensor& bias,
+                  const Branches& checked, const Needs& wanted)
+      : mask_weight(weight),
+        mask_bias(bias),
+        branches(checked),
+        needs(wanted),
+        kept(map, weight.has_value(), branches) {}
 
   // Number i of Needs, but for x; not defined where there is none.
   Tensor parameter(int i) const {

@@ -30,6 +30,12 @@ struct KeptParts {
   void *state, *context, *logits, *scale;  // scale: null without mul
   std::array<void*, 2> normalized, inverse_deviation;
 
+  // The state of another map in the place of this one.
+  void set_state(void* other, const FeatureMap& x) {
+    state = other;
+    context = after(other, kStatistics, x.accumulation_bytes());
+  }
+
   KeptParts(void* memory, const Kept& kept, const FeatureMap& x, const Branches& branches) {
     const auto at = [&](int64_t start) { return after(memory, start, x.accumulation_bytes()); };
     state = at(kept.state);

@@ -16,7 +16,7 @@ from torch import Tensor
 from gc_cuda import _extension
 from gc_cuda._values import epsilon, one_of
 from gc_cuda.ops.operands import ACCUMULATION, ACTIVATIONS, GATES, Tensors, transform_of
-from gc_cuda.reference import POOLING_TYPES, Transform
+from gc_cuda.reference import POOLING_TYPES, BatchNorm, Transform
 
 if TYPE_CHECKING:
     from typing_extensions import TypeGuard  # typing has it from Python 3.10 on
@@ -51,6 +51,87 @@ def operands(
     epsilon(eps)
 
 
+def bn_context_add_relu(
+    y: Tensor,
+    identity: Tensor | None,
+    norm: BatchNorm | None,
+    mask_weight: Tensor | None,
+    mask_bias: Tensor | None,
+    add: Transform | None,
+    mul: Transform | None,
+    pooling_type: str,
+    activation: str,
+    gate: str,
+    eps: float,
+) -> None:
+    """Demand all that :func:`gc_cuda.bn_context_add_relu` does."""
+    feature_map(y, "y")
+    if identity is not None:
+        _identity(identity, y)
+    if norm is not None:
+        batch_norm(norm, y)
+    one_of(pooling_type, "pooling_type", POOLING_TYPES)
+    if add is not None or mul is not None:
+        pooling(pooling_type, mask_weight, mask_bias)
+        parameters(y, mask_weight, mask_bias, add, mul)
+    else:
+        for name, tensor in (("mask_weight", mask_weight), ("mask_bias", mask_bias)):
+            if tensor is not None:
+                raise ValueError(
+                    f"{name} must be None without add and mul, which have no block, got {_described(tensor)}"
+                )
+    one_of(activation, "activation", ACTIVATIONS)
+    one_of(gate, "gate", GATES)
+    epsilon(eps)
+
+
+def _identity(identity: Tensor, y: Tensor) -> None:
+    if not isinstance(identity, Tensor):
+        raise TypeError(f"identity must be a torch.Tensor or None, got {type(identity).__name__}")
+    if identity.layout is not torch.strided or _is_nested(identity):
+        raise TypeError("identity must be a dense (torch.strided) tensor")
+    if not identity.dtype.is_floating_point:
+        raise TypeError(f"identity must have a floating dtype, got {identity.dtype}")
+    if identity.shape != y.shape:
+        raise ValueError(f"identity must have shape {_shape(y)} like y, got {_shape(identity)}")
+    if identity.device != y.device:
+        raise ValueError(f"identity must be on {y.device} like y, got {identity.device}")
+
+
+def batch_norm(norm: BatchNorm, y: Tensor) -> None:
+    """Demand tensors of C elements, and statistics where they are not those of the batch."""
+    if not isinstance(norm, (tuple, list)) or len(norm) != len(BatchNorm._fields):
+        raise TypeError(f"norm must be a gc_cuda.BatchNorm or None, got {type(norm).__name__}")
+    weight, bias, mean, var, training, momentum, eps, _ = norm
+    no_group(norm)
+    c = y.shape[1]
+    for name, tensor in (("weight", weight), ("bias", bias), ("running_mean", mean), ("running_var", var)):
+        if tensor is not None:
+            _companion(tensor, f"norm.{name}", y, "y")
+            _vector(tensor, f"norm.{name}", c, "C of y")
+    if (mean is None) != (var is None):
+        raise TypeError("norm.running_mean and norm.running_var must both be tensors or both None")
+    if mean is None and not training:
+        raise ValueError(
+            "norm.running_mean and norm.running_var must be given unless norm.training, got None"
+        )
+    if isinstance(momentum, bool) or not isinstance(momentum, (int, float)):
+        raise TypeError(f"norm.momentum must be a number, got {type(momentum).__name__}")
+    epsilon(eps, "norm.eps")
+    n, _, h, w = y.shape
+    if training and n * h * w == 1:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {_shape(y)}")
+
+
+def no_group(norm: BatchNorm | None) -> None:
+    """Demand that the batch is that of this process."""
+    if norm is not None and len(norm) == len(BatchNorm._fields) and norm[-1] is not None:
+        raise ValueError(
+            "norm.group must be None, got a group: the statistics of several processes are not served; use "
+            "torch.nn.SyncBatchNorm"
+        )
+
+
 def unseen_by_the_operator(x: Tensor, mask_weight: Tensor | None, pooling_type: str, eps: float) -> None:
     """Demand what the operator of the whole block cannot: it is told no pooling type, would take a tensor of
     one element for eps, and may run for another kind of device on the CPU, by that device's fallback.
@@ -62,30 +143,30 @@ def unseen_by_the_operator(x: Tensor, mask_weight: Tensor | None, pooling_type: 
     epsilon(eps)
 
 
-def feature_map(x: Tensor) -> None:
+def feature_map(x: Tensor, name: str = "x") -> None:
     """Demand a dense floating [N, C, H, W] with channels and pixels, on a device this build serves."""
     if not isinstance(x, Tensor):
-        raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
     if x.layout is not torch.strided:
-        raise TypeError(f"x must be a dense (torch.strided) tensor, got {x.layout}")
+        raise TypeError(f"{name} must be a dense (torch.strided) tensor, got {x.layout}")
     if _is_nested(x):
-        raise TypeError("x must be a dense (torch.strided) tensor, got a nested one")
+        raise TypeError(f"{name} must be a dense (torch.strided) tensor, got a nested one")
     if x.dtype not in ACCUMULATION:
-        raise TypeError(f"x must be torch.float32, float16, bfloat16 or float64, got {x.dtype}")
+        raise TypeError(f"{name} must be torch.float32, float16, bfloat16 or float64, got {x.dtype}")
     if x.dim() != 4:
-        raise ValueError(f"x must have shape [N, C, H, W], got {_shape(x)}")
+        raise ValueError(f"{name} must have shape [N, C, H, W], got {_shape(x)}")
     _, c, h, w = x.shape
     if c == 0 or h == 0 or w == 0:
-        raise ValueError(f"x must have at least one channel and one pixel, got shape {_shape(x)}")
+        raise ValueError(f"{name} must have at least one channel and one pixel, got shape {_shape(x)}")
     if x.device.type != "cpu":
-        _device(x)
+        _device(x, name)
 
 
-def _device(x: Tensor) -> None:
+def _device(x: Tensor, name: str) -> None:
     if x.device.type == "cuda":
         _extension.require_cuda()
     elif x.device.type != "meta":
-        raise ValueError(f"x must be on a CPU or CUDA device, got {x.device}")
+        raise ValueError(f"{name} must be on a CPU or CUDA device, got {x.device}")
 
 
 def logits(tensor: Tensor, x: Tensor) -> None:
@@ -242,8 +323,8 @@ def _vector(tensor: Tensor, name: str, count: int, meaning: str) -> None:
         raise ValueError(f"{name} must have {count} elements ({meaning}), got shape {_shape(tensor)}")
 
 
-def _companion(tensor: Tensor | None, name: str, x: Tensor) -> None:
-    """Demand a dense tensor on x's device, in x's dtype or that of its sums."""
+def _companion(tensor: Tensor | None, name: str, x: Tensor, of: str = "x") -> None:
+    """Demand a dense tensor on x's device, in x's dtype or that of its sums. of: the name of x."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
     if tensor.layout is not torch.strided:
@@ -253,9 +334,9 @@ def _companion(tensor: Tensor | None, name: str, x: Tensor) -> None:
     if not fits(tensor, x):
         wide = ACCUMULATION[x.dtype]
         also = "" if wide == x.dtype else f", or {wide}"
-        raise TypeError(f"{name} must be {x.dtype} like x{also}, got {tensor.dtype}")
+        raise TypeError(f"{name} must be {x.dtype} like {of}{also}, got {tensor.dtype}")
     if tensor.device != x.device:
-        raise ValueError(f"{name} must be on {x.device} like x, got {tensor.device}")
+        raise ValueError(f"{name} must be on {x.device} like {of}, got {tensor.device}")
 
 
 def _is_nested(tensor: Tensor) -> bool:

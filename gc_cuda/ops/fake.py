@@ -14,7 +14,16 @@ from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
 from gc_cuda.ops import checks
-from gc_cuda.ops.operands import ACCUMULATION, ACTIVATIONS, GATES, STATISTICS, Kept, Tensors, in_places
+from gc_cuda.ops.operands import (
+    ACCUMULATION,
+    ACTIVATIONS,
+    GATES,
+    STATISTICS,
+    TAIL_VECTORS,
+    Kept,
+    Tensors,
+    in_places,
+)
 
 
 def _feature_map_like(x: Tensor) -> Tensor:
@@ -118,6 +127,67 @@ def global_context_backward(
     return gradients
 
 
+def bn_context_add_relu(
+    y: Tensor,
+    identity: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    variance: Tensor | None,
+    norm_kind: int,
+    norm_eps: float,
+    mask_weight: Tensor | None,
+    mask_bias: Tensor | None,
+    add: Tensors,
+    mul: Tensors,
+    *policy: Any,
+) -> tuple[Tensor, Tensor]:
+    kept = TAIL_VECTORS * y.shape[1]
+    if add or mul:
+        kept += sum(Kept.sizes(y, attends=mask_weight is not None, add=add, mul=mul))
+    return _feature_map_like(y), y.new_empty(kept, dtype=ACCUMULATION[y.dtype])
+
+
+def bn_context_add_relu_training(
+    y: Tensor,
+    identity: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float,
+    norm_eps: float,
+    *block: Any,
+) -> tuple[Tensor, Tensor]:
+    return bn_context_add_relu(y, identity, weight, bias, None, None, 2, norm_eps, *block)
+
+
+def bn_context_add_relu_backward(
+    grad: Tensor,
+    y: Tensor | None,
+    out: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    norm_kind: int,
+    mask_weight: Tensor | None,
+    mask_bias: Tensor | None,
+    add: Tensors,
+    mul: Tensors,
+    kept: Tensor,
+    activation: int,
+    gate: int,
+    needed: Sequence[bool],
+) -> list[Tensor]:
+    needs_y, needs_identity, *needs_parameters = needed
+    like = next(tensor for tensor in (y, out, grad) if tensor is not None)
+    gradients = [_feature_map_like(like) for wanted in (needs_y, needs_identity) if wanted]
+    parameters = weight, bias, mask_weight, mask_bias, *in_places(add), *in_places(mul)
+    for parameter, wanted in zip(parameters, needs_parameters):
+        if wanted and parameter is not None:
+            gradients.append(_dense_like(parameter))
+    return gradients
+
+
 _KERNELS = (
     softmax_pool,
     softmax_pool_backward,
@@ -129,6 +199,9 @@ _KERNELS = (
     global_context,
     global_context_kept,
     global_context_backward,
+    bn_context_add_relu,
+    bn_context_add_relu_training,
+    bn_context_add_relu_backward,
 )
 
 

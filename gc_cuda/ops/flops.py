@@ -41,6 +41,21 @@ def _block_backward(grad: Shape, x: Shape | None, *operands: Any, **kwargs: Any)
     return 2 * _block(grad, *operands)
 
 
+def _tail(
+    y: Shape, identity: Any, weight: Any, bias: Any, mean: Any, var: Any, *args: Any, **kwargs: Any
+) -> int:
+    """The block's; a batch norm is not counted, as it is not in PyTorch."""
+    _, _, mask_weight, mask_bias, add, mul, *_ = args
+    return _block(y, mask_weight, mask_bias, add, mul) if add or mul else 0
+
+
+def _tail_backward(
+    grad: Shape, y: Any, out: Any, weight: Any, bias: Any, kind: int, *args: Any, **kwargs: Any
+) -> int:
+    mask_weight, mask_bias, add, mul, *_ = args
+    return 2 * _block(grad, mask_weight, mask_bias, add, mul) if add or mul else 0
+
+
 _FORMULAS: dict[str, Callable[..., int]] = {
     "softmax_pool": _pool(1),
     "softmax_pool_backward": _pool_backward(2),
@@ -49,6 +64,9 @@ _FORMULAS: dict[str, Callable[..., int]] = {
     "global_context": _block,
     "global_context_kept": _block,
     "global_context_backward": _block_backward,
+    "bn_context_add_relu": _tail,
+    "bn_context_add_relu_training": _tail,
+    "bn_context_add_relu_backward": _tail_backward,
 }
 
 

@@ -82,6 +82,11 @@ class Kept(NamedTuple):
         )
 
 
+# What the residual tail keeps before the block's: mean, 1 / deviation, variance and bias of each channel
+# (TailKept in csrc/ops/tail_problem.h).
+TAIL_VECTORS = 4
+
+
 def context_in(kept: Tensor, size: Sequence[int]) -> Tensor:
     """The context [N, C] in what is kept for an x of that size, or its gradient in a gradient for that."""
     n, c, _, _ = size

@@ -39,7 +39,7 @@ def policy_of(activation: str, gate: str, eps: float) -> Policy:
 _Operands = tuple[Any, ...]
 
 
-class _Split(NamedTuple):
+class Split(NamedTuple):
     """Where the tensors of add, followed by those of mul, go: by their places in that row."""
 
     weights: list[int]  # the backward operator reads these
@@ -47,14 +47,14 @@ class _Split(NamedTuple):
     order: list[int]  # of each tensor in the row of the weights followed by the biases
 
     @classmethod
-    def of(cls, add: int, mul: int) -> _Split:
+    def of(cls, add: int, mul: int) -> Split:
         names = list(enumerate(NAMES[add] + NAMES[mul]))
         weights = [i for i, name in names if name not in ("b1", "b2")]
         biases = [i for i, name in names if name in ("b1", "b2")]
         return cls(weights, biases, [(weights + biases).index(i) for i, _ in names])
 
 
-_SPLITS = {(add, mul): _Split.of(add, mul) for add in NAMES for mul in NAMES if add or mul}
+SPLITS = {(add, mul): Split.of(add, mul) for add in NAMES for mul in NAMES}
 
 
 def whole_block(
@@ -130,7 +130,7 @@ class _WholeBlock(Function):
         if only_bias:
             save(ctx, (), (bias,))
             return out
-        weights, biases, _ = _SPLITS[counts]
+        weights, biases, _ = SPLITS[counts]
         tensors = [branches[i] for i in weights]
         if mask_weight is not None:
             tensors.insert(0, mask_weight)
@@ -153,7 +153,7 @@ class _WholeBlock(Function):
         *weights, kept = tensors
         x = weights.pop(0) if reads_x else None
         mask_weight = weights.pop(0) if attends else None
-        _, _, order = _SPLITS[counts]
+        _, _, order = SPLITS[counts]
         row = [*weights, *biases]
         branches = [row[i] for i in order]
         add_count, _ = counts

@@ -13,7 +13,7 @@ void broadcast(const BroadcastArgs<T>& args, int64_t strip_begin, int64_t strip_
   using A = acc_t<T>;
   WriteArgs<T> write{};
   write.shape = args.shape;
-  write.in = args.x;
+  write.in = {args.x};
   write.out = args.out;
   write.stream = args.stream;
   write.strip_begin = strip_begin;

@@ -17,7 +17,7 @@ void grad_x(const GradXArgs<T>& args, int64_t strip_begin, int64_t strip_end) {
   const int64_t channels = args.shape.channels, pixels = args.shape.pixels;
   WriteArgs<T> write{};
   write.shape = args.shape;
-  write.in = args.grad;
+  write.in = {args.grad};
   write.out = args.grad_x;
   write.stream = args.stream;
   write.strip_begin = strip_begin;

@@ -24,6 +24,8 @@
 // remains of that sum times the mean of x would be the largest error. So it is summed over x - context, which is the
 // same by definition and free of that error.
 //
+// With a mean, both are of x - mean in place of x (tile.h), and the context is one of x - mean.
+//
 // An image whose logits are all -inf has z = 0 and becomes NaN by the division, as in PyTorch; with logits of +inf or
 // NaN it becomes NaN by itself. No pixel is skipped for a zero weight: 0 * inf stays NaN.
 #pragma once
@@ -125,8 +127,8 @@ inline void merge_image(const PoolArgs<T>& args, int64_t image) {
   for (int64_t c = 0; c < channels; ++c) args.context[image * channels + c] = static_cast<T>(state[kStatistics + c]);
 }
 
-template <typename T>
-void pool(const PoolArgs<T>& args, int64_t split_begin, int64_t split_end) {
+template <bool kLessMean, typename T>
+inline void pool_splits(const PoolArgs<T>& args, int64_t split_begin, int64_t split_end) {
   using A = acc_t<T>;
   using V = Vec<A>;
   const Shape& shape = args.shape;
@@ -138,6 +140,7 @@ void pool(const PoolArgs<T>& args, int64_t split_begin, int64_t split_end) {
   }
   for (int64_t split = split_begin; split < split_end; ++split) {
     const auto [image, begin, end] = split_at(shape, plan, split);
+    const A* const mean = kLessMean ? args.mean + image * args.mean_stride : nullptr;
     A* partial = args.partials + split * (shape.channels + kStatistics);
     A& z = partial[1];
     A* sums = partial + kStatistics;
@@ -146,7 +149,7 @@ void pool(const PoolArgs<T>& args, int64_t split_begin, int64_t split_end) {
 
     for (int64_t pixel = begin; pixel < end; pixel += plan.tile) {
       const int64_t count = std::min(plan.tile, end - pixel);
-      const Tile<T> tile(args.x, shape, image, pixel, count);
+      const Tile<T, kLessMean> tile(args.x, mean, shape, image, pixel, count);
       if (args.weighting == Weighting::kUniform) {
         z += static_cast<A>(count);
       } else {
@@ -170,6 +173,15 @@ void pool(const PoolArgs<T>& args, int64_t split_begin, int64_t split_end) {
     z_and_sums.finish();
     partial[0] = m;
     if (plan.splits == 1) merge_image(args, image);
+  }
+}
+
+template <typename T>
+void pool(const PoolArgs<T>& args, int64_t split_begin, int64_t split_end) {
+  if (args.mean) {
+    pool_splits<true>(args, split_begin, split_end);
+  } else {
+    pool_splits<false>(args, split_begin, split_end);
   }
 }
 
@@ -200,8 +212,8 @@ void pool_backward_balance(const PoolBackwardArgs<T>& args, int64_t split_begin,
   }
 }
 
-template <typename T>
-void pool_backward(const PoolBackwardArgs<T>& args, int64_t split_begin, int64_t split_end) {
+template <bool kLessMean, typename T>
+inline void pool_backward_splits(const PoolBackwardArgs<T>& args, int64_t split_begin, int64_t split_end) {
   using A = acc_t<T>;
   using V = Vec<A>;
   const Shape& shape = args.shape;
@@ -220,7 +232,7 @@ void pool_backward(const PoolBackwardArgs<T>& args, int64_t split_begin, int64_t
 
     for (int64_t pixel = begin; pixel < end; pixel += plan.tile) {
       const int64_t count = std::min(plan.tile, end - pixel);
-      const Tile<T> tile(args.x, shape, image, pixel, count);
+      const Tile<T, kLessMean> tile(args.x, args.mean, shape, image, pixel, count);
       A* attention = args.attention + image * shape.pixels + pixel;
       A* grad_logits = args.grad_logits + image * shape.pixels + pixel;
       exp_weights(args.logits + image * shape.pixels + pixel, count, state[0], attention);
@@ -243,6 +255,15 @@ void pool_backward(const PoolBackwardArgs<T>& args, int64_t split_begin, int64_t
       for (int64_t c = 0; c < channels; ++c) grad_weight[c] -= args.grad_logits_sums[split] * context[c];
     }
     if (plan.splits == 1) pool_backward_balance(args, split, split + 1);
+  }
+}
+
+template <typename T>
+void pool_backward(const PoolBackwardArgs<T>& args, int64_t split_begin, int64_t split_end) {
+  if (args.mean) {
+    pool_backward_splits<true>(args, split_begin, split_end);
+  } else {
+    pool_backward_splits<false>(args, split_begin, split_end);
   }
 }
 

@@ -1,4 +1,4 @@
-// One row of an output like x: out[j] = combine(row factors, lane factors[j], in[j]).
+// One row of an output like x: out[j] = combine(row factors, lane factors[j], in[j]), where `in` may be several maps.
 //
 // A row is contiguous in memory: a channel's pixels in NCHW, a pixel's channels in channels_last. Factors are numbers
 // that belong to the pixels or to the channels. Of the one kind, a row has one number for all its elements (the row
@@ -18,15 +18,39 @@ using FactorPointers = std::array<const acc_t<T>*, kCount>;
 template <typename T, size_t kCount>
 using FactorLanes = std::array<Lanes<T>, kCount>;
 
+// Where the maps begin that are read, and a vector of each.
+template <typename T, size_t kIn>
+using Inputs = std::array<const T*, kIn>;
+
+template <typename T, size_t kIn>
+GC_INLINE Inputs<T, kIn> moved(Inputs<T, kIn> in, int64_t offset) {
+  GC_UNROLL
+  for (size_t k = 0; k < kIn; ++k) in[k] += offset;
+  return in;
+}
+
+// One map gives its Lanes, several an array of them.
+template <bool kPartial, typename T, size_t kIn>
+GC_INLINE auto load_inputs(const Inputs<T, kIn>& in, int64_t j, int count) {
+  if constexpr (kIn == 1) {
+    return Lanes<T>::template load<kPartial>(in[0] + j, count);
+  } else {
+    std::array<Lanes<T>, kIn> values;
+    GC_UNROLL
+    for (size_t k = 0; k < kIn; ++k) values[k] = Lanes<T>::template load<kPartial>(in[k] + j, count);
+    return values;
+  }
+}
+
 // Some rows of one image, or the same columns of some rows.
-template <typename T, size_t kRow, size_t kLane>
+template <typename T, size_t kRow, size_t kLane, size_t kIn>
 struct RowRange {
   int64_t rows;
   int64_t columns;
   int64_t stride;                         // from row to row
   FactorPointers<T, kRow> row_factors;    // [rows] each
   FactorPointers<T, kLane> lane_factors;  // [columns] each
-  const T* in;                            // of the first row
+  Inputs<T, kIn> in;                      // of the first row
   T* out;                                 // of the first row
 };
 
@@ -60,12 +84,15 @@ GC_INLINE void for_each_aligned_vector(const T* out, int64_t begin, int64_t end,
 //
 // This is a function of its own, and the factors are passed by value: otherwise g++ reads them again after every store,
 // and without AVX it hands vectors over in memory.
-template <bool kStream, bool kAhead, typename T, size_t kRow, size_t kLane, typename Combine>
-GC_FLATTEN void write_row(FactorLanes<T, kRow> row, FactorPointers<T, kLane> lane_factors, const T* in, const T* next,
-                          T* out, int64_t begin, int64_t end, const Combine& combine) {
+template <bool kStream, bool kAhead, typename T, size_t kRow, size_t kLane, size_t kIn, typename Combine>
+GC_FLATTEN void write_row(FactorLanes<T, kRow> row, FactorPointers<T, kLane> lane_factors, Inputs<T, kIn> in,
+                          Inputs<T, kIn> next, T* out, int64_t begin, int64_t end, const Combine& combine) {
   const auto write = [&](int64_t j, int count, auto partial) {
-    if constexpr (kAhead) __builtin_prefetch(next + j);
-    const Lanes<T> value = Lanes<T>::template load<partial.value>(in + j, count);
+    if constexpr (kAhead) {
+      GC_UNROLL
+      for (size_t k = 0; k < kIn; ++k) __builtin_prefetch(next[k] + j);
+    }
+    const auto value = load_inputs<partial.value, T>(in, j, count);
     combine(row, lane_lanes<partial.value, T>(lane_factors, j, count), value)
         .template store<partial.value, kStream>(out + j, count);
   };

@@ -2,6 +2,8 @@
 //
 //   out[n, c, s] = combine(pixel factors[n, s], channel factors[n, c], in[n, c, s])
 //
+// `in` is one map, or several.
+//
 // Rows are channels in NCHW and pixels in channels_last (row.h). A strip of them is written in one of three ways: row
 // by row; long rows a range of columns at a time (below); short rows as if they were one (short_rows.h).
 #pragma once
@@ -24,22 +26,23 @@ struct Factor {
 template <typename A, size_t kCount>
 using Factors = std::array<Factor<A>, kCount>;
 
-template <typename T>
+template <typename T, size_t kIn = 1>
 struct WriteArgs {
   Shape shape;
-  const T* in;  // like x; null: combine gets values that it must not use
-  T* out;       // like x
-  bool stream;  // past the caches
+  Inputs<T, kIn> in;  // like x; null: combine gets values that it must not use
+  T* out;             // like x
+  bool stream;        // past the caches
   int64_t strip_begin;
   int64_t strip_end;
 };
 
-template <bool kStream, typename T, size_t kRow, size_t kLane, typename Combine>
-inline void write_rows(const RowRange<T, kRow, kLane>& range, const Combine& combine) {
+template <bool kStream, typename T, size_t kRow, size_t kLane, size_t kIn, typename Combine>
+inline void write_rows(const RowRange<T, kRow, kLane, kIn>& range, const Combine& combine) {
   for (int64_t r = 0; r < range.rows; ++r) {
     const int64_t offset = r * range.stride;
-    write_row<kStream, false, T>(row_lanes<T>(range.row_factors, r), range.lane_factors, range.in + offset, nullptr,
-                                 range.out + offset, 0, range.columns, combine);
+    const Inputs<T, kIn> in = moved<T>(range.in, offset);
+    write_row<kStream, false, T>(row_lanes<T>(range.row_factors, r), range.lane_factors, in, in, range.out + offset, 0,
+                                 range.columns, combine);
   }
 }
 
@@ -48,15 +51,15 @@ inline void write_rows(const RowRange<T, kRow, kLane>& range, const Combine& com
 inline constexpr int64_t kLongRow = 2048;
 inline constexpr int64_t kColumnsTogether = 1024;
 
-template <bool kStream, typename T, size_t kRow, size_t kLane, typename Combine>
-inline void write_long_rows(const RowRange<T, kRow, kLane>& range, const Combine& combine) {
+template <bool kStream, typename T, size_t kRow, size_t kLane, size_t kIn, typename Combine>
+inline void write_long_rows(const RowRange<T, kRow, kLane, kIn>& range, const Combine& combine) {
   const int64_t columns = range.columns;
   const int64_t together = divide_up(divide_up(columns, divide_up(columns, kColumnsTogether)), 32) * 32;
   for (int64_t first = 0; first < columns; first += together) {
     for (int64_t r = 0; r < range.rows; ++r) {
-      const T* const in = range.in + r * range.stride;
+      const Inputs<T, kIn> in = moved<T>(range.in, r * range.stride);
       T* const out = range.out + r * range.stride;
-      const T* const next = r + 1 < range.rows ? in + range.stride : range.in + together;
+      const Inputs<T, kIn> next = r + 1 < range.rows ? moved<T>(in, range.stride) : moved<T>(range.in, together);
       // Ranges of columns meet where a line of out begins.
       const int64_t shift = kStream ? until_aligned(out, columns) : 0;
       const int64_t begin = first == 0 ? 0 : std::min(first + shift, columns);
@@ -75,26 +78,27 @@ inline FactorPointers<T, kCount> factors_at(const Factors<acc_t<T>, kCount>& fac
 }
 
 // The rows of a strip, numbered through all images.
-template <typename T, size_t kRow, size_t kLane>
-inline RowRange<T, kRow, kLane> rows_of(const Strips& strips, int64_t strip, const Factors<acc_t<T>, kRow>& of_row,
-                                        const Factors<acc_t<T>, kLane>& of_lane, const T* in, T* out) {
+template <typename T, size_t kRow, size_t kLane, size_t kIn>
+inline RowRange<T, kRow, kLane, kIn> rows_of(const Strips& strips, int64_t strip, const Factors<acc_t<T>, kRow>& of_row,
+                                             const Factors<acc_t<T>, kLane>& of_lane, const Inputs<T, kIn>& in,
+                                             T* out) {
   const int64_t image = strip / strips.count();
   const int64_t row = strip % strips.down * strips.rows;
   const int64_t column = strip % strips.count() / strips.down * strips.columns;
   const int64_t offset = (image * strips.image_rows + row) * strips.image_columns + column;
-  RowRange<T, kRow, kLane> range;
+  RowRange<T, kRow, kLane, kIn> range;
   range.rows = std::min(strips.rows, strips.image_rows - row);
   range.columns = std::min(strips.columns, strips.image_columns - column);
   range.stride = strips.image_columns;
   range.row_factors = factors_at<T>(of_row, image, row);
   range.lane_factors = factors_at<T>(of_lane, image, column);
   range.out = out + offset;
-  range.in = in ? in + offset : range.out;
+  for (size_t k = 0; k < kIn; ++k) range.in[k] = in[k] ? in[k] + offset : range.out;
   return range;
 }
 
-template <bool kStream, typename T, size_t kPixel, size_t kChannel, typename Combine>
-inline void write_strips(const WriteArgs<T>& args, const Factors<acc_t<T>, kPixel>& pixel,
+template <bool kStream, typename T, size_t kIn, size_t kPixel, size_t kChannel, typename Combine>
+inline void write_strips(const WriteArgs<T, kIn>& args, const Factors<acc_t<T>, kPixel>& pixel,
                          const Factors<acc_t<T>, kChannel>& channel, const Combine& combine) {
   const Strips strips = make_strips(args.shape);
   const auto combine_nchw = [&](const auto& row, const auto& lane, const auto& in) { return combine(lane, row, in); };
@@ -116,8 +120,8 @@ inline void write_strips(const WriteArgs<T>& args, const Factors<acc_t<T>, kPixe
 }
 
 // combine(FactorLanes of the pixels, FactorLanes of the channels, Lanes of in) -> Lanes of out
-template <typename T, size_t kPixel, size_t kChannel, typename Combine>
-inline void write_like_x(const WriteArgs<T>& args, const Factors<acc_t<T>, kPixel>& pixel,
+template <typename T, size_t kIn, size_t kPixel, size_t kChannel, typename Combine>
+inline void write_like_x(const WriteArgs<T, kIn>& args, const Factors<acc_t<T>, kPixel>& pixel,
                          const Factors<acc_t<T>, kChannel>& channel, const Combine& combine) {
   if (args.stream) {
     write_strips<true>(args, pixel, channel, combine);

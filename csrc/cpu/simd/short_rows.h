@@ -12,14 +12,14 @@ inline constexpr int64_t kShortRow = 256;  // elements
 
 // Rows that fill whole aligned vectors gain nothing. Those below one vector are left alone as well: a vector could
 // hold more than two of them.
-template <typename T, size_t kRow, size_t kLane>
-inline bool are_short(const RowRange<T, kRow, kLane>& range) {
+template <typename T, size_t kRow, size_t kLane, size_t kIn>
+inline bool are_short(const RowRange<T, kRow, kLane, kIn>& range) {
   return range.columns >= Lanes<T>::kWidth && range.columns <= kShortRow && range.columns == range.stride &&
          range.columns * sizeof(T) % kStreamBytes != 0;
 }
 
-template <bool kStream, typename T, size_t kRow, size_t kLane, typename Combine>
-inline void write_short_rows(const RowRange<T, kRow, kLane>& range, const Combine& combine) {
+template <bool kStream, typename T, size_t kRow, size_t kLane, size_t kIn, typename Combine>
+inline void write_short_rows(const RowRange<T, kRow, kLane, kIn>& range, const Combine& combine) {
   using L = Lanes<T>;
   // The lane factors, and their beginning once more: a vector that goes on in the next row finds its factors there.
   acc_t<T> cyclic[kLane + 1][kShortRow + L::kWidth];
@@ -34,7 +34,7 @@ inline void write_short_rows(const RowRange<T, kRow, kLane>& range, const Combin
   FactorLanes<T, kRow> row = row_lanes<T>(range.row_factors, 0);
   for_each_aligned_vector(range.out, 0, range.rows * range.columns, [&](int64_t i, int count, auto partial) {
     const int64_t column = i - (row_end - range.columns);
-    const L value = L::template load<partial.value>(range.in + i, count);
+    const auto value = load_inputs<partial.value, T>(range.in, i, count);
     FactorLanes<T, kRow> factors = row;
     if (i + count >= row_end && r + 1 < range.rows) {
       const FactorLanes<T, kRow> next = row_lanes<T>(range.row_factors, ++r);

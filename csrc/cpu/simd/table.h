@@ -4,10 +4,13 @@
 #include "cpu/simd/broadcast.h"
 #include "cpu/simd/broadcast_backward.h"
 #include "cpu/simd/grad_x.h"
+#include "cpu/simd/grad_y.h"
 #include "cpu/simd/linear.h"
 #include "cpu/simd/normalize.h"
 #include "cpu/simd/pool.h"
 #include "cpu/simd/reduce.h"
+#include "cpu/simd/residual.h"
+#include "cpu/simd/statistics.h"
 
 namespace gc::cpu {
 inline namespace CPU_CAPABILITY {
@@ -21,6 +24,10 @@ constexpr Kernels<T> make_kernels() {
   table.pool_backward = pool_backward<T>;
   table.pool_backward_balance = pool_backward_balance<T>;
   table.broadcast_backward = broadcast_backward<T>;
+  table.statistics = statistics<T>;
+  table.residual_sums = residual_sums<T>;
+  table.residual = residual<T>;
+  table.grad_y = grad_y<T>;
   table.broadcast = broadcast<T>;
   table.grad_x = grad_x<T>;
   table.reduce = reduce<A>;

@@ -1,0 +1,258 @@
+// The residual tail as an operator (schemas: schema.cpp): batch normalization, the context block, the addition and the
+// ReLU at the end of a bottleneck. x = BN(y) is never made: every pass reads y.
+//
+// Forward: statistics of y, where they are those of the batch; pooling, the transform; and out from y and identity.
+// Backward: the ReLU's, with its sums over the pixels; the transform; the pooling's; and grad_y.
+#pragma once
+
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "ops/memory.h"
+#include "ops/tail_problem.h"
+
+namespace gc::ops {
+
+// The running statistics that a call moves.
+struct Running {
+  OptionalTensor mean, variance;
+  double momentum = 0;
+};
+
+template <typename Device>
+std::tuple<Tensor, Tensor> tail_forward(const FeatureMap& map, const TailProblem& problem,
+                                        const OptionalTensor& identity, const NormSource& source,
+                                        const Running& running, double eps, bool relu) {
+  const bool of_batch = problem.of_batch(), attention = problem.attention();
+  Tensor out = Device::empty_output(map);
+  Tensor memory = map.empty_accumulation({problem.kept.elements});
+  if (map.images() == 0) {
+    memory.zero_();
+    return {std::move(out), std::move(memory)};
+  }
+  const TailParts kept(memory.data_ptr(), problem.kept, map, problem.branches);
+  const bool pools = problem.has_block() && (attention || !of_batch);  // the batch's statistics have the means
+
+  const typename Device::Statistics statistics(map, of_batch);
+  const typename Device::PoolForward pool(map, attention ? Weighting::kMask : Weighting::kUniform,
+                                          /*transform_follows=*/true, /*normalized=*/true);
+  const typename Device::TransformForward transform(map, problem.branches, pool.left());
+  const typename Device::Residual residual(map);
+  const int64_t per_channel = map.images() * map.channels();
+  Scratch scratch(map);
+  void *state, *term, *statistics_workspace, *pool_workspace, *transform_workspace, *residual_workspace;
+  scratch.allocate([&] {
+    state = problem.has_block() ? scratch.take(per_channel + map.images() * kStatistics) : nullptr;
+    term = problem.branches.has(kAdd) ? scratch.take(per_channel) : nullptr;
+    statistics_workspace = scratch.take(statistics.wanted().workspace);
+    pool_workspace = pools ? scratch.take(pool.wanted().workspace) : nullptr;
+    transform_workspace = problem.has_block() ? scratch.take(transform.wanted().workspace) : nullptr;
+    residual_workspace = scratch.take(residual.wanted().workspace);
+  });
+
+  StatisticsCall taking;
+  taking.eps = source.eps;
+  const Tensor mean = contiguous(source.mean), variance = contiguous(source.variance);
+  if (problem.kind == NormKind::kGiven) {
+    taking.given_mean = map.companion(mean);
+    taking.given_variance = map.companion(variance);
+  }
+  taking.mean = kept.mean;
+  taking.inverse_std = kept.inverse_std;
+  taking.variance = kept.variance;
+  taking.given_bias = map.companion(problem.bias);
+  taking.bias = kept.bias;
+  taking.state = problem.has_block() && !pools ? kept.block->state : nullptr;
+  if (running.mean.has_value()) taking.running_mean = map.companion_out(*running.mean);
+  if (running.variance.has_value()) taking.running_variance = map.companion_out(*running.variance);
+  taking.momentum = running.momentum;
+  statistics.launch(taking, {statistics_workspace, nullptr});
+
+  const Norm norm = problem.norm(map, kept);
+  if (problem.has_block()) {
+    const Tensor own_weight = contiguous(problem.mask_weight);
+    PoolForwardCall pooling;
+    pooling.norm = norm;
+    pooling.mask_weight = map.companion(own_weight);
+    if (problem.mask_bias.has_value()) pooling.mask_bias = map.companion(*problem.mask_bias);
+    if (attention) {
+      pooling.logits = kept.block->logits;
+    } else {
+      pooling.factor = 1.0 / static_cast<double>(map.pixels());
+    }
+    pooling.state = kept.block->state;
+    if (pools) pool.launch(pooling, {pool_workspace, nullptr});
+    Device::contexts(map, norm, kept.block->state, state);
+    KeptParts of_x = *kept.block;
+    of_x.set_state(state, map);
+    const TransformForwardCall transforming{*problem.kinds, eps, of_x, /*outs=*/{term, of_x.scale}, pooling, nullptr};
+    transform.launch(transforming, {transform_workspace, nullptr});
+  }
+  const Tensor own_identity = identity.has_value() ? map.in_my_layout(*identity) : Tensor();
+  ResidualCall adding;
+  adding.norm = norm;
+  adding.identity = pointer(own_identity);
+  adding.scale = problem.has_block() ? kept.block->scale : nullptr;
+  adding.term = term;
+  adding.relu = relu;
+  adding.out = out.data_ptr();
+  residual.launch(adding, {residual_workspace, nullptr});
+  return {std::move(out), std::move(memory)};
+}
+
+template <typename Device>
+std::tuple<Tensor, Tensor> bn_context_add_relu(const Tensor& y, const OptionalTensor& identity,
+                                               const OptionalTensor& weight, const OptionalTensor& bias,
+                                               const OptionalTensor& mean, const OptionalTensor& variance,
+                                               int64_t norm_kind, double norm_eps, const OptionalTensor& mask_weight,
+                                               const OptionalTensor& mask_bias, at::TensorList add, at::TensorList mul,
+                                               double eps, int64_t activation, int64_t gate, bool relu) {
+  const FeatureMap map(y, "y");
+  const NormSource source{mean, variance, norm_eps};
+  const TailProblem problem(map, norm_kind, weight, bias, mask_weight, mask_bias, add, mul, activation, gate);
+  problem.check_forward(map, identity, source, eps);
+  return tail_forward<Device>(map, problem, identity, source, Running(), eps, relu);
+}
+
+template <typename Device>
+std::tuple<Tensor, Tensor> bn_context_add_relu_training(
+    const Tensor& y, const OptionalTensor& identity, const OptionalTensor& weight, const OptionalTensor& bias,
+    const OptionalTensor& running_mean, const OptionalTensor& running_variance, double momentum, double norm_eps,
+    const OptionalTensor& mask_weight, const OptionalTensor& mask_bias, at::TensorList add, at::TensorList mul,
+    double eps, int64_t activation, int64_t gate, bool relu) {
+  const FeatureMap map(y, "y");
+  const NormSource source{{}, {}, norm_eps};
+  const int64_t of_batch = static_cast<int64_t>(NormKind::kBatch);
+  const TailProblem problem(map, of_batch, weight, bias, mask_weight, mask_bias, add, mul, activation, gate);
+  problem.check_forward(map, identity, source, eps);
+  check_running(running_mean, "running_mean", map.tensor());
+  check_running(running_variance, "running_var", map.tensor());
+  return tail_forward<Device>(map, problem, identity, source, {running_mean, running_variance, momentum}, eps, relu);
+}
+
+template <typename Device>
+std::vector<Tensor> bn_context_add_relu_backward(const Tensor& grad, const OptionalTensor& y, const OptionalTensor& out,
+                                                 const OptionalTensor& weight, const OptionalTensor& bias,
+                                                 int64_t norm_kind, const OptionalTensor& mask_weight,
+                                                 const OptionalTensor& mask_bias, at::TensorList add,
+                                                 at::TensorList mul, const Tensor& kept_before, int64_t activation,
+                                                 int64_t gate, std::array<bool, TailNeeds::kCount> needed) {
+  const Tensor& like = y.has_value() ? *y : out.has_value() ? *out : grad;
+  const FeatureMap map(like, "y");
+  const TailProblem problem(map, norm_kind, weight, bias, mask_weight, mask_bias, add, mul, activation, gate);
+  const TailNeeds needs(needed, problem.attention(), problem.of_batch());
+  problem.check_backward(map, grad, y, out, kept_before, needs);
+
+  TailGradients grads(problem, needs);
+  if (needs.y()) grads.y = Device::empty_output(map);
+  const Tensor own_grad = map.in_my_layout(grad);
+  const bool masks = out.has_value();
+  // The gradient past the ReLU is identity's, too.
+  const Tensor grad_in = masks ? Device::empty_output(map) : own_grad;
+  if (needs.identity()) grads.identity = grad_in;
+  if (map.images() == 0) {
+    grads.zero();
+    return grads.only_needed();
+  }
+
+  const Tensor own_out = masks ? map.in_my_layout(*out) : Tensor();
+  const TailParts kept(kept_before.data_ptr(), problem.kept, map, problem.branches);
+  const Norm norm = problem.norm(map, kept);
+  const BackwardProblem block(map, mask_weight, mask_bias, problem.branches, needs.of_block());
+  const bool with_add = needs.of_block().branch(problem.branches, kAdd);
+  const bool with_mul = needs.of_block().branch(problem.branches, kMul);
+  const bool transforms = with_add || with_mul;
+  const bool pools = transforms && problem.attention() && needs.pooling();
+  const bool products = needs.products(with_mul);
+  const typename Device::ResidualSums sums(map, products);
+  const typename Device::TransformBackward transform(map, block, nullptr);
+  const typename Device::PoolBackward pool(map, PoolGradient::kMask, nullptr, nullptr, /*normalized=*/true);
+  const typename Device::GradY last(map, pools, problem.of_batch());
+
+  const int64_t per_channel = map.images() * map.channels(), pixels = map.images() * map.pixels();
+  Scratch scratch(map);
+  void *sum, *product_sum, *of_add, *of_mul, *grad_context, *state, *attention, *grad_logits, *grad_folded;
+  void *weight_sum, *bias_sum, *sums_workspace, *transform_workspace, *pool_workspace, *last_workspace;
+  scratch.allocate([&] {
+    sum = scratch.take(per_channel);
+    product_sum = products ? scratch.take(per_channel) : nullptr;
+    of_add = with_add ? scratch.take(per_channel) : nullptr;
+    of_mul = with_mul ? scratch.take(per_channel) : nullptr;
+    grad_context = transforms && needs.of_block().context() ? scratch.take(per_channel) : nullptr;
+    state = transforms ? scratch.take(per_channel + map.images() * kStatistics) : nullptr;
+    attention = pools ? scratch.take(pixels) : nullptr;
+    grad_logits = pools ? scratch.take(pixels) : nullptr;
+    grad_folded = pools ? scratch.take(map.channels()) : nullptr;
+    weight_sum = scratch.take(map.channels());
+    bias_sum = scratch.take(map.channels());
+    sums_workspace = scratch.take(sums.wanted().workspace);
+    transform_workspace = transforms ? scratch.take(transform.wanted().workspace) : nullptr;
+    pool_workspace = pools ? scratch.take(pool.wanted().workspace) : nullptr;
+    last_workspace = needs.y() ? scratch.take(last.wanted().workspace) : nullptr;
+  });
+
+  ResidualSumsCall summing;
+  summing.norm = norm;
+  summing.grad = own_grad.data_ptr();
+  summing.out = pointer(own_out);
+  summing.grad_in = masks ? grad_in.data_ptr() : nullptr;
+  summing.sums = sum;
+  summing.product_sums = product_sum;
+  sums.launch(summing, {sums_workspace, nullptr});
+
+  if (transforms) {
+    Device::branch_gradients(map, norm, sum, product_sum, of_add, of_mul);
+    Device::contexts(map, norm, kept.block->state, state);
+    KeptParts of_x = *kept.block;
+    of_x.set_state(state, map);
+    const TransformBackwardCall transforming{*problem.kinds, 1, of_x, {of_add, of_mul}, grad_context, grads.of_block};
+    transform.launch(transforming, {transform_workspace, nullptr});
+  }
+  const Tensor own_weight = contiguous(mask_weight);
+  if (pools) {
+    PoolBackwardCall pooling;
+    pooling.norm = norm;
+    pooling.grad_context = wide(grad_context);
+    pooling.logits = wide(kept.block->logits);
+    pooling.state = kept.block->state;
+    pooling.attention = attention;
+    pooling.grad_logits = wide_out(grad_logits);
+    pooling.grad_weight = wide_out(grad_folded);
+    pool.launch(pooling, {pool_workspace, nullptr});
+  }
+  if (needs.norm()) {
+    NormGradientsCall of_norm;
+    of_norm.norm = norm;
+    of_norm.sums = sum;
+    of_norm.product_sums = product_sum;
+    of_norm.scale = problem.has_block() ? kept.block->scale : nullptr;
+    of_norm.grad_context = grad_context;
+    of_norm.state = problem.has_block() ? kept.block->state : nullptr;
+    of_norm.grad_folded = grad_folded;
+    of_norm.mask_weight = map.companion(own_weight);
+    of_norm.grad_weight_sum = weight_sum;
+    of_norm.grad_bias_sum = bias_sum;
+    of_norm.grad_weight = map.companion_out(grads.weight);
+    of_norm.grad_bias = map.companion_out(grads.bias);
+    of_norm.grad_mask_weight = map.companion_out(grads.of_block[Needs::kMaskWeight]);
+    Device::norm_gradients(map, of_norm);
+  }
+  if (needs.y()) {
+    GradYCall ending;
+    ending.norm = norm;
+    ending.grad = grad_in.data_ptr();
+    ending.scale = problem.has_block() ? kept.block->scale : nullptr;
+    ending.grad_context = grad_context;
+    ending.attention = attention;
+    ending.grad_logits = grad_logits;
+    ending.mask_weight = map.companion(own_weight);
+    ending.grad_weight = weight_sum;
+    ending.grad_bias = bias_sum;
+    ending.grad_y = grads.y.data_ptr();
+    last.launch(ending, {last_workspace, nullptr});
+  }
+  return grads.only_needed();
+}
+
+}  // namespace gc::ops

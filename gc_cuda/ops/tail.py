@@ -1,0 +1,298 @@
+"""The residual tail: the end of a bottleneck as one operator forward and one backward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from gc_cuda import _extension, reference
+from gc_cuda.ops import checks
+from gc_cuda.ops.autograd import differentiable_gradients, save, saved
+from gc_cuda.ops.contexts import differentiable_wanted, is_foreign, plain_pytorch_wanted
+from gc_cuda.ops.operands import in_places, tensors_of, transform_of
+from gc_cuda.ops.whole_block import SPLITS, Policy, policy_of
+from gc_cuda.reference import BatchNorm, Transform
+
+
+def bn_context_add_relu(
+    y: Tensor,
+    identity: Tensor | None = None,
+    norm: BatchNorm | None = None,
+    mask_weight: Tensor | None = None,
+    mask_bias: Tensor | None = None,
+    add: Transform | None = None,
+    mul: Transform | None = None,
+    *,
+    relu: bool = True,
+    pooling_type: str = "att",
+    activation: str = "relu",
+    gate: str = "sigmoid",
+    eps: float = 1e-5,
+) -> Tensor:
+    """out = relu(block(x) + identity), x = batch_norm(y): the end of a ResNet's bottleneck as one operation.
+
+        x     = norm.weight * (y - mean) / sqrt(var + norm.eps) + norm.bias for each channel
+        block = :func:`gc_cuda.global_context` of x: GCNet's (https://arxiv.org/abs/1904.11492) or
+                squeeze-and-excitation (https://arxiv.org/abs/1709.01507), by the same arguments
+
+    y is what the last convolution gives. x is never made, nor kept: its affine map is applied wherever y is
+    read. Kept for the backward pass are y, out (which eager PyTorch's ReLU keeps as well: to change it in
+    place before the backward pass is an error, as there) and small vectors; for attention N*S logits, too.
+    Every part may be absent: ``norm`` None (batch norm was folded into the convolution), no ``add`` and no
+    ``mul`` (no block), ``identity`` None, ``relu`` False.
+
+    In training (``norm.training``) mean and variance are those of the batch, and ``norm.running_mean`` and
+    ``norm.running_var`` are changed in place, as :class:`torch.nn.BatchNorm2d` does: once in every forward
+    pass, never in a backward pass of whatever order. Error of sums does not grow with mean / deviation: the
+    mean is subtracted from y as it is read.
+
+    Reads and writes of y's size on the CPU, with attention and ``add``: 4 forward, 6 backward with given
+    statistics (7 where norm.weight needs a gradient, or with ``mul``), 5 and 8 in training. On other devices
+    the definition, :func:`gc_cuda.reference.bn_context_add_relu`, runs; so it does wherever
+    :func:`gc_cuda.global_context` runs its own.
+
+    Args:
+        y: [N, C, H, W].
+        identity: [N, C, H, W], or None. Another dtype than y's is converted to y's first.
+        norm: a BatchNorm, or None. Its tensors of C elements have y's dtype or that of its sums; ``group``
+            must be None.
+        mask_weight: as in :func:`gc_cuda.global_context`; None without a block.
+        mask_bias: one element, or None.
+        add: a Transform, or None.
+        mul: a Transform, or None.
+        relu: whether a ReLU ends it.
+        pooling_type: "att" or "avg"; of no meaning without a block.
+        activation: "relu", "silu" or "hardswish", of the transforms.
+        gate: "sigmoid" or "hardsigmoid", of ``mul``.
+        eps: of the layer norms, not negative.
+
+    Returns:
+        out, [N, C, H, W] in the dtype and memory format of y.
+
+    Raises:
+        ValueError: for a shape or device that does not fit, one value per channel in training, an unknown
+            pooling_type, activation or gate, a mask_weight that is missing or of no use, or a negative eps.
+        TypeError: for a dtype that does not fit, or for what is not a dense tensor, BatchNorm or Transform.
+        ImportError: where the extension is missing; it says what to run.
+    """
+    words: Any = {"pooling_type": pooling_type, "activation": activation, "gate": gate, "eps": eps}
+    parts = norm if isinstance(norm, (tuple, list)) else ()
+    branches = [part for branch in (add, mul) if isinstance(branch, (tuple, list)) for part in branch]
+    if plain_pytorch_wanted() or any(
+        map(is_foreign, (y, identity, mask_weight, mask_bias, *parts, *branches))
+    ):
+        checks.no_group(norm)
+        return reference.bn_context_add_relu(
+            y, identity, norm, mask_weight, mask_bias, add, mul, relu=relu, **words
+        )
+    _extension.require()
+    checks.bn_context_add_relu(y, identity, norm, mask_weight, mask_bias, add, mul, **words)
+    if not (y.is_cpu or y.is_meta):
+        return reference.bn_context_add_relu(
+            y, identity, norm, mask_weight, mask_bias, add, mul, relu=relu, **words
+        )
+    if identity is not None and identity.dtype != y.dtype:
+        identity = identity.to(y.dtype)
+    policy = TailPolicy.of(norm, policy_of(activation, gate, eps), relu, len(tensors_of(add)))
+    weight, bias, mean, var = (None,) * 4 if norm is None else norm[:4]
+    # Under the compiler a Function must not change its inputs, so the running statistics are moved after it.
+    moves_later = policy.kind == OF_BATCH and mean is not None and torch.compiler.is_compiling()
+    moves_later = moves_later and y.numel() > 0
+    running = (None, None) if moves_later else (mean, var)
+    out = _Tail.apply(
+        policy,
+        *running,
+        y,
+        identity,
+        weight,
+        bias,
+        mask_weight,
+        mask_bias,
+        *tensors_of(add),
+        *tensors_of(mul),
+    )
+    if not isinstance(out, tuple):
+        return out
+    out, kept = out
+    if moves_later:
+        assert mean is not None and var is not None
+        with torch.no_grad():
+            channels = y.shape[1]
+            for running_one, start in ((mean, 0), (var, 2 * channels)):
+                of_batch = kept[start : start + channels]
+                running_one.copy_(policy.momentum * of_batch + (1 - policy.momentum) * running_one)
+    return out
+
+
+# Where the statistics of the norm come from (csrc/ops/tail_problem.h).
+NO_NORM, GIVEN, OF_BATCH = 0, 1, 2
+
+
+class TailPolicy(NamedTuple):
+    """What the tail computes besides its tensors."""
+
+    kind: int
+    momentum: float
+    norm_eps: float
+    block: Policy
+    relu: bool
+    add_count: int  # the tensors of add
+
+    @classmethod
+    def of(cls, norm: BatchNorm | None, block: Policy, relu: bool, add_count: int) -> TailPolicy:
+        if norm is None:
+            return cls(NO_NORM, 0.0, 0.0, block, relu, add_count)
+        kind = OF_BATCH if norm.training else GIVEN
+        return cls(kind, float(norm.momentum), float(norm.eps), block, relu, add_count)
+
+
+# Places among the inputs of the Function, of which the first three have no gradient.
+_Y, _IDENTITY, _WEIGHT, _BIAS, _MASK_WEIGHT, _MASK_BIAS, _BRANCHES = range(3, 10)
+
+
+class _Tail(Function):
+    """Its inputs are the policy, running_mean and running_var, and what the backward operator has gradients
+    for. Under the compiler what is kept is an output, too, which has no gradient.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        policy: TailPolicy,
+        mean: Tensor | None,
+        var: Tensor | None,
+        y: Tensor,
+        identity: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mask_weight: Tensor | None,
+        mask_bias: Tensor | None,
+        *branches: Tensor,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        add, mul = branches[: policy.add_count], branches[policy.add_count :]
+        block = mask_weight, mask_bias, add, mul, *policy.block, policy.relu
+        of_norm = weight, bias, mean, var
+        if policy.kind == OF_BATCH and mean is not None:
+            operator = torch.ops.gc_cuda.bn_context_add_relu_training.default
+            out, kept = operator(y, identity, *of_norm, policy.momentum, policy.norm_eps, *block)
+        else:
+            operator = torch.ops.gc_cuda.bn_context_add_relu.default
+            out, kept = operator(y, identity, *of_norm, policy.kind, policy.norm_eps, *block)
+        needs = ctx.needs_input_grad
+        counts = policy.add_count, len(mul)
+        # Where only identity needs a gradient, y and the parameters need not outlive the call.
+        only_identity = not (needs[_Y] or any(needs[_WEIGHT:]))
+        ctx.call = policy, counts, only_identity
+        tensors = (out,) if policy.relu else ()
+        if only_identity:
+            save(ctx, tensors)
+        else:
+            weights, biases, _ = SPLITS[counts]
+            optional = weight, mask_weight
+            ctx.given = [tensor is not None for tensor in optional]
+            tensors += (y, *[tensor for tensor in optional if tensor is not None], kept)
+            # Of a bias only the shape is needed (ops/autograd.py); the norm's is in what is kept.
+            apart = bias, mask_bias, *[branches[i] for i in biases]
+            save(ctx, (*tensors, *[branches[i] for i in weights]), apart)
+        if not torch.compiler.is_compiling():
+            return out
+        ctx.mark_non_differentiable(kept)
+        return out, kept
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_of_kept: Any) -> tuple[Tensor | None, ...]:
+        policy, counts, only_identity = ctx.call
+        differentiable = differentiable_wanted(grad)
+        tensors, biases = saved(ctx, values_of_biases=differentiable)
+        kept_tensors = list(tensors)
+        out = kept_tensors.pop(0) if policy.relu else None
+        needed = ctx.needs_input_grad[_Y:]
+        if only_identity:
+            of_identity = grad if out is None else grad * (out > 0)
+            return *[None] * _IDENTITY, of_identity, *[None] * (len(needed) - 2)
+        y = kept_tensors.pop(0)
+        weight, mask_weight = (kept_tensors.pop(0) if given else None for given in ctx.given)
+        kept, *weights = kept_tensors
+        bias, mask_bias, *vectors = biases
+        row = [*weights, *vectors]
+        branches = [row[i] for i in SPLITS[counts].order]
+        add, mul = branches[: policy.add_count], branches[policy.add_count :]
+        operands = _Operands(y, weight, bias, mask_weight, mask_bias, add, mul, kept)
+        if differentiable:
+            gradients = _differentiable(grad, out, operands, policy, needed)
+        else:
+            gradients = _fused(grad, out, operands, policy, needed)
+        return None, None, None, *gradients
+
+
+class _Operands(NamedTuple):
+    """What the backward pass reads besides grad and out."""
+
+    y: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    mask_weight: Tensor | None
+    mask_bias: Tensor | None
+    add: Sequence[Tensor]
+    mul: Sequence[Tensor]
+    kept: Tensor
+
+
+def _fused(
+    grad: Tensor, out: Tensor | None, operands: _Operands, policy: TailPolicy, needed: Sequence[bool]
+) -> list[Tensor | None]:
+    y, weight, bias, mask_weight, mask_bias, add, mul, kept = operands
+    block = mask_weight, mask_bias, add, mul, kept, policy.block.activation, policy.block.gate
+    *first, of_mask, of_mask_bias = needed[: _BRANCHES - _Y]
+    of_add = needed[_BRANCHES - _Y :][: policy.add_count]
+    of_mul = needed[_BRANCHES - _Y :][policy.add_count :]
+    answers = [*first, of_mask, of_mask_bias, *in_places(of_add, False), *in_places(of_mul, False)]
+    operator = torch.ops.gc_cuda.bn_context_add_relu_backward.default
+    gradients = iter(operator(grad, y, out, weight, bias, policy.kind, *block, answers))
+    return [next(gradients) if wanted else None for wanted in needed]
+
+
+def _differentiable(
+    grad: Tensor, out: Tensor | None, operands: _Operands, policy: TailPolicy, needed: Sequence[bool]
+) -> list[Tensor | None]:
+    """The same by plain PyTorch, so that it can be differentiated again. No statistics are moved."""
+    y, weight, bias, mask_weight, mask_bias, add, mul, kept = operands
+    channels = y.shape[1]
+    given = policy.kind == GIVEN
+    mean = kept[:channels] if given else None
+    var = kept[2 * channels : 3 * channels] if given else None
+
+    def definition(y: Tensor, weight: Any, bias: Any, mask_weight: Any, *branches: Tensor) -> Tensor:
+        norm = BatchNorm(weight, bias, mean, var, policy.kind == OF_BATCH, policy.momentum, policy.norm_eps)
+        return reference.bn_context_add_relu(
+            y,
+            None,
+            None if policy.kind == NO_NORM else norm,
+            mask_weight,
+            add=transform_of(branches[: policy.add_count]),
+            mul=transform_of(branches[policy.add_count :]),
+            relu=False,
+            pooling_type="avg" if mask_weight is None else "att",
+            **policy.block.words(),
+        )
+
+    # The ReLU's gradient does not depend on its input, and identity gets it as it is.
+    grad_in = grad if out is None else torch.where(out <= 0, torch.zeros_like(grad), grad)
+    _, needs_identity, *_ = needed
+    of_y, of_weight, of_bias, of_mask, *of_branches = differentiable_gradients(
+        definition, grad_in, y, weight, bias, mask_weight, *add, *mul
+    )
+    of_mask_bias = None if mask_bias is None else torch.zeros_like(mask_bias)
+    return [
+        of_y,
+        grad_in if needs_identity else None,
+        of_weight,
+        of_bias,
+        of_mask,
+        of_mask_bias,
+        *of_branches,
+    ]
