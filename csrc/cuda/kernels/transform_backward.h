@@ -19,6 +19,7 @@
 // merging_transform_backward adds up grad_out from what the launch before has left of each split (late_merge.h).
 //
 // Moves: W1, W2 and their gradients once; N * (slabs of C * P + slabs of P * C) partial values, written and read.
+// What it merges of C channels, it reads once for each slab beside another, and once for the bias.
 #pragma once
 
 #include "late_merge.h"
