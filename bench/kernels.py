@@ -37,7 +37,8 @@ PASSES = {
     **dict.fromkeys(POOLINGS.values(), 1),
 }
 SCALED = ("broadcast_mul_backward",)
-MATRICES = {"transform_forward": 1, "merging_transform_forward": 1, "transform_backward": 2}
+MATRICES = {"transform_forward": 1, "transform_backward": 2}
+MATRICES |= {f"merging_{name}": matrices for name, matrices in MATRICES.items()}
 KERNEL = re.compile(r"\bgc::(\w+)<")
 WEIGHTING = re.compile(r"\(gc::Weighting\)(\d)")
 

@@ -9,9 +9,10 @@
 //
 //   PoolForward(x, Weighting, transform_follows)              launch(PoolForwardCall, Lent), left()
 //   PoolBackward(x, PoolGradient, grad_x, grad)               launch(PoolBackwardCall, Lent)
-//   BroadcastBackward(x, grad, with_products, grad_x)         launch(BroadcastBackwardCall, Lent)
+//   BroadcastBackward(x, grad, with_products, grad_x, transform_follows)
+//                                                             launch(BroadcastBackwardCall, Lent), left()
 //   TransformForward(x, branches, Unmerged)                   launch(TransformForwardCall, Lent)
-//   TransformBackward(x, BackwardProblem, context)            launch(TransformBackwardCall, Lent)
+//   TransformBackward(x, BackwardProblem, context, Unmerged)  launch(TransformBackwardCall, Lent)
 //
 // And for the residual tail (ops/tail.h), which only the CPU has:
 //
@@ -22,8 +23,8 @@
 //   GradY(y, attention, of_batch)                             launch(GradYCall, Lent)
 //   static void contexts(y, …), branch_gradients(y, …), norm_gradients(y, …): small steps between them
 //
-// Where a transform follows, a pool may leave the context in parts, in its workspace. What left() then says is for the
-// transform, which merges them.
+// Where a transform follows, a pool may leave the context in parts, and the sums of the gradient theirs, in their
+// workspace. What left() then says is for the transform, which merges them.
 //
 // wanted() says what launch() is to be lent. A pass refers to what it was made from, which must outlive it. A map of no
 // images wants nothing, and nothing is computed.
@@ -49,9 +50,9 @@ struct Lent {
   unsigned* counters = nullptr;
 };
 
-// What a pool leaves in its workspace for the transform to merge: the partial results of so many splits of an image.
+// What a pass leaves in its workspace for the transform to merge: the partial results of so many splits of an image.
 struct Unmerged {
-  int splits = 1;  // 1: nothing is left, and the pool's own results are complete
+  int splits = 1;  // 1: nothing is left, and the pass's own results are complete
   int chunks = 0;  // of channels, each with statistics of its own; 0: without a softmax there are none
 };
 
@@ -121,6 +122,8 @@ struct TransformBackwardCall {
   std::array<void*, 2> grad_outs;  // A [N, C] of each branch, past its gate; may be overwritten
   void* grad_context;              // A [N, C], or null
   const Gradients& grads;          // results: those of the branches' parameters, and 0 for that of the mask's bias
+  // The workspace of the sums before. Where it has partial results, they stand in place of grad_outs.
+  const void* partials = nullptr;
 };
 
 // Mean and variance of each channel, given or those of the batch.

@@ -219,9 +219,11 @@ class PoolBackward {
 
 class BroadcastBackward {
  public:
-  BroadcastBackward(const FeatureMap& x, const FeatureMap& grad, bool with_products, const void*)
+  BroadcastBackward(const FeatureMap& x, const FeatureMap& grad, bool with_products, const void*,
+                    bool /*transform_follows*/ = false)
       : x_(x), grad_(grad), with_products_(with_products), shape_(streaming(shape_of(x))), plan_(plan_for(x, shape_)) {}
   Wanted wanted() const { return wanted_by<BroadcastBackwardMemory>(x_, shape_, plan_); }
+  static Unmerged left() { return {}; }
   void launch(const BroadcastBackwardCall& call, Lent lent) const {
     const auto body = [&](auto zero, const auto& memory) {
       using T = decltype(zero);

@@ -352,7 +352,8 @@ class TransformForward {
 
 class TransformBackward {
  public:
-  TransformBackward(const FeatureMap& x, const BackwardProblem& of, const void*) : x_(x), of_(of) {}
+  TransformBackward(const FeatureMap& x, const BackwardProblem& of, const void*, const Unmerged& = {})
+      : x_(x), of_(of) {}
   Wanted wanted() const { return wanted_by<TransformBackwardMemory>(x_, of_); }
   void launch(const TransformBackwardCall& call, Lent lent) const {
     const auto body = [&](auto zero, const auto& memory) {

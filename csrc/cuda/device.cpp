@@ -84,7 +84,7 @@ class PoolForward {
       : x_(x), softmax_(weighting != Weighting::kUniform) {
     if (x.images() == 0) return;
     Planning planning;
-    planning.merged_later = transform_follows;
+    if (transform_follows) planning.late_splits = kMostLateSplits;
     plan_ = plan_for(kind_of(weighting), x, {x.data()}, planning);
     if (plan_.holds_channels) return;
     dots_ = plan_for(KernelKind::kPixelDot, x, {x.data()});
@@ -166,13 +166,20 @@ class PoolBackward {
 // Without products and grad_x it is a sum over pixels, which is pool_forward's.
 class BroadcastBackward {
  public:
-  BroadcastBackward(const FeatureMap& x, const FeatureMap& grad, bool with_products, const void* grad_x)
+  BroadcastBackward(const FeatureMap& x, const FeatureMap& grad, bool with_products, const void* grad_x,
+                    bool transform_follows = false)
       : x_(x), grad_(grad), with_products_(with_products) {
     if (x.images() == 0) return;
-    plan_ = with_products ? plan_for(KernelKind::kBroadcastMulBackward, x, {x.data(), grad.data(), grad_x})
-                          : plan_for(KernelKind::kPoolUniform, grad, {grad.data()});
+    Planning planning;
+    if (transform_follows) planning.late_splits = kMostGatheredSplits;
+    plan_ = with_products ? plan_for(KernelKind::kBroadcastMulBackward, x, {x.data(), grad.data(), grad_x}, planning)
+                          : plan_for(KernelKind::kPoolUniform, grad, {grad.data()}, planning);
   }
   Wanted wanted() const { return {plan_.workspace, plan_.tickets}; }
+  Unmerged left() const {
+    if (!plan_.walk.merged_later) return {};
+    return {plan_.walk.splits, 0};
+  }
   void launch(const BroadcastBackwardCall& call, Lent lent) const {
     if (x_.images() == 0) return;
     if (!with_products_) {

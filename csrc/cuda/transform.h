@@ -30,7 +30,7 @@ inline TransformProblem problem_of(const FeatureMap& x, const Branches& branches
 }
 
 inline TransformPlan plan_for(TransformPass pass, const FeatureMap& x, const TransformProblem& problem,
-                              TransformDepth depth, bool merges = false) {
+                              TransformDepth depth, bool merges) {
   try {
     return planned(pass, problem, x.tensor().device().index(), depth, merges);
   } catch (const std::invalid_argument& error) {
@@ -121,13 +121,14 @@ class TransformForward {
 
 class TransformBackward {
  public:
-  TransformBackward(const FeatureMap& x, const BackwardProblem& of, const void* context)
+  TransformBackward(const FeatureMap& x, const BackwardProblem& of, const void* context, const Unmerged& left = {})
       : x_(x),
         of_(of),
+        left_(left),
         live_(branches_that([&](int b) { return of.needs.branch(of.branches, b); })),
         problem_(problem_of(x, of.branches, live_,
                             reinterpret_cast<uintptr_t>(context) % (2 * x.accumulation_bytes()) == 0)),
-        plan_(plan_for(TransformPass::kBackward, x, problem_, depth_of(of.needs, live_))) {}
+        plan_(plan_for(TransformPass::kBackward, x, problem_, depth_of(of.needs, live_), left.splits > 1)) {}
   Wanted wanted() const { return {plan_.workspace, plan_.counters}; }
   void launch(const TransformBackwardCall& call, Lent lent) const {
     TransformBackwardArgs args{};
@@ -141,6 +142,7 @@ class TransformBackward {
     args.activation = call.kinds.activation;
     args.grad_context = call.grad_context;
     args.zero = x_.companion_out(call.grads[Needs::kMaskBias]);
+    if (left_.splits > 1) args.partial = partial_of(call);
     int64_t taken = 0;
     const auto take = [&](int64_t elements) {
       void* const start = after(lent.workspace, taken, x_.accumulation_bytes());
@@ -178,8 +180,22 @@ class TransformBackward {
   }
 
  private:
+  // The workspace is that of the sums: with products, those of channel_mul come first.
+  PartialGradients partial_of(const TransformBackwardCall& call) const {
+    const int64_t elements = x_.images() * left_.splits * x_.channels();
+    const bool with_products = live_.back() == kMul;
+    PartialGradients partial{};
+    partial.splits = left_.splits;
+    for (size_t i = 0; i < live_.size(); ++i) {
+      const bool second = with_products && live_[i] == kAdd;
+      partial.sums[i] = second ? after(call.partials, elements, x_.accumulation_bytes()) : call.partials;
+    }
+    return partial;
+  }
+
   const FeatureMap& x_;
   const BackwardProblem& of_;
+  Unmerged left_;
   std::vector<int> live_;
   TransformProblem problem_;
   TransformPlan plan_;

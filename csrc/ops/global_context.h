@@ -102,8 +102,8 @@ std::vector<Tensor> global_context_backward(const Tensor& grad, const OptionalTe
 
   const FeatureMap own_grad(map.in_my_layout(grad), "grad");
   const KeptParts kept(kept_before.data_ptr(), problem.kept, map, problem.branches);
-  const typename Device::BroadcastBackward sums(map, own_grad, with_mul, nullptr);
-  const typename Device::TransformBackward transform(map, problem, kept.context);
+  const typename Device::BroadcastBackward sums(map, own_grad, with_mul, nullptr, /*transform_follows=*/true);
+  const typename Device::TransformBackward transform(map, problem, kept.context, sums.left());
   std::optional<typename Device::PoolBackward> pool;
   if (needs.attention && needs.context()) {
     pool.emplace(map, PoolGradient::kBlock, pointer(grad_x), own_grad.data());
@@ -128,7 +128,8 @@ std::vector<Tensor> global_context_backward(const Tensor& grad, const OptionalTe
   summing.grad_term = wide_out(of_add);
   sums.launch(summing, {sums_workspace, counters.get()});
   const double factor = needs.attention ? 1.0 : 1.0 / static_cast<double>(map.pixels());
-  const TransformBackwardCall transforming{kinds, factor, kept, /*grad_outs=*/{of_add, of_mul}, grad_context, grads};
+  const std::array<void*, 2> grad_outs{of_add, of_mul};
+  const TransformBackwardCall transforming{kinds, factor, kept, grad_outs, grad_context, grads, sums_workspace};
   transform.launch(transforming, {transform_workspace, counters.get()});
   if (pool) {
     const Tensor own_weight = contiguous(mask_weight);

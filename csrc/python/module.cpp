@@ -25,12 +25,12 @@ Enum named(const std::string& name, int count, const char* argument) {
 
 gc::Plan plan(const std::string& kernel, int64_t images, int64_t channels, int64_t pixels, const std::string& layout,
               const std::string& dtype, int alignment, int multiprocessors, int shared_bytes, bool dots_given,
-              const std::string& paths) {
+              const std::string& paths, int late_splits) {
   const gc::Problem problem{
       images,   channels, pixels, named<gc::Layout>(layout, 2, "layout"), named<gc::ElementType>(dtype, 4, "dtype"),
       alignment};
   return gc::make_plan(named<gc::KernelKind>(kernel, gc::kKernelKinds, "kernel"), problem,
-                       {multiprocessors, shared_bytes, gc::paths_named(paths)}, dots_given);
+                       {multiprocessors, shared_bytes, gc::paths_named(paths), late_splits}, dots_given);
 }
 
 gc::TransformPlan transform_plan(const std::string& pass, int64_t images, int64_t channels,
@@ -84,7 +84,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("plan", &plan, "The launch plan of a CUDA kernel; needs no GPU.", py::arg("kernel"), py::arg("images"),
         py::arg("channels"), py::arg("pixels"), py::arg("layout") = "NCHW", py::arg("dtype") = "float32",
         py::arg("alignment") = 16, py::arg("multiprocessors") = 132, py::arg("shared_bytes") = 232448,
-        py::arg("dots_given") = false, py::arg("paths") = "none");
+        py::arg("dots_given") = false, py::arg("paths") = "none", py::arg("late_splits") = gc::kMostLateSplits);
 
   py::class_<gc::TransformPlan>(m, "TransformPlan", "How a kernel of the transform would be launched; print it.")
       .def_property_readonly("paths", [](const gc::TransformPlan& self) { return gc::names_of(self.paths); })

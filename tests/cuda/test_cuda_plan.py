@@ -338,8 +338,8 @@ def test_a_transform_that_no_launch_can_serve_is_refused(problem, message):
 
 
 @pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
-@pytest.mark.parametrize("kernel", ["pool_mask", "pool_logits", "pool_uniform"])
-def test_a_pool_that_merges_late_leaves_a_row_for_each_split(kernel, layout):
+@pytest.mark.parametrize("kernel", ["pool_mask", "pool_logits", "pool_uniform", "broadcast_mul_backward"])
+def test_sums_that_are_merged_late_leave_a_row_for_each_split(kernel, layout):
     for (images, channels, pixels), dtype in itertools.product(PROBLEMS.values(), BYTES):
         if pixels > 1 << 20 or (kernel == "pool_mask" and channels > 2048):
             continue
@@ -352,8 +352,10 @@ def test_a_pool_that_merges_late_leaves_a_row_for_each_split(kernel, layout):
         assert "; late_merge" in str(new) and "merged later" in str(new)
         for name in ("splits", "tiles_per_split", "rows", "width", "chunks", "grid", "threads"):
             assert getattr(new, name) == getattr(old, name), (old, new)
-        statistics = 0 if kernel == "pool_uniform" else 2 * new.chunks
-        assert new.tickets == 0 and new.workspace == images * new.splits * (channels + statistics), new
+        statistics = 2 * new.chunks if kernel in ("pool_mask", "pool_logits") else 0
+        vectors = 2 if kernel == "broadcast_mul_backward" else 1
+        row = vectors * channels + statistics
+        assert new.tickets == 0 and new.workspace == images * new.splits * row, new
         assert new.workspace <= old.workspace and new.shared_bytes < old.shared_bytes, (old, new)
 
 
@@ -365,9 +367,20 @@ def test_a_pool_with_more_splits_than_a_transform_merges_at_once_merges_itself()
     assert p.splits > 256 and p.paths == "none" and p.tickets > 0, p
 
 
-@pytest.mark.parametrize(
-    "kernel", [name for name in KERNELS if not name.startswith("pool_")] + ["pool_backward_block"]
-)
+@pytest.mark.parametrize("kernel", ["pool_uniform", "broadcast_mul_backward"])
+def test_the_backward_pass_leaves_fewer_splits_to_its_transform(kernel):
+    for multiprocessors in (40, 60, 80, 132):
+        device = {"multiprocessors": multiprocessors, "paths": "late_merge"}
+        p = plan(kernel, 1, 256, 1 << 16, "NHWC", late_splits=64, **device)
+        late = p.splits <= 64
+        assert late == (multiprocessors < 80), p
+        assert p.paths == ("late_merge" if late else "none") and (p.tickets == 0) == late, p
+        assert p.splits == plan(kernel, 1, 256, 1 << 16, "NHWC", **device).splits
+    # Up to there the measured path's groups are those that are added up at once.
+    assert {plan(kernel, 1, 256, 1 << 16, "NHWC", multiprocessors=n).group for n in range(2, 64)} == {8}
+
+
+@pytest.mark.parametrize("kernel", ["pool_backward_mask", "pool_backward_block", "pixel_dot", "broadcast"])
 def test_other_kernels_merge_as_before(kernel):
     assert str(plan(kernel, 2, 512, 16800, paths="late_merge")) == str(plan(kernel, 2, 512, 16800))
 
@@ -384,8 +397,9 @@ def test_a_transform_that_merges_late_has_a_phase_before(problem):
         assert merging == min(images * -(-channels // 32), 2 * 132), new
         for name in ("width", "tile_images", "shares", "shared_bytes", "workspace"):
             assert getattr(new, name) == getattr(old, name), (old, new)
+        # Backward, what is left is added up where it is read.
         old = transform_plan("backward", *problem, dtype)
-        assert str(transform_plan("backward", *problem, dtype, paths="late_merge")) == str(old)
+        assert str(transform_plan("backward", *problem, dtype, paths="late_merge")) == f"{old}; late_merge"
 
 
 def test_launches_that_follow_another_of_their_operator_can_begin_early():

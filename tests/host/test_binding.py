@@ -113,3 +113,9 @@ def test_the_first_launch_of_an_operator_waits_for_the_stream(library: Path, lau
     expected = {f"{block} {direction}": two for block in blocks for direction in ("forward", "backward")}
     expected |= {"many channels forward": two, "broadcast alone": 0, "pool alone": 0}
     assert found == expected
+
+
+def test_the_backward_pass_has_the_same_bits_whoever_merges_its_sums(library: Path) -> None:
+    merged, late = (said_by(library, paths, str(BINDING / "late.py")) for paths in ("none", "late_merge"))
+    assert len(set(merged.splitlines())) == 36
+    assert merged == late

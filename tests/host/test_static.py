@@ -71,8 +71,6 @@ KNOWN_SPILLS = {
     ("gc::transform_forward<__nv_bfloat16, 2>", "sm_120"): 32,
     ("gc::merging_transform_forward<__half, 2>", "sm_120"): 20,
     ("gc::merging_transform_forward<__nv_bfloat16, 2>", "sm_120"): 20,
-    ("gc::transform_backward<__half, 2>", "sm_70"): 24,
-    ("gc::transform_backward<__nv_bfloat16, 2>", "sm_70"): 24,
 }
 
 

@@ -68,7 +68,8 @@ struct BroadcastMulBackwardArgs {
   CompanionOut grad_scale;  // [N, C]      out
   CompanionOut grad_term;   // [N, C]      out, or null
   void* partial_sums;       // A [2, N, rows, C] workspace, splits > 1; rows = merged_rows(splits, group)
-  unsigned* tickets;        // [N, chunks, merge_tickets(splits, group)], 0 before and after; splits > 1
+  // [N, chunks, merge_tickets(splits, group)], 0 before and after; splits > 1, unless they are merged later
+  unsigned* tickets;
 };
 
 // The blocks of each phase of a launch, see phases.h.
@@ -153,6 +154,12 @@ struct TransformGradients {
   void* partial_context;  // A [slabs_down of W1, N, C] workspace
 };
 
+// The partial sums over pixels that merging_transform_backward adds up in place of each branch's grad_out.
+struct PartialGradients {
+  int splits;           // of an image
+  const void* sums[2];  // A [N, splits, C] of each branch
+};
+
 struct TransformBackwardArgs {
   PhaseGrid grid;
   unsigned* counters;  // [kPhaseCounters, then slabs_across of W1], 0 before and after
@@ -165,6 +172,7 @@ struct TransformBackwardArgs {
   CompanionOut zero;   // one element out, or null: the gradient of the mask's bias, whose shift the softmax ignores
   TransformGradients branch[2];
   Prefetches prefetches;
+  PartialGradients partial;  // of merging_transform_backward
 };
 
 }  // namespace gc

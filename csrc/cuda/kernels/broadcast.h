@@ -9,7 +9,7 @@
 //
 // Decomposition: block (image * splits + split, chunk) walks the tiles of its split for its chunk of channels. The sums
 // of the backward are combined as in pool_forward: in registers, over the block's pixel threads, and over the splits in
-// order by the last blocks of an image and chunk.
+// order by the last blocks of an image and chunk, unless the transform that follows does (late_merge.h).
 //
 // Moves: forward x and out once; backward grad, x and grad_x once (N*C*S elements each).
 #pragma once
@@ -40,13 +40,15 @@ struct BroadcastMulBackwardTraits : KernelTraits {
   static constexpr KernelKind kKind = KernelKind::kBroadcastMulBackward;
   static constexpr const char* kName = "broadcast_mul_backward";
   static constexpr int kRows = 4;  // of two maps
+  static constexpr Paths kPlannedPaths = Path::kLateMerge;
   static constexpr Merge kMerge = Merge::kImage;
   static constexpr int kPartialVectors = 2;
 
   template <typename A>
   static GC_BOTH void take_shared(CountingArena& arena, const BlockTile& tile, const Walk& walk, bool) {
     arena.take<A>(tile.over_pixels(2 * tile.thread_channels));  // scratch
-    if (walk.splits > 1) arena.take<int>(1);                    // flag
+    if (walk.splits == 1 || walk.merged_later) return;
+    arena.take<int>(1);  // flag
   }
 };
 
@@ -227,7 +229,7 @@ broadcast_mul_backward(const BroadcastMulBackwardArgs args) {
       if (args.grad_term.data != nullptr) put(to, args.grad_term, grads, map.channel(c), sums[kChannels + c]);
     }
   }
-  if (args.walk.splits == 1) return;
+  if (args.walk.splits == 1 || args.walk.merged_later) return;
   int* const flag = arena.take<int>(1);
   unsigned* const tickets = args.tickets + map.image_chunk() * merge_tickets(args.walk.splits, args.walk.group);
   const auto add = [&](int first, int count, int to, const CompanionOut& result, A* partials) {

@@ -14,14 +14,23 @@
 // order of arrival.
 //
 // Moves: the partial results once, the statistics among them once for each slice, and the state.
+//
+// The gradient's sums over pixels have no softmax, and few splits: there are more chunks of channels, without whole
+// pixels to hold. So in the backward pass the merge is no phase, with blocks that wait for its end. Where the
+// transform's first phase reads a gradient, it adds up that of the splits (sum_of_splits), as often as it reads: once
+// for each kWarp hidden units, and for the bias.
 #pragma once
 
+#include "traits.h"
 #include "transform.h"
 
 namespace gc {
 
-// So many splits give every lane one to fetch the statistics of. Where there are more, pool_forward merges.
-inline constexpr int kMostLateSplits = kTransformWarps * kWarp;
+static_assert(kMostLateSplits == kTransformWarps * kWarp, "every lane has one to fetch the statistics of");
+
+// The splits' gradients are added up in such groups, of which there are no more.
+inline constexpr int kGathered = KernelTraits::kMergedAtOnce;
+static_assert(kMostGatheredSplits <= kGathered * kGathered, "of more, two rounds have larger groups");
 
 GC_BOTH int merge_slices(int channels) { return (channels + kWarp - 1) / kWarp; }  // of an image
 
@@ -125,6 +134,50 @@ GC_DEVICE void merge_shares(const PartialContext& partial, int channels, int n, 
   if (channel != 0) return;
   state[0] = partial.stats != nullptr ? m : A(0);
   state[1] = partial.stats != nullptr ? z : static_cast<A>(partial.pixels);
+}
+
+// The sum of one value of the splits, `stride` elements from one split's to the next's. The additions are those of
+// merge_partials in groups of kGathered, and of add_partials in each of its rounds, so it has the same bits. kInFlight:
+// loads before the first of them is used.
+template <int kInFlight, typename A>
+GC_DEVICE A sum_of_splits(const A* value, int splits, int stride) {
+  constexpr int kAtOnce = 4;  // are added to each other first
+  static_assert(kGathered % kInFlight == 0 && kInFlight % kAtOnce == 0);
+  const int groups = (splits + kGathered - 1) / kGathered;
+  A sum = 0;
+  A together = 0;
+  int left = splits;
+  GC_UNROLL_BY(1)
+  for (int g = 0; g < groups; ++g) {
+    A of_group = 0;
+    GC_UNROLL_BY(1)
+    for (int k0 = 0; k0 < kGathered; k0 += kInFlight) {
+      A part[kInFlight];
+      GC_UNROLL
+      for (int k = 0; k < kInFlight; ++k) {
+        part[k] = k < left ? *value : A(0);
+        value += stride;
+      }
+      GC_UNROLL
+      for (int k = 0; k < kInFlight; k += kAtOnce) {
+        if (left >= k + kAtOnce) {
+          of_group += part[k] + part[k + 1] + part[k + 2] + part[k + 3];
+        } else {  // one by one; those that are not there are 0
+          of_group = of_group + part[k] + part[k + 1] + part[k + 2];
+        }
+      }
+      left -= kInFlight;
+    }
+    if (g >= groups / kAtOnce * kAtOnce) {
+      sum += of_group;
+      continue;
+    }
+    together += of_group;
+    if (g % kAtOnce != kAtOnce - 1) continue;
+    sum += together;
+    together = 0;
+  }
+  return sum;
 }
 
 // The part of one block among `blocks`. scratch: [2, kTransformThreads] in shared memory.

@@ -9,7 +9,7 @@ namespace gc {
 enum class Path : unsigned {
   kStagedGrad = 1 << 0,   // pool_backward: grad comes through shared memory, together with the tile of x
   kTilesAhead = 1 << 1,   // pool_forward with a mask: the next tile comes while this one is worked on
-  kLateMerge = 1 << 2,    // pool_forward leaves partial results, and the transform's first phase merges them
+  kLateMerge = 1 << 2,    // the sums over pixels leave partial results, and the transform merges them
   kEarlyStart = 1 << 3,   // a launch begins while the one before it ends
   kFullMachine = 1 << 4,  // pool_forward without weights: as many blocks as are resident at once
   kNeighbours = 1 << 5,   // the same: neighbouring threads read neighbouring pieces of a row of narrow loads

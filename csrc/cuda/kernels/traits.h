@@ -27,6 +27,11 @@ enum class Merge : int {
   kAll,    // those of the splits of all images
 };
 
+// With Path::kLateMerge, so many splits at most leave their partial results to the forward pass's transform, and to the
+// backward pass's (late_merge.h).
+inline constexpr int kMostLateSplits = 256;
+inline constexpr int kMostGatheredSplits = 64;
+
 // A tile for a block that must hold all channels of a pixel, in NCHW.
 struct TileChoice {
   int rows;       // vectors a thread holds

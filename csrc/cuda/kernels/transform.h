@@ -81,8 +81,9 @@ GC_DEVICE Acc<T> before_activation(const Branch& branch, Acc<T> normalized, int 
   return read<T>(branch.norm_weight, p) * normalized + read<T>(branch.norm_bias, p);
 }
 
-// The sum of value(i) for i = first, first + step .. below end, in two levels. kAtOnce: loads in flight.
-template <typename A, int kAtOnce, typename Value>
+// The sum of value(i) for i = first, first + step .. below end, in two levels. kAtOnce: loads in flight. kUnroll: less
+// than those where a value is several loads.
+template <typename A, int kAtOnce, int kUnroll = kAtOnce, typename Value>
 GC_DEVICE A sum_in_chains(int first, int end, int step, const Value& value) {
   const int length = chain_length((end - first) / step + 1, kAtOnce) * step;
   A sum = 0;
@@ -90,7 +91,7 @@ GC_DEVICE A sum_in_chains(int first, int end, int step, const Value& value) {
   while (first < end) {
     const int chain_end = end - first < length ? end : first + length;
     A chain = 0;
-    GC_UNROLL_BY(kAtOnce)
+    GC_UNROLL_BY(kUnroll)
     for (; first < chain_end; first += step) chain += value(first);
     sum += chain;
   }

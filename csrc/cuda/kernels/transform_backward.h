@@ -16,10 +16,13 @@
 //
 // Decomposition: three phases (phases.h): the output layer with W2, the norm, the input layer with W1. In the first and
 // the third a block takes slabs of the matrix, see transform_slab.h; in the second it takes images.
+// merging_transform_backward adds up grad_out from what the launch before has left of each split (late_merge.h).
 //
 // Moves: W1, W2 and their gradients once; N * (slabs of C * P + slabs of P * C) partial values, written and read.
+// What it merges of C channels, it reads once for each slab beside another, and once for the bias.
 #pragma once
 
+#include "late_merge.h"
 #include "transform_slab.h"
 
 namespace gc {
@@ -60,15 +63,23 @@ class PreviousPhase {
 
 // ---- the first phase: out = gate(W2 . y + b2) ----
 
-// Rows are channels, columns hidden units.
-template <typename T>
+// Of the partial sums that make a value of grad_out, the loads in flight. 0 where it is complete.
+template <int kSteps, bool kMerging>
+inline constexpr int kGradLoads = !kMerging                    ? 0
+                                  : registers_are_full(kSteps) ? kGathered / 2
+                                                               : kGathered;
+
+// Rows are channels, columns hidden units. partial_out: A [N, splits, C], with kLoads > 0.
+template <typename T, int kLoads>
 struct OutputLayer : Layer<Acc<T>> {
   using A = Acc<T>;
   const TransformBackwardArgs& args;
   const TransformGradients& branch;
+  const A* partial_out;
+  static constexpr bool kStagedFirst = kLoads > 0;
 
-  GC_DEVICE OutputLayer(const TransformBackwardArgs& args_, const TransformGradients& branch_)
-      : args(args_), branch(branch_) {
+  GC_DEVICE OutputLayer(const TransformBackwardArgs& args_, const TransformGradients& branch_, const void* partial_out_)
+      : args(args_), branch(branch_), partial_out(static_cast<const A*>(partial_out_)) {
     this->rows = args.channels;
     this->columns = branch.hidden;
     this->images = args.images;
@@ -79,10 +90,20 @@ struct OutputLayer : Layer<Acc<T>> {
 
   GC_DEVICE void await_inputs() const {}  // earlier launches have computed them
 
+  GC_DEVICE A merged(int n, int c) const {
+    const int splits = args.partial.splits;
+    const long long first = static_cast<long long>(n) * splits * args.channels + c;
+    return sum_of_splits<kLoads>(partial_out + first, splits, args.channels);
+  }
   // dt
   GC_DEVICE A grad_out(int n, int c) const {
     const long long i = static_cast<long long>(n) * args.channels + c;
-    const A grad = static_cast<const A*>(branch.grad_out)[i];
+    A grad;
+    if constexpr (kLoads > 0) {
+      grad = merged(n, c);
+    } else {
+      grad = static_cast<const A*>(branch.grad_out)[i];
+    }
     if (branch.gate == Gate::kNone) return grad;
     return gate_backward(branch.gate, grad, static_cast<const A*>(branch.gate_out)[i]);
   }
@@ -108,16 +129,18 @@ struct OutputLayer : Layer<Acc<T>> {
   }
 };
 
-template <typename T, int kSteps>
-GC_DEVICE void output_backward(const TransformBackwardArgs& args, const TransformGradients& branch, const Phase& phase,
-                               int first, const SlabShared<Acc<T>>& shared, ImageSums<T, kSteps>& image_sums) {
-  const OutputLayer<T> layer(args, branch);
+template <typename T, int kSteps, bool kMerging>
+GC_DEVICE void output_backward(const TransformBackwardArgs& args, const TransformGradients& branch,
+                               const void* partial_out, const Phase& phase, int first, const SlabShared<Acc<T>>& shared,
+                               ImageSums<T, kSteps>& image_sums) {
+  const OutputLayer<T, kGradLoads<kSteps, kMerging>> layer(args, branch, partial_out);
   const int slabs = slabs_down(layer.rows, kSteps) * slabs_across(layer.columns);
   for (int number = first; number < slabs; number += phase.blocks()) {
     const Slab slab = slab_at<kSteps>(number, layer.rows);
     if (layer.has_work()) slab_backward<T, kSteps>(layer, slab, shared);
     if (slab.column0 == 0) {
-      image_sums.write_sums(branch.grad_b2, slab, [&](int n, int c) { return layer.grad_out(n, c); });
+      image_sums.template write_sums<kMerging ? 1 : kImagesAtOnce>(branch.grad_b2, slab,
+                                                                   [&](int n, int c) { return layer.grad_out(n, c); });
     }
   }
 }
@@ -305,10 +328,8 @@ GC_DEVICE void input_backward(const TransformBackwardArgs& args, const Transform
 
 // ---- the kernel ----
 
-// A block takes slabs of kSteps * kStepRows rows.
-template <typename T, int kSteps>
-GC_KERNEL(kTransformThreads, 2)
-transform_backward(const TransformBackwardArgs args) {
+template <typename T, int kSteps, bool kMerging>
+GC_DEVICE void backward_phases(const TransformBackwardArgs& args) {
   using A = Acc<T>;
   port::let_next_launch_begin();
   port::SharedArena arena;
@@ -326,7 +347,8 @@ transform_backward(const TransformBackwardArgs args) {
     // The branches begin at opposite ends: a block that has one slab less of one branch may have one more of the other.
     const int first = b == 0 ? phase.block() : phase.blocks() - 1 - phase.block();
     if (phase.number() == 0) {
-      output_backward<T, kSteps>(args, branch, phase, first, shared.slab, image_sums);
+      const void* const partial_out = !kMerging ? nullptr : b == 0 ? args.partial.sums[0] : args.partial.sums[1];
+      output_backward<T, kSteps, kMerging>(args, branch, partial_out, phase, first, shared.slab, image_sums);
     } else if (phase.number() == 1) {
       previous.await();
       // Two areas of scratch are used in turn, as in ImageSums. Nothing else needs the slabs' sums in this phase.
@@ -341,6 +363,19 @@ transform_backward(const TransformBackwardArgs args) {
   }
   previous.await();
   phase.finish();
+}
+
+// A block takes slabs of kSteps * kStepRows rows.
+template <typename T, int kSteps>
+GC_KERNEL(kTransformThreads, 2)
+transform_backward(const TransformBackwardArgs args) {
+  backward_phases<T, kSteps, false>(args);
+}
+
+template <typename T, int kSteps>
+GC_KERNEL(kTransformThreads, 2)
+merging_transform_backward(const TransformBackwardArgs args) {
+  backward_phases<T, kSteps, true>(args);
 }
 
 }  // namespace gc

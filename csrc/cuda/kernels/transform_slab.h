@@ -99,6 +99,8 @@ GC_DEVICE Slab slab_at(int number, int rows) {
 //   Column column(c)            the layer's input in this column, of which column(c).of(n) is image n's
 template <typename A>
 struct Layer {
+  // Fetched before the inputs, which would take registers while the many loads of a gradient are added up.
+  static constexpr bool kStagedFirst = false;
   int rows, columns, images;
   Companion matrix;          // [rows, columns]
   CompanionOut grad_matrix;  // [rows, columns] out, or null
@@ -145,11 +147,14 @@ GC_DEVICE void slab_backward(const LayerT& layer, const Slab& slab, const SlabSh
   constexpr bool kAhead = !registers_are_full(kSteps);
   A next_in[kSlabImages];
   A next_staged[kSteps];
-  const auto fetch = [&](int n0) {
+  const auto fetch_in = [&](int n0) {
     GC_UNROLL
     for (int n = 0; n < kSlabImages; ++n) {
       next_in[n] = n0 + n < layer.images && inside && with_gradient ? input.of(n0 + n) : A(0);
     }
+  };
+  const auto fetch = [&](int n0) {
+    if constexpr (!LayerT::kStagedFirst) fetch_in(n0);
     GC_UNROLL
     for (int step = 0; step < kSteps; ++step) {
       const int i = step * kTransformThreads + thread;
@@ -157,6 +162,7 @@ GC_DEVICE void slab_backward(const LayerT& layer, const Slab& slab, const SlabSh
       const int row = slab.row0 + i % kRows;
       next_staged[step] = n < layer.images && row < layer.rows ? layer.grad_out(n, row) : A(0);
     }
+    if constexpr (LayerT::kStagedFirst) fetch_in(n0);
   };
   const int chain = chain_length(layer.images, kLeastChain);
   if (kAhead) fetch(0);
@@ -222,6 +228,9 @@ GC_DEVICE void slab_backward(const LayerT& layer, const Slab& slab, const SlabSh
   }
 }
 
+// Images whose values a thread fetches at once, where a value is one load.
+inline constexpr int kImagesAtOnce = 8;
+
 // Sums over the images for the rows of a slab: the gradients of vectors, which every image shares. Several threads take
 // the images of a row in turn.
 template <typename T, int kSteps>
@@ -232,7 +241,7 @@ class ImageSums {
   GC_DEVICE ImageSums(int images, Acc<T>* scratch) : images_(images), scratch_(scratch) {}
 
   // out[row] = sum over n of value(n, row). Nothing happens where out is null.
-  template <typename Value>
+  template <int kUnroll = kImagesAtOnce, typename Value>
   GC_DEVICE void write_sums(const CompanionOut& out, const Slab& slab, const Value& value) {
     if (out.data == nullptr) return;
     const int thread = port::thread_index();
@@ -243,7 +252,8 @@ class ImageSums {
     const int row = slab.row0 + thread % kRows;
     Acc<T> sum = 0;
     if (row < slab.end_row) {
-      sum = sum_in_chains<Acc<T>, 8>(thread / kRows, images_, kAdders, [&](int n) { return value(n, row); });
+      sum = sum_in_chains<Acc<T>, kImagesAtOnce, kUnroll>(thread / kRows, images_, kAdders,
+                                                          [&](int n) { return value(n, row); });
     }
     scratch[thread] = sum;
     port::sync_block<kSyncImageSums>();

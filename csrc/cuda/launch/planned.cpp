@@ -36,11 +36,12 @@ Plan planned(KernelKind kind, const Problem& problem, int device, const Planning
                    static_cast<int64_t>(problem.layout),
                    static_cast<int64_t>(problem.type),
                    problem.alignment,
-                   with_choice(static_cast<int64_t>(kind) * 4 + planning.merged_later * 2 + planning.dots_given),
+                   with_choice((int64_t{planning.late_splits} * kKernelKinds + static_cast<int64_t>(kind)) * 2 +
+                               planning.dots_given),
                    device};
   return plans.get(key, [&] {
     DeviceLimits limits = limits_of(device);
-    if (!planning.merged_later) limits.paths = limits.paths.without(Path::kLateMerge);
+    limits.late_splits = planning.late_splits;
     return make_plan(kind, problem, limits, planning.dots_given);
   });
 }

@@ -8,8 +8,8 @@ namespace gc::cuda {
 
 // What a plan depends on besides the problem and the device.
 struct Planning {
-  bool dots_given = false;    // see make_plan
-  bool merged_later = false;  // a transform follows, which can merge a pool's partial results
+  bool dots_given = false;  // see make_plan
+  int late_splits = 0;      // whose partial results the transform that follows can merge
 };
 
 // The plan for the device's multiprocessors and shared memory. Throws std::invalid_argument as make_plan does.
@@ -17,7 +17,7 @@ Plan planned(KernelKind kind, const Problem& problem, int device, const Planning
 
 enum class TransformPass : int { kForward, kBackward };
 
-// depth: of the backward pass. merges: the forward pass begins with the partial results of a pool.
+// depth: of the backward pass. merges: it begins with partial results.
 TransformPlan planned(TransformPass pass, const TransformProblem& problem, int device, TransformDepth depth,
                       bool merges);
 

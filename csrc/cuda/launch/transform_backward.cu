@@ -15,8 +15,10 @@ cudaError_t launch_transform_backward(const TransformPlan& plan, TransformBackwa
   return dispatch_type(plan.type, [&](auto type) {
     using T = typename decltype(type)::type;
     return dispatch_width<kMaxSlabSteps>(plan.slab_steps, [&](auto steps) {
-      return launch(transform_backward<T, decltype(steps)::value>, plan.blocks(), kTransformThreads, plan.shared_bytes,
-                    args, stream, early);
+      constexpr int kSteps = decltype(steps)::value;
+      const auto kernel =
+          plan.paths.has(Path::kLateMerge) ? merging_transform_backward<T, kSteps> : transform_backward<T, kSteps>;
+      return launch(kernel, plan.blocks(), kTransformThreads, plan.shared_bytes, args, stream, early);
     });
   });
 }

@@ -5,7 +5,6 @@
 #include <stdexcept>
 
 #include "cuda/kernels/broadcast.h"
-#include "cuda/kernels/late_merge.h"
 #include "cuda/kernels/pixel_dot.h"
 #include "cuda/kernels/pool_backward.h"
 #include "cuda/kernels/pool_forward.h"
@@ -183,14 +182,14 @@ int64_t splits_for(const Plan& plan, const Problem& p, const DeviceLimits& devic
 
 // The workspace and tickets of a merge.
 template <typename Traits>
-void set_merge(Plan& plan, Paths paths) {
+void set_merge(Plan& plan, const DeviceLimits& device) {
   const bool all = Traits::kMerge == Merge::kAll;
   const int partials = all ? plan.walk.images * plan.walk.splits : plan.walk.splits;
   plan.walk.group = group_for(partials, Traits::kMergedAtOnce);
   if (Traits::kMerge == Merge::kNone || (Traits::kMerge == Merge::kImage && partials == 1)) return;
   const int64_t merges = all ? 1 : plan.walk.images;
-  const bool late = Traits::kPlannedPaths.has(Path::kLateMerge) && paths.has(Path::kLateMerge);
-  if (late && partials <= kMostLateSplits) {
+  const bool late = Traits::kPlannedPaths.has(Path::kLateMerge) && device.paths.has(Path::kLateMerge);
+  if (late && partials <= device.late_splits) {
     plan.paths = plan.paths | Path::kLateMerge;
     plan.walk.merged_later = true;
     plan.walk.group = partials;
@@ -247,7 +246,7 @@ Plan plan_for(const Problem& p, const DeviceLimits& device, bool dots_given) {
   const int64_t tiles = divide_up(p.pixels, plan.tile_pixels());
   plan.resident = resident_on<Traits>(plan);
   set_splits<Traits>(plan, p, tiles, splits_for<Traits>(plan, p, device, tiles));
-  set_merge<Traits>(plan, device.paths);
+  set_merge<Traits>(plan, device);
 
   CountingArena arena;
   if (p.type == ElementType::kDouble) {

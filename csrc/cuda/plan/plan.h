@@ -34,6 +34,8 @@ struct DeviceLimits {
   int multiprocessors;
   int shared_bytes;  // that a block can opt in to
   Paths paths = {};  // that are switched on
+  // Of an image at most, whose partial results another launch merges, with Path::kLateMerge.
+  int late_splits = kMostLateSplits;
 };
 
 // Bytes of shared memory that a launch may have without asking for it.

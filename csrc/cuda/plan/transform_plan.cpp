@@ -123,6 +123,7 @@ TransformPlan make_transform_backward_plan(const TransformProblem& p, const Devi
   TransformPlan plan{};
   plan.type = p.type;
   if (device.paths.has(Path::kEarlyStart)) plan.paths = Path::kEarlyStart;
+  if (device.paths.has(Path::kLateMerge)) plan.paths = plan.paths | Path::kLateMerge;
   plan.width = 1;
   // The slabs of W2 and of W1, those of both branches as of one matrix.
   const auto output_slabs = [&] { return slabs_down(p.channels, plan.slab_steps) * slabs_across(hidden_sum(p)); };

@@ -19,7 +19,7 @@ struct TransformProblem {
 
 struct TransformPlan {
   ElementType type;
-  Paths paths;  // those that it takes: with Path::kLateMerge, the first phase merges the partial results of the pooling
+  Paths paths;  // those that it takes: with Path::kLateMerge, the first phase merges what the launch before has left
   // Forward: weights moved by one load, images of a tile, and for each product the warps that share a row's length.
   int width;
   int tile_images;
@@ -41,8 +41,8 @@ enum class TransformDepth : int {
   kContext,     // and of the context
 };
 
-// The forward pass merges late where device.paths says so: then the pooling before has to have such a plan, too.
-// Both throw std::invalid_argument for a problem that is larger than a launch can be.
+// They merge late where device.paths says so: then the launch before has to have such a plan, too, and before the
+// backward pass at most kMostGatheredSplits. Both throw std::invalid_argument for a problem that is larger than a launch can be.
 TransformPlan make_transform_forward_plan(const TransformProblem& problem, const DeviceLimits& device);
 TransformPlan make_transform_backward_plan(const TransformProblem& problem, const DeviceLimits& device,
                                            TransformDepth depth);

@@ -1,5 +1,6 @@
 // broadcast and broadcast_mul_backward (csrc/cuda/kernels/broadcast.h) against plain loops.
 #include "feature_map.h"
+#include "partial_sums.h"
 #include "shapes.h"
 
 namespace gc::drivers {
@@ -55,7 +56,7 @@ const char* name_of(Wanted wanted) {
 }
 
 template <typename T>
-void run_backward(Wanted wanted, const ShapeCase& on, Layout layout, bool wide, SameBits& bits,
+void run_backward(Wanted wanted, const ShapeCase& on, Layout layout, bool wide, Paths paths, SameBits& bits,
                   const host::Schedule& schedule) {
   const auto [images, channels, pixels] = on.shape;
   Numbers numbers(2);
@@ -70,7 +71,9 @@ void run_backward(Wanted wanted, const ShapeCase& on, Layout layout, bool wide, 
   scale.fill(numbers, 1);
 
   const Plan plan =
-      plan_for<T>(KernelKind::kBroadcastMulBackward, on.shape, layout, on.multiprocessors, false, on.misaligned);
+      plan_for<T>(KernelKind::kBroadcastMulBackward, on.shape, layout, on.multiprocessors, false, on.misaligned, paths);
+  const int splits = plan.walk.splits;
+  host::require(plan.paths == (splits > 1 ? paths : Paths{}), "a plan that takes its paths: " + plan.to_string());
   Buffer<Acc<T>> partial_sums("partial_sums", plan.workspace, Use::kOutput);
   Tickets tickets(plan);
   BroadcastMulBackwardArgs args{};
@@ -85,6 +88,21 @@ void run_backward(Wanted wanted, const ShapeCase& on, Layout layout, bool wide, 
   args.partial_sums = partial_sums.data();
   args.tickets = tickets.data();
   run_launch(plan, schedule, [&] { return launch_broadcast_mul_backward(plan, args, nullptr); });
+  if (plan.walk.merged_later) {  // so far it has left partial results only
+    const std::size_t all = static_cast<std::size_t>(images) * channels;
+    host::require(plan.tickets == 0 && partial_sums.size() == 2 * all * splits, "workspace of " + plan.to_string());
+    for (std::size_t i = 0; i < all; ++i) {
+      const auto sum = [&](std::size_t first) {
+        std::vector<Acc<T>> values;
+        for (int k = 0; k < splits; ++k) {
+          values.push_back(partial_sums[first + (i / channels * splits + k) * channels + i % channels]);
+        }
+        return sum_in_rounds(values);
+      };
+      grad_scale.set(i, sum(0));
+      if (with_term) grad_term.set(i, sum(all * splits));
+    }
+  }
 
   for (int n = 0; n < images; ++n) {
     for (int c = 0; c < channels; ++c) {
@@ -114,6 +132,7 @@ void run_backward(Wanted wanted, const ShapeCase& on, Layout layout, bool wide, 
   require_passes(grad_x.buffer(), 0, with_map ? 1 : 0);
   if (with_map) bits.check(grad_x.buffer());
   bits.check(grad_scale);
+  if (with_term) bits.check(grad_term);
   if (plan.workspace > 0 && args.grad_term.data != nullptr) bits.check(partial_sums);
 }
 
@@ -137,10 +156,14 @@ std::vector<host::Case> cases() {
           }
         }
         for (const Wanted wanted : {Wanted::kAll, Wanted::kBothSums, Wanted::kScaleOnly}) {
-          auto bits = std::make_shared<SameBits>();
-          list.push_back({name_of(wanted) + name, on.reason, [=, wide = wide](const host::Schedule& schedule) {
-                            run_backward<T>(wanted, on, layout, wide, *bits, schedule);
-                          }});
+          for (const Paths paths : {Paths{}, Paths(Path::kLateMerge)}) {
+            if (wanted == Wanted::kAll && !(paths == Paths{})) continue;  // no transform follows
+            auto bits = std::make_shared<SameBits>();
+            list.push_back({name_of(wanted) + name + suffix_of(paths), on.reason,
+                            [=, wide = wide](const host::Schedule& schedule) {
+                              run_backward<T>(wanted, on, layout, wide, paths, *bits, schedule);
+                            }});
+          }
         }
       });
     }

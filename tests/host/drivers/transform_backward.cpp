@@ -1,20 +1,12 @@
 // transform_backward (csrc/cuda/kernels/transform_backward.h) against plain loops. What the forward pass leaves behind
 // is made up here.
 #include "accuracy.h"
-#include "transform_cases.h"
+#include "backward_branch.h"
+#include "cuda/kernels/late_merge.h"
+#include "cuda/kernels/transform_slab.h"
 
 namespace gc::drivers {
 namespace {
-
-constexpr double kFactor = 0.75;
-
-// What a caller wants.
-struct Wanted {
-  const char* name;
-  TransformDepth depth;
-  bool weights = true;  // the gradients of the matrices
-  bool vectors = true;  // those of biases and norm
-};
 
 constexpr Wanted kWanted[] = {
     {"all", TransformDepth::kContext},
@@ -24,215 +16,13 @@ constexpr Wanted kWanted[] = {
     {"matrices", TransformDepth::kContext, true, false},
 };
 
-// A value, and the error that a correct kernel may make in it.
-struct Bounded {
-  double value = 0, error = 0;
-};
-
 template <typename T>
-struct Branch {
+void run(const Wanted& wanted, const TransformCase& on, bool wide, SameBits& bits, const host::Schedule& schedule,
+         const Left& left = {}) {
   using A = Acc<T>;
-
-  Wanted wanted;
-  TransformCase on;
-  int images = on.images, channels = on.channels, hidden;
-  bool wide;
-  Gate gate;
-  std::string name = gate != Gate::kNone ? "mul_" : "add_";
-
-  std::size_t matrix = static_cast<std::size_t>(hidden) * channels;
-  std::size_t units = static_cast<std::size_t>(images) * hidden;
-  std::size_t outputs = static_cast<std::size_t>(images) * channels;
-  SmallVector<T> w1{name + "w1", matrix, wide, Use::kInput};
-  SmallVector<T> norm_weight{name + "norm_weight", static_cast<std::size_t>(hidden), wide, Use::kInput};
-  SmallVector<T> norm_bias{name + "norm_bias", static_cast<std::size_t>(hidden), !wide, Use::kInput};
-  SmallVector<T> w2{name + "w2", matrix, wide, Use::kInput};
-  Buffer<A> normalized{name + "normalized", units, Use::kInput};
-  Buffer<A> inverse_deviation{name + "inverse_deviation", static_cast<std::size_t>(images), Use::kInput};
-  Buffer<A> grad_out{name + "grad_out", outputs, Use::kInput};
-  Buffer<A> gate_out{name + "gate_out", outputs, Use::kInput};
-
-  SmallVector<T> grad_w1{name + "grad_w1", matrix, wide, Use::kOutput};
-  SmallVector<T> grad_b1{name + "grad_b1", static_cast<std::size_t>(hidden), !wide, Use::kOutput};
-  SmallVector<T> grad_norm_weight{name + "grad_norm_weight", static_cast<std::size_t>(hidden), wide, Use::kOutput};
-  SmallVector<T> grad_norm_bias{name + "grad_norm_bias", static_cast<std::size_t>(hidden), wide, Use::kOutput};
-  SmallVector<T> grad_w2{name + "grad_w2", matrix, wide, Use::kOutput};
-  SmallVector<T> grad_b2{name + "grad_b2", static_cast<std::size_t>(channels), !wide, Use::kOutput};
-  TransformWorkspace workspace;
-  Buffer<A> partial_y{name + "partial_y", static_cast<std::size_t>(workspace.partial_y), Use::kOutput};
-  Buffer<A> grad_y{name + "grad_y", static_cast<std::size_t>(workspace.grad_y), Use::kOutput};
-  Buffer<A> grad_hidden{name + "grad_hidden", static_cast<std::size_t>(workspace.grad_hidden), Use::kOutput};
-  Buffer<A> partial_context{name + "partial_context", static_cast<std::size_t>(workspace.partial_context),
-                            Use::kOutput};
-
-  Branch(const Wanted& wanted_, const TransformCase& on_, int hidden_, bool wide_, Gate gate_,
-         const TransformWorkspace& workspace_)
-      : wanted(wanted_), on(on_), hidden(hidden_), wide(wide_), gate(gate_), workspace(workspace_) {
-    Numbers numbers(gate != Gate::kNone ? 9 : 10);
-    w1.fill(numbers, 1);
-    norm_weight.fill(numbers, 2);
-    norm_bias.fill(numbers, 1);
-    w2.fill(numbers, 1);
-    norm_bias.set(0, 0);
-    for (int n = 0; n < images; ++n) inverse_deviation[n] = static_cast<A>(1.5 + numbers(1));
-    for (std::size_t i = 0; i < outputs; ++i) {
-      grad_out[i] = static_cast<A>(numbers(1));
-      gate_out[i] = static_cast<A>(std::min(std::max(0.5 + numbers(0.6), 0.0), 1.0));
-    }
-    for (std::size_t i = 0; i < units; ++i) {
-      const int p = static_cast<int>(i % hidden);
-      double value = numbers(2);
-      // Rounding must not decide on which side of an edge a unit lies; unit 0 of image 0 is exactly on ReLU's.
-      const auto near_edge = [&] {
-        const double v = before(p, value);
-        return std::min({std::abs(v), std::abs(v - 3), std::abs(v + 3)}) < 1e-3;
-      };
-      while (near_edge()) value += 0.3;
-      normalized[i] = static_cast<A>(i == 0 ? 0 : value);
-    }
-  }
-
-  // What goes into the activation.
-  double before(int p, double value) const { return on.norm ? norm_weight[p] * value + norm_bias[p] : value; }
-
-  TransformGradients args() {
-    TransformGradients args{};
-    args.hidden = hidden;
-    args.w1 = w1.companion();
-    if (on.norm) {
-      args.norm_weight = norm_weight.companion();
-      args.norm_bias = norm_bias.companion();
-    }
-    args.w2 = w2.companion();
-    args.normalized = normalized.data();
-    args.inverse_deviation = inverse_deviation.data();
-    args.grad_out = grad_out.data();
-    args.gate = gate;
-    args.gate_out = gate_out.data();
-    if (wanted.weights) {
-      args.grad_w1 = grad_w1.out();
-      args.grad_w2 = grad_w2.out();
-    }
-    if (wanted.vectors) {
-      args.grad_b1 = grad_b1.out();
-      args.grad_b2 = grad_b2.out();
-    }
-    if (wanted.vectors && on.norm) {
-      args.grad_norm_weight = grad_norm_weight.out();
-      args.grad_norm_bias = grad_norm_bias.out();
-    }
-    args.partial_y = partial_y.data();
-    args.grad_y = grad_y.data();
-    args.grad_hidden = grad_hidden.data();
-    args.partial_context = partial_context.data();
-    return args;
-  }
-
-  double before_activation(int n, int p) const {
-    return before(p, normalized[static_cast<std::size_t>(n) * hidden + p]);
-  }
-  double y(int n, int p) const { return activate_of(on.activation, before_activation(n, p)); }
-  double dt(int n, int c) const {
-    const std::size_t i = static_cast<std::size_t>(n) * channels + c;
-    return grad_out[i] * gate_slope_of(gate, gate_out[i]);
-  }
-
-  // Checks the gradients, and adds this branch's share to grad_context [N, C] (with its error).
-  void check(const Buffer<A>& context, int stride, std::vector<Bounded>& grad_context) const {
-    const double roundoff = Element<A>::roundoff;
-    std::vector<Bounded> dy(units), dh(units);
-    for (int n = 0; n < images; ++n) backward_of_image(n, &dy[static_cast<std::size_t>(n) * hidden], &dh[n * hidden]);
-    const bool deep = wanted.depth != TransformDepth::kLastLayer;
-    for (int p = 0; p < hidden; ++p) {
-      const auto unit = [&](int n) { return static_cast<std::size_t>(n) * hidden + p; };
-      if (deep && wanted.vectors) {
-        check_sum(grad_b1, p, [&](int n) { return dh[unit(n)]; });
-      }
-      if (deep && wanted.vectors && on.norm) {
-        check_sum(grad_norm_bias, p, [&](int n) { return dy[unit(n)]; });
-        check_sum(grad_norm_weight, p, [&](int n) { return times(dy[unit(n)], normalized[unit(n)]); });
-      }
-      for (int c = 0; c < channels; ++c) {
-        if (deep && wanted.weights) {
-          check_sum(grad_w1, static_cast<std::size_t>(p) * channels + c,
-                    [&](int n) { return times(dh[unit(n)], context[static_cast<std::size_t>(n) * stride + c]); });
-        }
-        if (wanted.weights) {
-          check_sum(grad_w2, static_cast<std::size_t>(c) * hidden + p, [&](int n) {
-            return Bounded{dt(n, c) * y(n, p), 8 * roundoff * std::abs(dt(n, c)) * (2 * std::abs(y(n, p)) + 2)};
-          });
-        }
-        for (int n = 0; n < images; ++n) {
-          const Bounded part = times(dh[unit(n)], w1[static_cast<std::size_t>(p) * channels + c]);
-          Bounded& sum = grad_context[static_cast<std::size_t>(n) * channels + c];
-          sum.value += kFactor * part.value;
-          sum.error += part.error + sum_error<T>(hidden) * std::abs(part.value);
-        }
-      }
-    }
-    for (int c = 0; c < channels && wanted.vectors; ++c) {
-      check_sum(grad_b2, c, [&](int n) { return Bounded{dt(n, c), 4 * roundoff * std::abs(dt(n, c))}; });
-    }
-  }
-
- private:
-  static Bounded times(const Bounded& a, double b) { return {a.value * b, a.error * std::abs(b)}; }
-
-  // got[i] must be the sum over the images of term(n).
-  template <typename Term>
-  void check_sum(const SmallVector<T>& got, std::size_t i, const Term& term) const {
-    Bounded sum;
-    for (int n = 0; n < images; ++n) {
-      const Bounded one = term(n);
-      sum.value += one.value;
-      sum.error += one.error + sum_error<T>(images) * std::abs(one.value);
-    }
-    got.with_buffer([&](const auto& buffer) {
-      host::require_close(buffer.name(), got[i], sum.value, sum.error + got.store_error(sum.value));
-    });
-  }
-
-  void backward_of_image(int n, Bounded* dy, Bounded* dh) const {
-    const double roundoff = Element<A>::roundoff;
-    Bounded mean, product_mean;
-    for (int p = 0; p < hidden; ++p) {
-      dy[p] = {};
-      const double v = before_activation(n, p), slope = slope_of(on.activation, v);
-      for (int c = 0; c < channels; ++c) {
-        const double part = w2[static_cast<std::size_t>(c) * hidden + p] * dt(n, c);
-        dy[p].value += slope * part;
-        dy[p].error += (sum_error<T>(channels) + 4 * roundoff) * std::abs(slope * part);
-        // The slope's own error; ReLU has none.
-        if (on.activation != Activation::kReLU) dy[p].error += 8 * roundoff * (1 + std::abs(v)) * std::abs(part);
-      }
-      if (!on.norm) {
-        dh[p] = dy[p];
-        continue;
-      }
-      const Bounded dn = times(dy[p], norm_weight[p]);
-      const Bounded product = times(dn, normalized[static_cast<std::size_t>(n) * hidden + p]);
-      mean.value += dn.value / hidden;
-      mean.error += (dn.error + sum_error<T>(hidden) * std::abs(dn.value)) / hidden;
-      product_mean.value += product.value / hidden;
-      product_mean.error += (product.error + sum_error<T>(hidden) * std::abs(product.value)) / hidden;
-    }
-    for (int p = 0; p < hidden && on.norm; ++p) {
-      const double x = normalized[static_cast<std::size_t>(n) * hidden + p];
-      const Bounded dn = times(dy[p], norm_weight[p]);
-      const Bounded product = times(product_mean, x);
-      const double size = std::abs(dn.value) + std::abs(mean.value) + std::abs(product.value);
-      dh[p] =
-          times({dn.value - mean.value - product.value, dn.error + mean.error + product.error + 8 * roundoff * size},
-                inverse_deviation[n]);
-    }
-  }
-};
-
-template <typename T>
-void run(const Wanted& wanted, const TransformCase& on, bool wide, SameBits& bits, const host::Schedule& schedule) {
-  using A = Acc<T>;
-  const TransformPlan plan =
-      make_transform_backward_plan(problem_of(on, Element<T>::type), device_of(on, schedule), wanted.depth);
+  DeviceLimits device = device_of(on, schedule);
+  if (left.by_transform) device.paths = device.paths | Path::kLateMerge;
+  const TransformPlan plan = make_transform_backward_plan(problem_of(on, Element<T>::type), device, wanted.depth);
   const int stride = on.channels;
   Buffer<A> context("context", static_cast<std::size_t>(on.images) * stride, Use::kInput);
   Numbers numbers(11);
@@ -253,11 +43,14 @@ void run(const Wanted& wanted, const TransformCase& on, bool wide, SameBits& bit
   if (with_context) args.grad_context = grad_context.data();
   Buffer<A> zero("zero", 1, Use::kOutput);
   args.zero = {zero.data(), true};
+  args.partial.splits = left.by_transform ? left.splits : 0;
   std::int64_t workspace = 0;
   for (int b = 0; b < on.branches(); ++b) {
     const TransformWorkspace own = backward_workspace(problem_of(on, Element<T>::type), plan, b);
     workspace += own.total();
     branches.push_back(std::make_unique<Branch<T>>(wanted, on, on.hidden[b], wide, gate_of(on, b, wide), own));
+    branches[b]->leave(left);
+    if (left.by_transform) args.partial.sums[b] = branches[b]->partial_out->buffer.data();
     args.branch[b] = branches[b]->args();
   }
   host::require(plan.workspace == workspace, "workspace of " + plan.to_string());
@@ -280,6 +73,12 @@ void run(const Wanted& wanted, const TransformCase& on, bool wide, SameBits& bit
     passes(branch->grad_w1, 0, wanted.weights && deep ? 1 : 0);
     passes(branch->grad_w2, 0, wanted.weights ? 1 : 0);
     branch->check(context, stride, want);
+    if (left.by_transform) {
+      // By the slabs beside each other, and for the bias.
+      const int reads = slabs_across(branch->hidden) + (wanted.vectors ? 1 : 0);
+      require_passes(branch->partial_out->buffer, reads, 0);
+    }
+    if (wanted.vectors) bits.check(branch->grad_b2);
     if (wanted.weights) bits.check(branch->grad_w2);
     if (wanted.weights && deep) bits.check(branch->grad_w1);
   }
@@ -436,8 +235,46 @@ void run_infinite(const host::Schedule& schedule) {
   check(grad_context, branch.channels);
 }
 
-std::vector<host::Case> cases() {
+// The sums of splits, merged by the launch before and by the transform: the same bits.
+std::vector<host::Case> late_cases() {
+  struct LateCase {
+    TransformCase on;
+    int splits;
+    Wanted wanted;
+    const char* reason;
+  };
+  const LateCase all[] = {
+      {{1, 1, {1}, 4, true, false, ""}, 2, kWanted[0], "the smallest: one channel, two splits"},
+      {{2, 33, {5}, 4, true, false, ""}, 7, kWanted[0], "a group that is not full"},
+      {{3, 64, {16, 8}, 4, true, false, ""}, 8, kWanted[0], "both branches, a full group"},
+      {{2, 33, {5, 40}, 1, false, false, ""}, 9, kWanted[0], "two groups; slabs beside each other"},
+      {{9, 36, {12}, 4, false, false, ""}, 33, kWanted[0], "a group more than are added to each other first"},
+      {{70, 64, {64}, 1, false, false, ""}, 5, kWanted[0], "the highest slabs"},
+      {{2, 300, {80}, 3, false, false, ""}, kMostGatheredSplits, kWanted[0], "the most splits"},
+      {{2, 64, {8}, 4, false, false, ""}, 12, kWanted[2], "the last layer only"},
+      {{2, 64, {8}, 4, false, false, ""}, 15, kWanted[3], "no gradients of parameters"},
+  };
   std::vector<host::Case> list;
+  for (const LateCase& one : all) {
+    for (const bool wide : {false, true}) {  // channel_add and channel_mul
+      each_type(one.on.all_types, [&](auto element) {
+        using T = decltype(element);
+        auto bits = std::make_shared<SameBits>();
+        list.push_back({std::string("late-") + Element<T>::name + (wide ? "-wide-" : "-") + one.on.to_string() + "-" +
+                            std::to_string(one.splits),
+                        one.reason, [=](const host::Schedule& schedule) {
+                          for (const bool by_transform : {false, true}) {
+                            run<T>(one.wanted, one.on, wide, *bits, schedule, {one.splits, by_transform});
+                          }
+                        }});
+      });
+    }
+  }
+  return list;
+}
+
+std::vector<host::Case> cases() {
+  std::vector<host::Case> list = late_cases();
   each_type(true, [&](auto element) {
     using T = decltype(element);
     list.push_back({std::string("infinite-") + Element<T>::name, "an infinity in a norm's sums is NaN, as in PyTorch",

@@ -4,6 +4,7 @@
 #include <optional>
 
 #include "accuracy.h"
+#include "partial_sums.h"
 #include "transform_cases.h"
 
 namespace gc::drivers {
@@ -284,31 +285,20 @@ void run_accuracy(int splits, const host::Schedule& schedule) {
   args.partial = partial.args(state.data());
   run_launch(plan, schedule, [&] { return launch_transform_forward(plan, args, nullptr); });
 
-  int group = 8;
-  while (group * group < splits) ++group;
-  const auto in_fours = [](const std::vector<float>& values) {
-    float sum = 0;
-    std::size_t k = 0;
-    for (; k + 4 <= values.size(); k += 4) sum += values[k] + values[k + 1] + values[k + 2] + values[k + 3];
-    for (; k < values.size(); ++k) sum += values[k];
-    return sum;
-  };
   double late = 0, rounds = 0;
   for (int n = 0; n < on.images; ++n) {
     for (int c = 0; c < on.channels; ++c) {
       double sum = 0;
-      std::vector<float> groups, own;
+      std::vector<float> values;
       for (int k = 0; k < splits; ++k) {
         const float value = partial.sums[(static_cast<std::size_t>(n) * splits + k) * on.channels + c];
         sum += value;
-        own.push_back(value);
-        if (static_cast<int>(own.size()) < group && k + 1 < splits) continue;
-        groups.push_back(in_fours(own));
-        own.clear();
+        values.push_back(value);
       }
+      const float other = sum_in_rounds(values);
       const float got = state[static_cast<std::size_t>(n) * (on.channels + 2) + 2 + c];
       late += (got - sum) * (got - sum);
-      rounds += (in_fours(groups) - sum) * (in_fours(groups) - sum);
+      rounds += (other - sum) * (other - sum);
     }
   }
   late = std::sqrt(late), rounds = std::sqrt(rounds);
