@@ -5,7 +5,9 @@
     torchrun --nproc-per-node 2 examples/train_digits.py --compare --picture curves.png
     python examples/train_digits.py --checkpoint digits.pt        # run again: goes on where it stopped
 
---compare trains twice from the same weights on the same batches, with the fused block and with the same block
+Its residual blocks end in one operation: batch norm, global context block, sum with the shortcut, ReLU
+(`tail` below; in torchvision's and mmdetection's bottlenecks gc_cuda.accelerate does that by itself).
+--compare trains twice from the same weights on the same batches, with the fused operation and with the same
 in plain PyTorch, and --picture draws the loss curves. --checkpoint is written after every epoch; a run that
 was stopped goes on from it, with the same numbers as one that was not. Needs scikit-learn and tqdm, and
 matplotlib for a picture.
@@ -36,17 +38,34 @@ class Residual(nn.Module):
     def __init__(self, in_channels: int, channels: int, stride: int, block: type[nn.Module]) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, 1, bias=False)
-        self.norm1 = nn.GroupNorm(8, channels)
+        self.norm1 = nn.BatchNorm2d(channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
-        self.norm2 = nn.GroupNorm(8, channels)
+        self.norm2 = nn.BatchNorm2d(channels)
         self.context_block = block(channels, ratio=1 / 4)
         self.shortcut = nn.Identity() if stride == 1 else nn.Conv2d(in_channels, channels, 1, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.norm1(self.conv1(x)).relu_()
-        out = self.context_block(self.norm2(self.conv2(out)))
-        out += self.shortcut(x)
+        out, identity = self.conv2(out), self.shortcut(x)
+        if isinstance(self.context_block, gc_cuda.ContextBlock):
+            return tail(out, identity, self.norm2, self.context_block)
+        out = self.context_block(self.norm2(out))
+        out += identity
         return out.relu_()
+
+
+def tail(y: Tensor, identity: Tensor, norm: nn.BatchNorm2d, block: gc_cuda.ContextBlock) -> Tensor:
+    """relu(block(norm(y)) + identity) as one operation, which keeps y and the result and nothing between."""
+    if norm.training:
+        norm.num_batches_tracked.add_(1)
+    batch_norm = gc_cuda.BatchNorm(
+        *(norm.weight, norm.bias, norm.running_mean, norm.running_var),
+        *(norm.training, norm.momentum, norm.eps),
+    )
+    first, layer_norm, _relu, last = block.channel_add_conv
+    add = gc_cuda.Transform(*(tensor for part in (first, layer_norm, last) for tensor in part.parameters()))
+    mask = block.conv_mask
+    return gc_cuda.bn_context_add_relu(y, identity, batch_norm, mask.weight, mask.bias, add, eps=block.eps)
 
 
 class DigitsNet(nn.Module):

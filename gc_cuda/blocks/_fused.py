@@ -51,7 +51,7 @@ def run(block: Any, read: Read, own_forward: Callable[..., Any], x: Any, *, stri
         return own_forward(block, given)
     fits, groups, policy = seen
     if not fits:
-        fitting = _fitted(x, groups, strict)
+        fitting = fitted(x, groups, strict=strict)
         if fitting is None:
             return own_forward(block, given)
         groups = fitting
@@ -159,7 +159,7 @@ def _as_autocast_promotes(x: Tensor) -> Tensor:
     return x if x.dtype == dtype else x.to(torch.promote_types(x.dtype, dtype))
 
 
-def _fitted(x: Tensor, groups: Groups, strict: bool) -> Groups | None:
+def fitted(x: Tensor, groups: Groups, *, strict: bool = False) -> Groups | None:
     """The parameters in dtypes that may travel with x; None if x and they are not served together."""
     parameters = [tensor for group in groups for tensor in group if tensor is not None]
     if any(map(is_foreign, parameters)):

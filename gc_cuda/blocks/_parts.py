@@ -150,8 +150,8 @@ _HOOKS_ON_ALL_MODULES = (
 _METHODS: dict[type, dict[str, Any]] = {
     kind: {"forward": kind.forward}
     for kind in (
-        *(nn.AdaptiveAvgPool2d, nn.Hardsigmoid, nn.Hardswish, nn.Identity, nn.LayerNorm, nn.ReLU),
-        *(nn.Sequential, nn.Sigmoid, nn.SiLU, nn.Softmax),
+        *(nn.AdaptiveAvgPool2d, nn.BatchNorm2d, nn.Hardsigmoid, nn.Hardswish, nn.Identity, nn.LayerNorm),
+        *(nn.ReLU, nn.Sequential, nn.Sigmoid, nn.SiLU, nn.Softmax),
     )
 }
 _METHODS[nn.Conv2d] = {"forward": nn.Conv2d.forward, "_conv_forward": nn.Conv2d._conv_forward}

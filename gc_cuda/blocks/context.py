@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gc_cuda import reference
 from gc_cuda.blocks import _fused
-from gc_cuda.blocks._parts import Look, Recipe, context_block
+from gc_cuda.blocks._parts import Kind, Look, Recipe, context_block
 
 
 class ContextBlock(reference.ContextBlock):
@@ -60,3 +60,6 @@ def _node_of(block: ContextBlock, x: Any) -> Any:
             f"symbolic_trace needs a model that holds the block, got the {type(block).__name__} itself"
         )
     return x.tracer.create_proxy("call_module", path, (x,), {})
+
+
+KINDS = {"gc_cuda.blocks.context.ContextBlock": Kind(_read, ("forward", "spatial_pool"))}

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from gc_cuda import _values
 from gc_cuda.blocks import _fused
-from gc_cuda.blocks._parts import Look, Recipe, Unserved, activation, gate, squeeze_excite
+from gc_cuda.blocks._parts import Kind, Look, Recipe, Unserved, activation, gate, squeeze_excite
 
 
 class SEBlock(nn.Module):
@@ -69,3 +69,6 @@ def _read(look: Look, block: Any) -> Recipe:
 
 def _eager(block: SEBlock, x: Tensor) -> Tensor:
     return x * block.gate(block.fc2(block.act(block.fc1(x.mean((2, 3), keepdim=True)))))
+
+
+KINDS = {"gc_cuda.blocks.squeeze_excite.SEBlock": Kind(_read)}

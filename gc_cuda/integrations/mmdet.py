@@ -1,10 +1,10 @@
-"""mmdetection's squeeze-and-excitation layer, of two ConvModules."""
+"""mmdetection's squeeze-and-excitation layer, of two ConvModules, and the bottleneck of its ResNets."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from gc_cuda.blocks._parts import (
     Branch,
@@ -18,6 +18,7 @@ from gc_cuda.blocks._parts import (
     mean_over_pixels,
     name_of,
 )
+from gc_cuda.blocks._tail import Places, TailKind
 
 _CONV_MODULE = ("mmcv.cnn.bricks.conv_module", "ConvModule")
 
@@ -57,4 +58,33 @@ KINDS = {
     "mmdet.models.layers.se_layer.SELayer": _SE_LAYER,  # 3.x
     "mmdet.models.utils.se_layer.SELayer": _SE_LAYER,  # 2.x
     "mmseg.models.utils.se_layer.SELayer": _SE_LAYER,
+}
+
+
+def _places(bottleneck: Any) -> Places:
+    plugins = bottleneck.after_conv3_plugin_names if bottleneck.with_plugins else ()
+    return Places(bottleneck.norm3_name, tuple(plugins))
+
+
+def _stem(bottleneck: Any, x: Tensor) -> Tensor:
+    out = bottleneck.relu(bottleneck.norm1(bottleneck.conv1(x)))
+    if bottleneck.with_plugins:
+        out = bottleneck.forward_plugin(out, bottleneck.after_conv1_plugin_names)
+    out = bottleneck.relu(bottleneck.norm2(bottleneck.conv2(out)))
+    if bottleneck.with_plugins:
+        out = bottleneck.forward_plugin(out, bottleneck.after_conv2_plugin_names)
+    return bottleneck.conv3(out)
+
+
+def _checkpoints(bottleneck: Any, x: Tensor) -> bool:
+    return bottleneck.with_cp and x.requires_grad
+
+
+TAILS = {
+    "mmdet.models.backbones.resnet.Bottleneck": TailKind(
+        _places,
+        _stem,
+        ("forward", "forward_plugin", "norm1", "norm2", "norm3"),
+        checkpoints=_checkpoints,
+    )
 }

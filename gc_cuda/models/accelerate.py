@@ -1,4 +1,4 @@
-"""One line for an existing model: its global context and squeeze-and-excitation blocks run fused."""
+"""One line for an existing model: its blocks run fused, and the ends of the bottlenecks that hold them."""
 
 from __future__ import annotations
 
@@ -9,11 +9,9 @@ from torch import nn
 
 from gc_cuda import _extension, _values
 from gc_cuda.blocks._fused import Read, recipe_of, run
-from gc_cuda.blocks._parts import Kind, Unserved
-from gc_cuda.integrations import gcnet, mmdet, timm, torchvision
-from gc_cuda.models import swap
-
-_KINDS: dict[str, Kind] = {**gcnet.KINDS, **mmdet.KINDS, **timm.KINDS, **torchvision.KINDS}
+from gc_cuda.blocks._parts import Unserved
+from gc_cuda.models import kinds, swap
+from gc_cuda.models import tails as tail_kinds
 
 PREFIX = "Accelerated"  # of the names of the classes that are made
 
@@ -22,13 +20,17 @@ ALREADY = "accelerated before"
 LEFT_ALONE = "left alone"
 
 
-class Entry(NamedTuple):
-    """A block of the model."""
+BLOCK, TAIL = "block", "tail"
 
-    name: str  # its path in the model
+
+class Entry(NamedTuple):
+    """A block of the model, or a tail: the end of a bottleneck."""
+
+    name: str  # its path in the model; of a tail, that of the bottleneck
     kind: str  # the class, by its full name
     action: str  # ACCELERATED, ALREADY or LEFT_ALONE
     reason: str  # why it was left alone
+    part: str = BLOCK  # or TAIL
 
 
 class Report(NamedTuple):
@@ -39,40 +41,70 @@ class Report(NamedTuple):
     @property
     def accelerated(self) -> list[str]:
         """The names of the blocks that run fused now."""
-        return [entry.name for entry in self.entries if entry.action != LEFT_ALONE]
+        return [entry.name for entry in self._all(BLOCK) if entry.action != LEFT_ALONE]
 
     @property
     def left_alone(self) -> dict[str, str]:
         """The names of the others, and why."""
-        return {entry.name: entry.reason for entry in self.entries if entry.action == LEFT_ALONE}
+        return {entry.name: entry.reason for entry in self._all(BLOCK) if entry.action == LEFT_ALONE}
+
+    @property
+    def tails(self) -> list[str]:
+        """The names of the bottlenecks whose tail is one operation now."""
+        return [entry.name for entry in self._all(TAIL) if entry.action != LEFT_ALONE]
+
+    @property
+    def tails_left_alone(self) -> dict[str, str]:
+        """The names of the other bottlenecks with a block in their tail, and why."""
+        return {entry.name: entry.reason for entry in self._all(TAIL) if entry.action == LEFT_ALONE}
+
+    def _all(self, part: str) -> list[Entry]:
+        return [entry for entry in self.entries if entry.part == part]
 
     def __str__(self) -> str:
         if not self.entries:
             return "gc_cuda: no global context or squeeze-and-excitation block that it knows"
-        rows = [("name", "class", "what was done", "reason"), *self.entries]
+        rows = [("name", "class", "what was done", "reason"), *map(_row, self.entries)]
         widths = [max(len(row[i]) for row in rows) for i in range(4)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
-        total = f"{len(self.accelerated)} of {len(self.entries)} blocks run fused"
-        return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:], total])
+        totals = [
+            f"{len(served)} of {len(self._all(part))} {part}s run fused"
+            for part, served in ((BLOCK, self.accelerated), (TAIL, self.tails))
+            if self._all(part)
+        ]
+        return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:], *totals])
 
 
-def accelerate(model: nn.Module) -> Report:
-    """Let the model's blocks run through the fused operation, in place.
+def _row(entry: Entry) -> tuple[str, ...]:
+    kind = entry.kind if entry.part == BLOCK else f"tail of {entry.kind}"
+    return entry.name, kind, entry.action, entry.reason
+
+
+def accelerate(model: nn.Module, *, tails: bool = True) -> Report:
+    """Let the model's blocks run through the fused operation, in place, and the tails that they stand in.
 
     Served are GCNet's and mmcv's ``ContextBlock``, timm's ``GlobalContext``, ``SEModule`` and
     ``SqueezeExcite``, torchvision's ``SqueezeExcitation`` and mmdetection's ``SELayer``, with ReLU, SiLU or
     Hardswish inside and sigmoid or hard sigmoid as the gate. A block with another option, with a hook on one
     of its parts, or of a subclass with a forward of its own is left alone, and the report says why.
 
+    A tail is the end of a bottleneck: batch norm, block, addition of the shortcut, ReLU. It is one operation
+    (:func:`gc_cuda.bn_context_add_relu`), which keeps what a bottleneck without a block keeps for the
+    backward pass. Served are torchvision's ``Bottleneck`` after :func:`insert` and mmdetection's, with one
+    block that is served or gc_cuda's own. A tail with a norm that is not exactly ``nn.BatchNorm2d`` with
+    running statistics and a momentum, with another activation, or with a hook on one of its modules is left
+    alone. Running statistics, ``num_batches_tracked`` and mmdetection's ``with_cp`` are as they were. On CUDA
+    the bottleneck's own forward runs, with its block fused.
+
     The modules stay the same objects with the same parameters, ``state_dict``, hooks, device, dtype and
     training mode; only their class becomes a subclass of what it was. Copies and pickles stay accelerated
     (loading one needs gc_cuda); accelerating twice is the same as once; :func:`restore` undoes it.
 
-    A block is looked at anew in every call: if it, or a part of it, is changed later into something that is
-    not served (by a hook, pruning, an adapter, another activation …), its own forward runs, which calls its
-    parts. That also runs while a graph is traced, under the transforms of ``torch.func`` and forward-mode AD,
-    for subclasses of Tensor such as DTensor, and for inputs that the operators do not take, as on other
-    devices.
+    A block, and a tail, is looked at anew in every call: if it, or a part of it, is changed later into
+    something that is not served (by a hook, pruning, an adapter, another activation …), its own forward runs,
+    which calls its parts. That also runs while a graph is traced, under the transforms of ``torch.func`` and
+    forward-mode AD, for subclasses of Tensor such as DTensor, and for inputs that the operators do not take,
+    as on other devices.
 
     So a model traced by ``torch.jit.trace``, ``torch.fx.symbolic_trace`` or torchvision's
     ``create_feature_extractor`` holds PyTorch's own operators and is not accelerated. To keep the blocks in
@@ -82,9 +114,10 @@ def accelerate(model: nn.Module) -> Report:
 
     Args:
         model: a block, or a module that has blocks anywhere inside.
+        tails: False leaves the bottlenecks as they are; the blocks inside of them run fused by themselves.
 
     Returns:
-        The blocks by name, what was done with each, and why nothing was; print it.
+        The blocks and tails by name, what was done with each, and why nothing was; print it.
 
     Raises:
         TypeError: for what is not a module.
@@ -93,18 +126,18 @@ def accelerate(model: nn.Module) -> Report:
     """
     _values.module(model, "model")
     _extension.require()
-    found = list(_blocks(model))
-    if any(parameter.is_cuda for _, block, _ in found for parameter in block.parameters()):
+    found = list(_found(model, tails))
+    if any(p.is_cuda for one in found if one.part == BLOCK for p in one.module.parameters()):
         _extension.require_cuda()
     entries = []
-    for name, block, kind in found:
-        action, reason = _accelerate(block, kind)
-        entries.append(Entry(name, _full_name(swap.original(type(block))), action, reason))
+    for name, module, kind, part in found:
+        action, reason = (_accelerate if part == BLOCK else _accelerate_tail)(module, kind)
+        entries.append(Entry(name, kinds.full_name(swap.innermost(type(module))), action, reason, part))
     return Report(tuple(entries))
 
 
 def restore(model: nn.Module) -> None:
-    """Undo :func:`accelerate`: every block is of its own class again.
+    """Undo :func:`accelerate`: every block and every bottleneck is of its own class again.
 
     Raises:
         TypeError: for what is not a module.
@@ -124,27 +157,40 @@ def fused_forward(read: Read) -> swap.Forward:
     return forward
 
 
-def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module, Kind]]:
-    """Every block of a class that is served or derives from one."""
+def tail_forward(kind: str) -> swap.Forward:
+    """The forward of an accelerated bottleneck of that class, which pickles name."""
+    return tail_kinds.forward_of(tail_kinds.TAILS[kind])
+
+
+class _Part(NamedTuple):
+    """A block or a bottleneck of a class that is served or derives from one."""
+
+    name: str
+    module: nn.Module
+    found: kinds.Found
+    part: str
+
+
+def _found(model: nn.Module, tails: bool) -> Iterator[_Part]:
     for name, module in model.named_modules():
-        for base in type(module).__mro__:
-            kind = _KINDS.get(_full_name(base))
-            if kind is not None:
-                yield name, module, kind
-                break
+        block = kinds.find(module, kinds.OTHERS)
+        if block is not None:
+            yield _Part(name, module, block, BLOCK)
+        bottleneck = tail_kinds.find(module) if tails else None
+        if bottleneck is not None:
+            yield _Part(name, module, bottleneck, TAIL)
 
 
-def _accelerate(block: nn.Module, kind: Kind) -> tuple[str, str]:
+def _accelerate(block: nn.Module, found: kinds.Found) -> tuple[str, str]:
     """What was done, and why not."""
     if _is_accelerated(block):
         return ALREADY, ""
-    own = next(base for base in type(block).__mro__ if _full_name(base) in _KINDS)
+    kind = kinds.OTHERS[found.name]
     for method in kind.methods:
-        if getattr(type(block), method) is not getattr(own, method):
-            return LEFT_ALONE, f"{type(block).__name__} overrides {method} of {own.__name__}"
         if method in block.__dict__:
             return LEFT_ALONE, f"the instance has a {method} of its own"
     try:
+        kinds.demand_own_methods(type(block), found.base, kind.methods)
         recipe_of(block, kind.read)
     except Unserved as unserved:
         return LEFT_ALONE, str(unserved)
@@ -154,12 +200,18 @@ def _accelerate(block: nn.Module, kind: Kind) -> tuple[str, str]:
     return ACCELERATED, ""
 
 
+def _accelerate_tail(bottleneck: nn.Module, found: kinds.Found) -> tuple[str, str]:
+    if _is_accelerated(bottleneck):
+        return ALREADY, ""
+    reason = tail_kinds.why_not(bottleneck, found)
+    if reason:
+        return LEFT_ALONE, reason
+    bottleneck.__class__ = swap.derive(swap.Derivation(type(bottleneck), PREFIX, tail_forward, (found.name,)))
+    return ACCELERATED, ""
+
+
 def _is_accelerated(module: nn.Module) -> bool:
     # By the prefix, not by fused_forward: gc_cuda may have been imported anew after it accelerated the
     # module.
     derivation = swap.derivation_of(type(module))
     return derivation is not None and derivation.prefix == PREFIX
-
-
-def _full_name(kind: type) -> str:
-    return f"{kind.__module__}.{kind.__qualname__}"

@@ -82,7 +82,7 @@ def _places(model: nn.Module, stage: str) -> Iterator[_Place]:
         ) from None
     found = False
     for name, module in root.named_modules(prefix=stage):
-        kind = swap.original(type(module))
+        kind = swap.innermost(type(module))
         for framework in (torchvision, timm):
             bottleneck = framework.bottleneck_class()
             if bottleneck is None or not issubclass(kind, bottleneck):

@@ -27,7 +27,7 @@ def _of_a_module(self: Any) -> NoReturn:
     derivation = swap.derivation_of(kind)
     if derivation is None:
         _raise(kind.__qualname__, f"use {_INSTEAD}")
-    name = derivation.original.__qualname__
+    name = swap.innermost(kind).__qualname__
     if derivation.prefix == PREFIX:
         advice = f"restore the model first: gc_cuda.restore(model); or use {_INSTEAD}"
         _raise(f"an accelerated {name}", advice)

@@ -37,7 +37,7 @@ class Derived:
         # Protocol 2 is the first to keep the class apart from the state.
         reduced: Any = super().__reduce_ex__(max(int(protocol), 2))
         _make_new, _its_arguments, *state = reduced
-        return _new, tuple(self._gc_derivation), *state
+        return _new, _by_name(self._gc_derivation), *state
 
 
 _made: dict[Derivation, type[nn.Module]] = {}
@@ -71,7 +71,8 @@ def _make(derivation: Derivation) -> type[nn.Module]:
         "forward": call,
     }
     metaclass: Any = type(original)
-    made: type[nn.Module] = metaclass(f"{prefix}{original.__name__}", (Derived, original), members)
+    bases = (original,) if issubclass(original, Derived) else (Derived, original)
+    made: type[nn.Module] = metaclass(f"{prefix}{original.__name__}", bases, members)
     return made
 
 
@@ -86,6 +87,25 @@ def original(kind: type[nn.Module]) -> type[nn.Module]:
     return kind if derivation is None else derivation.original
 
 
+def innermost(kind: type[nn.Module]) -> type[nn.Module]:
+    """The class that was there before any was made of it."""
+    while derivation_of(kind) is not None:
+        kind = original(kind)
+    return kind
+
+
+def _by_name(derivation: Derivation) -> tuple[Any, ...]:
+    """The derivation for a pickle, to which a made class has no name: in its place is a tuple like this."""
+    original, *others = derivation
+    inner = derivation_of(original)
+    return (original if inner is None else _by_name(inner), *others)
+
+
 def _new(*derivation: Any) -> nn.Module:
-    made = derive(Derivation(*derivation))
+    made = _derive_by_name(derivation)
     return made.__new__(made)
+
+
+def _derive_by_name(derivation: tuple[Any, ...]) -> type[nn.Module]:
+    original, *others = derivation
+    return derive(Derivation(_derive_by_name(original) if isinstance(original, tuple) else original, *others))

@@ -1,15 +1,17 @@
-"""The example trains, alone and under torchrun; it goes on exactly where it stopped; and the fused block
-follows the same loss curve as the plain one.
+"""The example trains, alone and under torchrun; it goes on exactly where it stopped; and its residual blocks,
+whose ends are one operation, follow the same loss curve as the plain ones.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
 
 import pytest
 import torch
+from block_cases import Spy
 from paths import ROOT
 
 for name in ("sklearn", "tqdm", "matplotlib"):
@@ -31,6 +33,20 @@ def run(*arguments, processes=1):
     assert done.returncode == 0, done.stderr[-4000:]
     assert "step/s" in done.stderr, "no progress bar"
     return done.stdout
+
+
+def test_its_residual_blocks_end_in_one_operation():
+    spec = importlib.util.spec_from_file_location("train_digits", EXAMPLE)
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    net = example.DigitsNet()
+    with Spy() as spy:
+        net(torch.randn(2, 1, 8, 8)).sum().backward()
+    ours = [name for name in spy.names() if name.startswith("gc_cuda::")]
+    assert (
+        ours == ["gc_cuda::bn_context_add_relu_backward"] * 3 + ["gc_cuda::bn_context_add_relu_training"] * 3
+    )
+    assert [int(residual.norm2.num_batches_tracked) for residual in net.stages] == [1, 1, 1]
 
 
 def test_the_fused_block_follows_the_same_loss_curve(tmp_path):

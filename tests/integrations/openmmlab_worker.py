@@ -7,6 +7,7 @@ they are stood in for, so that the imports succeed.
 
 from __future__ import annotations
 
+import copy
 import importlib
 import importlib.abc
 import importlib.machinery
@@ -15,6 +16,8 @@ import types
 from pathlib import Path
 
 import torch
+from small_steps import assert_same_steps, steps
+from torch import nn
 
 import gc_cuda
 
@@ -125,8 +128,65 @@ def detection():
             assert_same(results(ours, x), expected)
             report = gc_cuda.accelerate(plain)
             assert len(report.accelerated) == len(blocks) and not report.left_alone
+            assert len(report.tails) + len(report.tails_left_alone) == len(blocks)
+            assert set(report.tails_left_alone.values()) <= {"norm SyncBatchNorm"}
             assert_same(results(plain, x), expected)
         print(f"{name}: {len(blocks)} blocks")
+
+
+def tails():
+    """ResNet and ResNeXt of two stages, training, with norm_eval, with with_cp: three steps as eager's."""
+    from mmdet.models.backbones import Res2Net, ResNet, ResNeXt
+
+    plugin = {
+        "cfg": {"type": "ContextBlock", "ratio": 1 / 4},
+        "stages": (False, True),
+        "position": "after_conv3",
+    }
+    sizes = {
+        "num_stages": 2,
+        "strides": (1, 2),
+        "dilations": (1, 1),
+        "out_indices": (1,),
+        "plugins": [plugin],
+    }
+    x = torch.randn(2, 3, 32, 40, dtype=torch.float64)
+    for kind, options in (
+        (ResNet, {"norm_eval": False}),
+        (ResNet, {"norm_eval": True, "style": "caffe"}),
+        (ResNet, {"norm_eval": False, "with_cp": True}),
+        (ResNeXt, {"norm_eval": False, "groups": 32, "base_width": 4}),
+    ):
+        plain = Single(randomised(kind(depth=50, **sizes, **options)).double()).train()
+        ours = copy.deepcopy(plain)
+        report = gc_cuda.accelerate(ours)
+        assert report.tails == [f"inner.layer2.{i}" for i in range(4)], str(report)
+        assert [entry.kind for entry in report.entries if entry.part == "tail"] == [
+            f"mmdet.models.backbones.{kind.__name__.lower()}.Bottleneck"
+        ] * 4
+        assert len(report.accelerated) == 4
+        assert_same_steps(steps(ours, x), steps(plain, x), 1e-7)
+        tracked = int(ours.inner.layer2[3].bn3.num_batches_tracked)
+        assert tracked == (0 if options["norm_eval"] else 6 if "with_cp" in options else 3)
+        twin = copy.deepcopy(ours)
+        gc_cuda.restore(ours)
+        assert [type(module) for module in ours.modules()] == [type(module) for module in plain.modules()]
+        assert type(twin.inner.layer2[0]).__name__ == "AcceleratedBottleneck"
+        print(f"{kind.__name__}, {options}")
+    other = Res2Net(depth=50, scales=4, base_width=26, **sizes)
+    reasons = set(gc_cuda.accelerate(other).tails_left_alone.values())
+    assert reasons == {"Bottle2neck overrides forward of Bottleneck"}, reasons
+
+
+class Single(nn.Module):
+    """The last of a backbone's outputs."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x)[-1]
 
 
 def segmentation():
@@ -181,7 +241,12 @@ def first_generation():
             print(f"mmcv {mmcv.__version__}, {pooling}, {fusion}")
 
 
-PARTS = {"detection": detection, "segmentation": segmentation, "first generation": first_generation}
+PARTS = {
+    "detection": detection,
+    "tails": tails,
+    "segmentation": segmentation,
+    "first generation": first_generation,
+}
 
 if __name__ == "__main__":
     sys.meta_path.insert(0, OperatorsFinder())

@@ -10,6 +10,7 @@ import io
 
 import pytest
 import torch
+from small_steps import assert_same_steps, steps
 from torch import nn
 from whole_models import (
     FLOAT32_CONSTANT,
@@ -118,3 +119,58 @@ def test_insert_refuses_and_leaves_everything():
         gc_cuda.insert(model, ratio=1e-9)
     assert type(model.layer2[0]) is kind
     assert not hasattr(model.layer2[0], "context_block")
+
+
+# Tails
+
+
+def with_blocks(name="resnet50", **options):
+    """Blocks in the last stage of a ResNet, whose other bottlenecks are no tails."""
+    model = torchvision.models.get_model(name, num_classes=5)
+    gc_cuda.insert(model, ["layer4"], **options)
+    return awake(model)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("resnet50", {}),
+        ("resnext50_32x4d", {"pooling_type": "avg", "fusion_types": ["channel_mul"]}),
+    ],
+)
+def test_three_steps_with_tails(random, name, options):
+    plain = with_blocks(name, **options)
+    ours = copy.deepcopy(plain)
+    report = gc_cuda.accelerate(ours)
+    assert report.tails == [f"layer4.{i}" for i in range(3)] and not report.tails_left_alone
+    assert {entry.kind for entry in report.entries} == {"torchvision.models.resnet.Bottleneck"}
+    x = random(2, 3, 64, 48)
+    assert_same_steps(steps(ours, x), steps(plain, x), 1e-7)
+    assert int(ours.layer4[2].bn3.num_batches_tracked) == 3
+
+
+def test_copies_of_a_model_with_tails(random):
+    model = with_blocks().eval()
+    kinds = [type(module) for module in model.modules()]
+    gc_cuda.accelerate(model)
+    x = random(1, 3, 64, 64)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    for twin in (copy.deepcopy(model), torch.load(file, weights_only=False)):
+        assert type(twin.layer4[0]) is type(model.layer4[0])
+        assert torch.equal(twin(x), model(x))
+        gc_cuda.restore(twin)
+        assert [type(module) for module in twin.modules()] == kinds
+        torch.testing.assert_close(twin(x), model(x), rtol=1e-9, atol=1e-9)
+
+
+def test_feature_extractor_of_a_model_with_tails(random):
+    """PyTorch's own operators, unless the bottlenecks are leaves."""
+    model, x = with_blocks().eval(), random(1, 3, 64, 64)
+    expected = create_feature_extractor(model, ["layer4"])(x)
+    report = gc_cuda.accelerate(model)
+    leaves = [type(model.get_submodule(name)) for name in report.tails]
+    for options in ({}, {"tracer_kwargs": {"leaf_modules": leaves}}):
+        actual = create_feature_extractor(model, ["layer4"], **options)(x)
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)

@@ -16,6 +16,7 @@ import torch.distributed
 from small_net import new_net
 
 WORKER = Path(worker.__file__)
+TAILS_WORKER = WORKER.with_name("distributed_tails_worker.py")
 
 
 def has_fsdp2():
@@ -24,6 +25,21 @@ def has_fsdp2():
     except ImportError:
         return False
     return True
+
+
+def two_processes(program, *arguments):
+    """What they printed."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(program)]
+    done = subprocess.run(
+        [sys.executable, *command, *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
@@ -48,16 +64,7 @@ def has_fsdp2():
     ],
 )
 def test_two_processes_equal_one(kind, device_type, tmp_path):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(WORKER)]
-    done = subprocess.run(
-        [sys.executable, *command, kind, str(tmp_path), device_type],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    two_processes(WORKER, kind, str(tmp_path), device_type)
     if kind == "fsdp" and not (tmp_path / "fsdp.pt").exists():
         pytest.skip("FSDP2 of this torch sums the gradients of a plain layer where it should average them")
     *gradients, parameters = torch.load(tmp_path / f"{kind}.pt")
@@ -74,3 +81,9 @@ def test_two_processes_equal_one(kind, device_type, tmp_path):
             )
     for name, parameter in net.named_parameters():
         torch.testing.assert_close(parameters[name], worker.whole(parameter), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
+def test_tails():
+    """DDP with a static graph, with buffers broadcast or not, with a search for unused parameters."""
+    assert two_processes(TAILS_WORKER).count("compared") == 2

@@ -12,6 +12,7 @@ import zipfile
 from pathlib import Path
 from types import ModuleType
 
+import bottlenecks
 import pytest
 import torch
 
@@ -135,6 +136,16 @@ def test_pickles_made_now_name_no_path_that_moves(path):
         made_now = named_in(archive.read(name))
     assert made_now
     assert {where for where, _ in made_now - OLD_NAMES} <= set(PUBLIC)
+
+
+@pytest.mark.usefixtures("frameworks")
+@pytest.mark.parametrize("framework", [bottlenecks.TORCHVISION, bottlenecks.MMDET])
+def test_pickles_of_tails_name_no_path_that_moves(framework):
+    net = bottlenecks.new_net(framework)
+    gc_cuda.accelerate(net)
+    named = named_in(pickle.dumps(net, protocol=2))
+    assert ("gc_cuda.accelerate", "tail_forward") in named
+    assert {where for where, _ in named - OLD_NAMES} <= set(PUBLIC)
 
 
 def test_what_the_package_offers_pickles_by_a_public_path():
