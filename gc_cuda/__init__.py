@@ -20,13 +20,13 @@ from gc_cuda.models.insert import insert
 from gc_cuda.ops.functional import (
     attention_pool,
     average_pool,
+    bn_context_add_relu,
     broadcast_add,
     broadcast_mul,
     broadcast_mul_add,
     global_context,
     softmax_pool,
 )
-from gc_cuda.ops.tail import bn_context_add_relu
 from gc_cuda.reference import BatchNorm, Transform
 
 __all__ = [

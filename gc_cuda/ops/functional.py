@@ -33,8 +33,11 @@ from gc_cuda.ops import checks, fake, flops
 from gc_cuda.ops.autograd import differentiable_gradients, save, saved
 from gc_cuda.ops.contexts import differentiable_wanted, is_foreign, plain_pytorch_wanted
 from gc_cuda.ops.operands import tensors_of
+from gc_cuda.ops.tail import bn_context_add_relu as bn_context_add_relu
 from gc_cuda.ops.whole_block import policy_of, whole_block
 from gc_cuda.reference import Transform
+
+bn_context_add_relu.__module__ = __name__  # it is one of the public operations, in a file of its own
 
 if _extension.build_config() is not None:
     fake.register()
