@@ -240,6 +240,8 @@ def model_options(device: str, quick: bool) -> argparse.Namespace:
         size=224,
         seconds=0.2 if quick else 0.5,
         rounds=3 if quick and small else 5 if small else 15,
+        directions=models.DIRECTIONS,
+        compile=False,
     )
 
 
