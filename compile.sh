@@ -2,7 +2,8 @@
 # The one door to gc_cuda: makes an environment if none is active, installs what is missing, builds, and then
 #
 #   ./compile.sh               prints the environment report
-#   ./compile.sh bench [ARG…]  runs the benchmark (bench/latency.py; try --help)
+#   ./compile.sh bench [ARG…]  runs the benchmark (bench/latency.py; try --help), and without ARG or with --quick that of
+#                              the end of a bottleneck (bench/tail.py)
 #   ./compile.sh report [ARG…] measures everything and writes a page with pictures (bench/report.py; try --help)
 #   ./compile.sh test [ARG…]   runs the tests; the arguments go to pytest
 #   ./compile.sh cuda          compiles the CUDA kernels in an environment of their own, .venv-cuda, and tests the models
@@ -146,6 +147,10 @@ case $verb in
     build
     need "${bench_needs[@]}"
     "$python" bench/latency.py "$@"
+    # Where no cases were chosen, the whole tail of a bottleneck too.
+    if (($# == 0)) || [[ $* == --quick ]]; then
+      "$python" bench/tail.py "$@"
+    fi
     ;;
   report)
     build

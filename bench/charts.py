@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from formulas import PASSES
-from models import BARE, FUSED, PLAIN
+from memory import NETS
+from models import BARE, BLOCK, FUSED, PLAIN
 from peers import COMPILED, EAGER, OURS
 from samples import LIMIT, STREAM, comparisons, headline, samples_of, setting_text
 
@@ -23,6 +24,7 @@ LABELS = {LIMIT: "limit: a copy of as many bytes"}
 VARIANTS = {
     BARE: ("no GC blocks", "white", ""),
     PLAIN: ("eager blocks", "#56B4E9", "///"),
+    BLOCK: (f"{OURS}, blocks only", "#F0E442", "..."),
     FUSED: (OURS, "#D55E00", ""),
 }
 Result = dict[str, Any]
@@ -131,7 +133,7 @@ def passes(result: Result) -> Any:
 
 def memory(result: Result) -> Any | None:
     """What training keeps, and takes at its peak where that was measured."""
-    rows = result["memory"]
+    rows = [row for row in result["memory"] if row["model"] in NETS]
     if not rows:
         return None
     kinds = {"kept_bytes": "kept for the backward pass (accounting)"}
@@ -140,7 +142,8 @@ def memory(result: Result) -> Any | None:
     figure, panels = _figure(1, len(kinds), (max(5.2, 9.5 / len(kinds)), 4.6))
     places = list(dict.fromkeys((row["model"], row["input"], row["shape"][0]) for row in rows))
     alone = any(row["blocks_only"] for row in rows)
-    variants = [variant for variant in VARIANTS if not (alone and variant == BARE)]
+    there = {row["variant"] for row in rows} - ({BARE} if alone else set())
+    variants = [variant for variant in VARIANTS if variant in there]
     names = [f"{model}\n{batch} images of\n{title.partition(',')[0]}" for model, title, batch in places]
     for panel, (kind, title) in zip(panels[0], kinds.items()):
         value = {(r["model"], r["input"], r["shape"][0], r["variant"]): r[kind] for r in rows}
@@ -164,18 +167,21 @@ def whole_models(result: Result) -> Any | None:
     figure, panels = _figure(1, len(directions), (6, 1.6 + 0.55 * len(names)))
     looks = {
         PLAIN: ("as it is", *VARIANTS[PLAIN][1:]),
+        BLOCK: ("blocks only", *VARIANTS[BLOCK][1:]),
         FUSED: ("accelerated", *VARIANTS[FUSED][1:]),
         BARE: ("without the blocks", *VARIANTS[BARE][1:]),
     }
-    height = 0.26
+    looks = {variant: look for variant, look in looks.items() if any(r["variant"] == variant for r in rows)}
+    height = 0.78 / len(looks)
     for panel, direction in zip(panels[0], directions):
         value = {(r["model"], r["variant"]): r["p50_ms"] for r in rows if r["direction"] == direction}
         for k, (variant, (label, colour, hatch)) in enumerate(looks.items()):
             there = [i for i, name in enumerate(names) if (name, variant) in value and (name, PLAIN) in value]
             widths = [100 * value[names[i], variant] / value[names[i], PLAIN] for i in there]
+            places = [i + (k - (len(looks) - 1) / 2) * height for i in there]
             bars = panel.barh(
-                [i + (k - 1) * height for i in there], widths, height, label=label, color=colour,
-                hatch=hatch, edgecolor="black", linewidth=0.6,
+                places, widths, height, label=label, color=colour, hatch=hatch,
+                edgecolor="black", linewidth=0.6,
             )  # fmt: skip
             texts = [f" {value[names[i], variant]:.1f} ms" for i in there]
             panel.bar_label(bars, texts, size=7)

@@ -57,16 +57,20 @@ MEMORY = prose(
     Ratio 1/16, float32, a block in every bottleneck of c3 to c5. "Kept": the storages of all tensors that
     autograd saves for the backward pass, each once, without parameters, found by saved_tensors_hooks under
     FakeTensorMode, which runs the model on shapes alone: it needs no GPU, and nothing in it is an estimate.
-    Both blocks keep x and hardly anything else; what eager's backward pass needs besides are temporaries,
-    which are in the peak. "Peak": torch.cuda.max_memory_allocated of a real training step beyond the model,
-    its gradients and its input, where there are a GPU and torchvision. Without torchvision, only the blocks
-    of the model are accounted for.
+    Both blocks keep x and hardly anything else. Where a bottleneck's tail is one operation, "gc_cuda", x is
+    not kept either; "blocks only" leaves the tails as they are. What eager's backward pass needs besides are
+    temporaries, which are in the peak. "Peak": torch.cuda.max_memory_allocated of a real training step beyond
+    the model, its gradients and its input, where there are a GPU and torchvision. Without torchvision, only
+    the blocks of the model are accounted for. Backbones have no classifier, need no framework and are
+    accounted for on meta tensors, as the CPU runs them; SE is in every bottleneck, and norm_eval is
+    mmdetection's training: batch norm by running statistics.
     """
 )
 MODELS = prose(
     """
-    The three variants are timed in turn, in one process, and their outputs are compared before. No block
-    could be faster than no block: that is what "without blocks" is for.
+    The variants are timed in turn, in one process, and their outputs are compared before. No block by itself
+    could be faster than no block: that is what "without blocks" is for. A tail that is one operation could:
+    it moves less than the plain tail's operations do. "block only" leaves the tails as they are.
     """
 )
 PUBLISHED = prose(

@@ -12,7 +12,7 @@ from cases import FORWARD, TRAINING
 from formulas import PASSES
 from kernels import Row as KernelRow
 from markdown_text import NOTHING, number, percent, table, times
-from models import BARE, FUSED, PLAIN
+from models import BARE, BLOCK, FUSED, ORDER, PLAIN
 from peers import COMPILED, EAGER, OURS
 from samples import (
     COLD,
@@ -220,7 +220,7 @@ def memory(result: Result, pictures: dict[str, str]) -> list[str]:
             continue  # nothing is nothing
         what = f"{r['model']}{', its blocks alone' * r['blocks_only']}"
         peak = number(r["peak_bytes"] / 2**20, 4) if r["peak_bytes"] is not None else NOTHING
-        names = {PLAIN: "eager blocks", FUSED: "gc_cuda", BARE: "no GC blocks"}
+        names = {PLAIN: "eager blocks", BLOCK: "gc_cuda, blocks only", FUSED: "gc_cuda", BARE: "no blocks"}
         rows.append(
             [
                 what,
@@ -246,9 +246,10 @@ def whole_models(result: Result, pictures: dict[str, str]) -> list[str]:
     for row in result["models"]:
         found.setdefault((row["model"], row["direction"]), {})[row["variant"]] = row
     rows = []
+    order = [variant for variant in ORDER if any(variant in variants for variants in found.values())]
     for (model, direction), variants in found.items():
         ms = {variant: row["p50_ms"] for variant, row in variants.items()}
-        cells = [number(ms.get(variant)) for variant in (PLAIN, FUSED, BARE)]
+        cells = [number(ms.get(variant)) for variant in order]
         faster = times(ms[PLAIN] / ms[FUSED]) if {PLAIN, FUSED} <= set(ms) else NOTHING
         rows.append([model, str(variants[PLAIN]["blocks"]), direction, *cells, faster])
     if rows:
@@ -262,9 +263,7 @@ def whole_models(result: Result, pictures: dict[str, str]) -> list[str]:
             "model",
             "blocks",
             "direction",
-            "as it is, ms",
-            "accelerated, ms",
-            "without blocks, ms",
+            *(f"{variant}, ms" for variant in order),
             "faster",
         ]
         lines += table(titles, rows, 3) + picture(

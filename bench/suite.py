@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import bottleneck
 import kernels
 import memory
 import models
@@ -188,6 +189,10 @@ def remember(name: str, title: str, device: str, result: Result) -> None:
     result["memory"] += [row._asdict() for row in memory.rows(name, title, memory.INPUTS[title], device)]
 
 
+def remember_backbone(setting: bottleneck.Setting, result: Result) -> None:
+    result["memory"] += [row._asdict() for row in memory.rows_of_backbone(setting)]
+
+
 def time_model(name: str, options: argparse.Namespace, result: Result) -> None:
     try:
         found = models.measured(name, options)
@@ -240,6 +245,8 @@ def model_options(device: str, quick: bool) -> argparse.Namespace:
         size=224,
         seconds=0.2 if quick else 0.5,
         rounds=3 if quick and small else 5 if small else 15,
+        directions=models.DIRECTIONS,
+        compile=False,
     )
 
 
@@ -256,6 +263,10 @@ def plan(settings: Settings, quick: bool) -> list[Step]:
         for title in memory.INPUTS:
             work = lambda result, name=name, title=title: remember(name, title, device, result)  # noqa: E731
             steps.append(Step("memory", f"memory of {name}, {title}", work))
+    if device == "cpu":  # where tails are one operation
+        for setting in bottleneck.SETTINGS[: 1 if quick else None]:
+            work = lambda result, setting=setting: remember_backbone(setting, result)  # noqa: E731
+            steps.append(Step("memory", f"memory of {setting.name}", work))
     options = model_options(device, quick)
     chosen = list(models.MODELS)
     if quick:

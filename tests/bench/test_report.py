@@ -62,6 +62,7 @@ def test_a_run_from_beginning_to_end(tiny, validate, tmp_path, capsys):
         for name in ("times-cold", "times-warm", "share-cold", "share-warm", "passes", "memory")
     }
     text = path.with_suffix(".md").read_text()
+    assert "| GC R50 backbone, norm_eval, frozen_stages=1 | 2 × 800×1333 | gc_cuda, blocks only |" in text
     for picture in pictures:
         assert f"({path.stem}{picture})" in text
     assert "Left out: none there: No module named 'framework'" in text
@@ -73,7 +74,8 @@ def test_what_there_is_no_time_for_is_named(tiny, tmp_path):
     assert tiny.main(["--quick", "--limit", "0.001", "--device", "cpu", "--output", str(tmp_path)]) == 0
     (path,) = tmp_path.glob("*.json")
     text = path.with_suffix(".md").read_text()
-    assert "No time for 6 steps: memory of resnet50, 64×64; c4 1x16x9x14 nchw, forward," in text
+    memory = "memory of resnet50, 64×64; memory of GC R50 backbone, norm_eval, frozen_stages=1"
+    assert f"No time for 7 steps: {memory}; c4 1x16x9x14 nchw, forward," in text
     assert "Nothing was timed." in text
 
 

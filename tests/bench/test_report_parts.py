@@ -167,7 +167,7 @@ def test_the_blocks_of_the_published_models_keep_what_was_published(bench):
     memory = bench("memory")
     for name, gigabytes in (("resnet50", 0.6), ("resnet101", 1.2)):
         rows = {row.variant: row for row in memory.rows_of_blocks(name, "", (2, 3, 800, 1344))}
-        for variant in ("as it is", "accelerated"):
+        for variant in ("as it is", "block only"):
             assert rows[variant].kept_bytes / 1e9 == pytest.approx(gigabytes, abs=0.1)
 
 
@@ -177,9 +177,10 @@ def test_memory_of_whole_models(bench):
     shape = (2, 3, 64, 96)
     whole = {row.variant: row.kept_bytes for row in memory.rows("resnet50", "", shape, "cpu")}
     alone = {row.variant: row.kept_bytes for row in memory.rows_of_blocks("resnet50", "", shape)}
-    for variant in ("as it is", "accelerated"):
+    for variant in ("as it is", "block only"):
         added = whole[variant] - whole["without blocks"]
         assert added == pytest.approx(alone[variant], rel=0.02)
+    assert whole["accelerated"] - whole["without blocks"] < 0.02 * added + 2**20  # tails: no x, small vectors
 
 
 def test_the_cache_is_emptied_before_each_call(bench):
