@@ -1,12 +1,13 @@
 // Two sums over the pixels for each channel, in one sweep over maps of one layout, while what a later sweep needs may be
 // written. What is summed is up to a Terms; statistics.h and residual.h have some, whose
 // take<kPartial, kStream>(j, count, factor, first, second) adds the terms of the elements from j on to the Lanes of the
-// two sums. `factor` is a number of the elements' channels.
+// two sums, and fetch(j) those of an element ahead of its use. `factor` is a number of the elements' channels.
 //
 // Rows are taken one after the other, each with several sums side by side: so what is written is written in the order
 // in which it lies in memory, and can go past the caches.
 #pragma once
 
+#include "cpu/simd/broadcast_backward.h"
 #include "cpu/simd/cascade.h"
 #include "cpu/simd/row.h"
 
@@ -94,6 +95,7 @@ inline void sums_of_pixels(const Terms& terms, const Shape& shape, int64_t image
       L of_first = L::zero(), of_second = L::zero();
       GC_UNROLL
       for (int r = 0; r < kRows; ++r) {
+        terms.fetch(base + r * channels + c + kAheadBytes / static_cast<int64_t>(sizeof(T)));
         terms.template take<partial.value, kStream>(base + r * channels + c, count, factor, of_first, of_second);
       }
       of_first.add_to(first + c, count);

@@ -60,6 +60,12 @@ template <typename T, bool kMasked, bool kProducts>
 struct ResidualTerms {
   const ResidualSumsArgs<T>& args;
 
+  GC_INLINE void fetch(int64_t j) const {
+    __builtin_prefetch(args.grad + j);
+    if constexpr (kMasked) __builtin_prefetch(args.out + j);
+    if constexpr (kProducts) __builtin_prefetch(args.y + j);
+  }
+
   template <bool kPartial, bool kStream>
   GC_INLINE void take(int64_t j, int count, const Lanes<T>& mean, Lanes<T>& first, Lanes<T>& second) const {
     using L = Lanes<T>;

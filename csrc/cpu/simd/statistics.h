@@ -20,6 +20,8 @@ template <typename T>
 struct DeviationTerms {
   const T* y;
 
+  GC_INLINE void fetch(int64_t j) const { __builtin_prefetch(y + j); }
+
   template <bool kPartial, bool kStream>
   GC_INLINE void take(int64_t j, int count, const Lanes<T>& centre, Lanes<T>& first, Lanes<T>& second) const {
     using L = Lanes<T>;
@@ -34,6 +36,8 @@ struct DeviationTerms {
 template <typename T>
 struct PlainTerms {
   const T* y;
+
+  GC_INLINE void fetch(int64_t) const {}
 
   template <bool kPartial, bool kStream>
   GC_INLINE void take(int64_t j, int count, const Lanes<T>&, Lanes<T>& first, Lanes<T>&) const {
