@@ -31,7 +31,7 @@ std::tuple<Tensor, Tensor> tail_forward(const FeatureMap& map, const TailProblem
     memory.zero_();
     return {std::move(out), std::move(memory)};
   }
-  const TailParts kept(memory.data_ptr(), problem.kept, map, problem.branches);
+  const TailParts kept(memory.data_ptr(), problem.kept, map, problem.attention(), problem.branches);
   const bool pools = problem.has_block() && (attention || !of_batch);  // the batch's statistics have the means
 
   const typename Device::Statistics statistics(map, of_batch);
@@ -157,7 +157,7 @@ std::vector<Tensor> bn_context_add_relu_backward(const Tensor& grad, const Optio
   }
 
   const Tensor own_out = masks ? map.in_my_layout(*out) : Tensor();
-  const TailParts kept(kept_before.data_ptr(), problem.kept, map, problem.branches);
+  const TailParts kept(kept_before.data_ptr(), problem.kept, map, problem.attention(), problem.branches);
   const Norm norm = problem.norm(map, kept);
   const BackwardProblem block(map, mask_weight, mask_bias, problem.branches, needs.of_block());
   const bool with_add = needs.of_block().branch(problem.branches, kAdd);

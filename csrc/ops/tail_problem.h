@@ -39,14 +39,13 @@ struct TailParts {
   void *mean, *inverse_std, *variance, *bias;
   std::optional<KeptParts> block;  // of y - mean: its context is that before slope and bias
 
-  TailParts(void* memory, const TailKept& kept, const FeatureMap& y, const Branches& branches) {
+  TailParts(void* memory, const TailKept& kept, const FeatureMap& y, bool attention, const Branches& branches) {
     const auto at = [&](int64_t start) { return after(memory, start, y.accumulation_bytes()); };
     mean = at(kept.mean);
     inverse_std = at(kept.inverse_std);
     variance = at(kept.variance);
     bias = at(kept.bias);
     if (branches.count() == 0) return;
-    const bool attention = kept.elements - kept.block > Kept(y, false, branches).elements;
     block.emplace(at(kept.block), Kept(y, attention, branches), y, branches);
   }
 };

@@ -74,8 +74,6 @@ GC_FLATTEN void backward_rows(const BroadcastBackwardArgs<T>& args, int64_t plan
   if constexpr (Want::kGradTerm) add_lane_sums(plain, grad_term);
 }
 
-inline constexpr int64_t kAheadBytes = 12 * 1024;
-
 // NCHW: adds the sums over an image's pixels [begin, end) to grad_scale and grad_term. Several planes are read side by
 // side: a single sum would wait for every addition.
 template <typename Want, typename T>

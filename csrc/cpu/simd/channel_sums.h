@@ -7,7 +7,6 @@
 // in which it lies in memory, and can go past the caches.
 #pragma once
 
-#include "cpu/simd/broadcast_backward.h"
 #include "cpu/simd/cascade.h"
 #include "cpu/simd/row.h"
 

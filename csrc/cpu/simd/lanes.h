@@ -244,6 +244,9 @@ struct Lanes {
   }
 };
 
+// How far ahead of its use an element is fetched where several rows are read side by side.
+inline constexpr int64_t kAheadBytes = 12 * 1024;
+
 // Fetches the lines of a row ahead of its use.
 template <typename T>
 inline void prefetch_row(const T* row, int64_t width) {
