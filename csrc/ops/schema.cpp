@@ -3,9 +3,16 @@
 // Shapes: x [N, C, H, W] (NCHW or channels_last), S = H*W pixels; logits [N, S]; context [N, C]; state [N, C + 2] in
 // the accumulation type (float32; float64 for float64 x): per image the largest logit m, z = sum_s exp(logit[s] - m),
 // and the context before it is rounded to x's type.
+#include <ATen/core/enum_tag.h>
 #include <torch/library.h>
 
+#include <vector>
+
 TORCH_LIBRARY(gc_cuda, m) {
+  // Feature maps may have either layout, and results follow them. Inductor, which on the CPU makes convolutions
+  // channels_last, would otherwise copy each map to the layout that it was traced with, and back.
+  const std::vector<at::Tag> any_layout{at::Tag::flexible_layout};
+
   // context = sum_s softmax(logits)[s] * x[:, s]
   m.def("softmax_pool(Tensor x, Tensor logits) -> (Tensor context, Tensor state)");
   m.def(
@@ -35,16 +42,19 @@ TORCH_LIBRARY(gc_cuda, m) {
   // 0 ReLU, 1 SiLU, 2 Hardswish; gate: 0 sigmoid, 1 hardsigmoid.
   m.def(
       "global_context(Tensor x, Tensor? mask_weight, Tensor? mask_bias, Tensor[] add, Tensor[] mul, float eps, "
-      "int activation, int gate) -> Tensor");
+      "int activation, int gate) -> Tensor",
+      any_layout);
   // The same, and what its backward pass takes (Kept in state.h).
   m.def(
       "global_context_kept(Tensor x, Tensor? mask_weight, Tensor? mask_bias, Tensor[] add, Tensor[] mul, float eps, "
-      "int activation, int gate) -> (Tensor out, Tensor kept)");
+      "int activation, int gate) -> (Tensor out, Tensor kept)",
+      any_layout);
   // The gradients that are needed of x, mask_weight, mask_bias, add's six and mul's six, in this order. x may be None
   // where nothing that is needed depends on it, and mask_bias where it needs no gradient.
   m.def(
       "global_context_backward(Tensor grad, Tensor? x, Tensor? mask_weight, Tensor? mask_bias, Tensor[] add, "
-      "Tensor[] mul, Tensor kept, int activation, int gate, bool[15] needed) -> Tensor[]");
+      "Tensor[] mul, Tensor kept, int activation, int gate, bool[15] needed) -> Tensor[]",
+      any_layout);
 
   // The residual tail: x = BN(y), the block as above (none without add and mul), out = relu(block(x) + identity).
   // norm_kind: 0 no norm, 1 with mean and variance as given, 2 with those of the batch. kept: TailKept in
@@ -53,7 +63,8 @@ TORCH_LIBRARY(gc_cuda, m) {
   m.def(
       "bn_context_add_relu(Tensor y, Tensor? identity, Tensor? weight, Tensor? bias, Tensor? mean, Tensor? variance, "
       "int norm_kind, float norm_eps, Tensor? mask_weight, Tensor? mask_bias, Tensor[] add, Tensor[] mul, float eps, "
-      "int activation, int gate, bool relu) -> (Tensor out, Tensor kept)");
+      "int activation, int gate, bool relu) -> (Tensor out, Tensor kept)",
+      any_layout);
   // norm_kind 2, which moves the running statistics.
   m.def(
       "bn_context_add_relu_training(Tensor y, Tensor? identity, Tensor? weight, Tensor? bias, "
@@ -65,5 +76,6 @@ TORCH_LIBRARY(gc_cuda, m) {
   m.def(
       "bn_context_add_relu_backward(Tensor grad, Tensor? y, Tensor? out, Tensor? weight, Tensor? bias, int norm_kind, "
       "Tensor? mask_weight, Tensor? mask_bias, Tensor[] add, Tensor[] mul, Tensor kept, int activation, int gate, "
-      "bool[18] needed) -> Tensor[]");
+      "bool[18] needed) -> Tensor[]",
+      any_layout);
 }

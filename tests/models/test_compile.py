@@ -6,6 +6,7 @@ The operators stay in the compiled graph; test_opcheck.py shows that they keep t
 
 from __future__ import annotations
 
+import re
 from functools import partial
 
 import pytest
@@ -20,8 +21,10 @@ from block_cases import (
     without_norm,
 )
 from small_net import new_net
+from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
+from torch._inductor.utils import run_and_get_code
 
 import gc_cuda
 
@@ -294,3 +297,33 @@ def test_fake_gradients_have_the_strides_of_the_real_ones(random):
     with FakeTensorMode():
         assert strides() == real
     assert real[3] == (8, 1, 8, 8)
+
+
+class Tail(nn.Module):
+    """A convolution, and a tail or a block on what it gives."""
+
+    def __init__(self, whole: bool) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(16, 16, 1, bias=False)
+        self.block = gc_cuda.ContextBlock(16, 1 / 4)
+        self.whole = whole
+
+    def forward(self, x):
+        y = self.conv(x)
+        return gc_cuda.bn_context_add_relu(y, x) if self.whole else self.block(y)
+
+
+@pytest.mark.parametrize(("whole", "name"), [(True, "bn_context_add_relu"), (False, "global_context")])
+def test_the_layout_of_a_convolution_is_taken_as_it_is(random, whole, name):
+    """Inductor makes convolutions channels_last on the CPU: no map is copied for our operators."""
+    model = nn.Sequential(*[Tail(whole) for _ in range(3)])
+    x = random(2, 16, 9, 10, dtype=torch.float32)
+    expected = model(x)
+    with torch.no_grad(), torch._inductor.config.patch(force_disable_caches=True):
+        out, (code,) = run_and_get_code(torch.compile(model, fullgraph=True), x)
+    torch.testing.assert_close(out, expected.detach(), rtol=1e-4, atol=1e-5)
+    assert out.stride() == expected.stride()
+    convolved = re.findall(r"(buf\d+) = .*convolution", code)
+    taken = re.findall(rf"gc_cuda\.{name}\.default\((buf\d+)", code)
+    assert len(convolved) == len(taken) == 3
+    assert set(taken) == set(convolved), "a copy stands between"
