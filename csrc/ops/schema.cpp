@@ -5,13 +5,17 @@
 // and the context before it is rounded to x's type.
 #include <ATen/core/enum_tag.h>
 #include <torch/library.h>
+#include <torch/version.h>
 
 #include <vector>
 
 TORCH_LIBRARY(gc_cuda, m) {
   // Feature maps may have either layout, and results follow them. Inductor, which on the CPU makes convolutions
   // channels_last, would otherwise copy each map to the layout that it was traced with, and back.
-  const std::vector<at::Tag> any_layout{at::Tag::flexible_layout};
+  std::vector<at::Tag> any_layout;
+#if TORCH_VERSION_MAJOR > 2 || TORCH_VERSION_MINOR >= 6  // older ones have no such tag, or not everywhere
+  any_layout.push_back(at::Tag::flexible_layout);
+#endif
 
   // context = sum_s softmax(logits)[s] * x[:, s]
   m.def("softmax_pool(Tensor x, Tensor logits) -> (Tensor context, Tensor state)");
