@@ -12,9 +12,10 @@
 TORCH_LIBRARY(gc_cuda, m) {
   // Feature maps may have either layout, and results follow them. Inductor, which on the CPU makes convolutions
   // channels_last, would otherwise copy each map to the layout that it was traced with, and back.
-  std::vector<at::Tag> any_layout;
-#if TORCH_VERSION_MAJOR > 2 || TORCH_VERSION_MINOR >= 6  // older ones have no such tag, or not everywhere
-  any_layout.push_back(at::Tag::flexible_layout);
+#if TORCH_VERSION_MAJOR > 2 || TORCH_VERSION_MINOR >= 6
+  const std::vector<at::Tag> any_layout{at::Tag::flexible_layout};
+#else  // there is no such tag, or not in every release
+  const std::vector<at::Tag> any_layout;
 #endif
 
   // context = sum_s softmax(logits)[s] * x[:, s]
