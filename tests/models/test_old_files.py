@@ -62,4 +62,4 @@ def test_it_is_restored(old):
     assert not any(kind.__name__.startswith("Accelerated") for kind in kinds)
     torch.testing.assert_close(module(x), y, rtol=1e-5, atol=1e-5)
     assert gc_cuda.accelerate(module) is not None
-    assert [swap.original(type(part)) for part in module.modules()] == [swap.original(kind) for kind in kinds]
+    assert [swap.innermost(type(part)) for part in module.modules()] == list(map(swap.innermost, kinds))
