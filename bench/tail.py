@@ -49,7 +49,7 @@ NAMES = [PLAIN_RESNET, *(f"{kind} {how}" for kind in (GC, SE) for how in HOW.val
 NAMES += [COMPILED_PLAIN, PASSES]
 BATCH = 2
 ROUNDS = 15
-# Between two orders of summation in float32, of the norm of a whole tensor; a ReLU at its kink is one element.
+# Between two orders of summation in float32, of a whole tensor; a ReLU at its kink is one element.
 # PyTorch's batch norm of channels_last maps sums in float32: at c3 the gradient of its weight is off by 1e-3.
 TOLERANCE = 5e-3
 RESULTS = ["output", "y", "identity", "weight", "bias"]  # and the gradients of a block's parameters
