@@ -134,16 +134,25 @@ class Bottleneck(nn.Module):
 
 
 class KeptAsBits(torch.autograd.Function):
-    """A ReLU that keeps a bit for each element, in the accounting alone: it computes nothing."""
+    """A ReLU that keeps a bit for each element in place of its output."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x.new_empty((x.numel() + 7) // 8, dtype=torch.uint8))
-        return torch.empty_like(x)
+        out = x.relu()
+        passes = functional.pad((out > 0).flatten(), (0, -x.numel() % 8)).view(-1, 8)
+        ctx.save_for_backward((passes * _places(x)).sum(1, dtype=torch.uint8))
+        ctx.shape = x.shape
+        return out
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        raise NotImplementedError("it is there to be counted")
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (bits,) = ctx.saved_tensors
+        passes = (bits[:, None] & _places(grad)).flatten()[: grad.numel()] != 0
+        return grad * passes.view(ctx.shape)
+
+
+def _places(x: Tensor) -> Tensor:
+    return 2 ** torch.arange(8, dtype=torch.uint8, device=x.device)
 
 
 class Backbone(nn.Module):

@@ -231,20 +231,10 @@ class _Tail(Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        policy: TailPolicy,
-        mean: Tensor | None,
-        var: Tensor | None,
-        y: Tensor,
-        identity: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        mask_weight: Tensor | None,
-        mask_bias: Tensor | None,
-        *branches: Tensor,
+        ctx: Any, policy: TailPolicy, mean: Tensor | None, var: Tensor | None, *operands: Any
     ) -> Tensor | tuple[Tensor, Tensor]:
-        of_norm = weight, bias
-        out, kept = _forward(policy, mean, var, y, identity, *of_norm, mask_weight, mask_bias, *branches)
+        out, kept = _forward(policy, mean, var, *operands)
+        y, _, weight, bias, mask_weight, mask_bias, *branches = operands
         needs = ctx.needs_input_grad
         counts = policy.add_count, len(branches) - policy.add_count
         # Where only identity needs a gradient, y and the parameters need not outlive the call.
