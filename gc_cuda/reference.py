@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.jit._trace import TracerWarning, is_tracing
 from torch.nn import functional
 
-from gc_cuda import _values
+from gc_cuda import _group, _values
 
 POOLING_TYPES = ("avg", "att")
 FUSION_TYPES = ("channel_add", "channel_mul")
@@ -68,7 +68,7 @@ class BatchNorm(NamedTuple):
     training: bool = False
     momentum: float = 0.1
     eps: float = 1e-5
-    group: Any = None  # of torch.distributed, whose batches count as one; None: this process alone
+    group: Any = None  # a torch.distributed.ProcessGroup, whose batches count as one; None: this process's
 
 
 def softmax_pool(x: Tensor, logits: Tensor) -> Tensor:
@@ -228,8 +228,12 @@ def bn_context_add_relu(
     """
     out = y
     if norm is not None:
-        weight, bias, mean, var, training, momentum, norm_eps, _ = norm
-        out = functional.batch_norm(y, mean, var, weight, bias, training, momentum, norm_eps)
+        weight, bias, mean, var, training, momentum, norm_eps, group = norm
+        group = _group.exchanging(group, training)
+        if group is None:
+            out = functional.batch_norm(y, mean, var, weight, bias, training, momentum, norm_eps)
+        else:
+            out = _group.batch_norm(y, mean, var, weight, bias, momentum, norm_eps, group)
     if add is not None or mul is not None:
         options: Any = {"pooling_type": pooling_type, "activation": activation, "gate": gate, "eps": eps}
         out = global_context(out, mask_weight, mask_bias, add, mul, **options)

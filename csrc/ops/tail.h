@@ -3,35 +3,37 @@
 //
 // Forward: statistics of y, where they are those of the batch; pooling, the transform; and out from y and identity.
 // Backward: the ReLU's, with its sums over the pixels; the transform; the pooling's; and grad_y.
+// Where the batch is spread over processes, they exchange the statistics, and the sums before grad_y (exchange.h).
 #pragma once
 
 #include <optional>
 #include <tuple>
 #include <vector>
 
+#include "ops/exchange.h"
 #include "ops/memory.h"
 #include "ops/tail_problem.h"
 
 namespace gc::ops {
 
-// The running statistics that a call moves.
-struct Running {
-  OptionalTensor mean, variance;
-  double momentum = 0;
-};
-
 template <typename Device>
 std::tuple<Tensor, Tensor> tail_forward(const FeatureMap& map, const TailProblem& problem,
                                         const OptionalTensor& identity, const NormSource& source,
-                                        const Running& running, double eps, bool relu) {
+                                        const Running& running, double eps, bool relu, const Group& group) {
   const bool of_batch = problem.of_batch(), attention = problem.attention();
   Tensor out = Device::empty_output(map);
   Tensor memory = map.empty_accumulation({problem.kept.elements});
+  const bool exchanges = group.exchanges(problem.kind);
+  const TailParts kept(memory.data_ptr(), problem.kept, map, problem.attention(), problem.branches);
+  StatisticsCall taking;
+  taking.mean = kept.mean;
+  taking.inverse_std = kept.inverse_std;
+  taking.variance = kept.variance;
   if (map.images() == 0) {
     memory.zero_();
+    if (exchanges) exchange_statistics(map, taking, source.eps, running, group);
     return {std::move(out), std::move(memory)};
   }
-  const TailParts kept(memory.data_ptr(), problem.kept, map, problem.attention(), problem.branches);
   const bool pools = problem.has_block() && (attention || !of_batch);  // the batch's statistics have the means
 
   const typename Device::Statistics statistics(map, of_batch);
@@ -51,23 +53,20 @@ std::tuple<Tensor, Tensor> tail_forward(const FeatureMap& map, const TailProblem
     residual_workspace = scratch.take(residual.wanted().workspace);
   });
 
-  StatisticsCall taking;
   taking.eps = source.eps;
   const Tensor mean = contiguous(source.mean), variance = contiguous(source.variance);
   if (problem.kind == NormKind::kGiven) {
     taking.given_mean = map.companion(mean);
     taking.given_variance = map.companion(variance);
   }
-  taking.mean = kept.mean;
-  taking.inverse_std = kept.inverse_std;
-  taking.variance = kept.variance;
   taking.given_bias = map.companion(problem.bias);
   taking.bias = kept.bias;
   taking.state = problem.has_block() && !pools ? kept.block->state : nullptr;
-  if (running.mean.has_value()) taking.running_mean = map.companion_out(*running.mean);
-  if (running.variance.has_value()) taking.running_variance = map.companion_out(*running.variance);
+  if (running.mean.has_value() && !exchanges) taking.running_mean = map.companion_out(*running.mean);
+  if (running.variance.has_value() && !exchanges) taking.running_variance = map.companion_out(*running.variance);
   taking.momentum = running.momentum;
   statistics.launch(taking, {statistics_workspace, nullptr});
+  if (exchanges) exchange_statistics(map, taking, source.eps, running, group);
 
   const Norm norm = problem.norm(map, kept);
   if (problem.has_block()) {
@@ -107,12 +106,14 @@ std::tuple<Tensor, Tensor> bn_context_add_relu(const Tensor& y, const OptionalTe
                                                const OptionalTensor& mean, const OptionalTensor& variance,
                                                int64_t norm_kind, double norm_eps, const OptionalTensor& mask_weight,
                                                const OptionalTensor& mask_bias, at::TensorList add, at::TensorList mul,
-                                               double eps, int64_t activation, int64_t gate, bool relu) {
+                                               double eps, int64_t activation, int64_t gate, bool relu,
+                                               c10::string_view group_name, int64_t group_size) {
   const FeatureMap map(y, "y");
+  const Group group(group_name, group_size);
   const NormSource source{mean, variance, norm_eps};
   const TailProblem problem(map, norm_kind, weight, bias, mask_weight, mask_bias, add, mul, activation, gate);
-  problem.check_forward(map, identity, source, eps);
-  return tail_forward<Device>(map, problem, identity, source, Running(), eps, relu);
+  problem.check_forward(map, identity, source, eps, group.exchanges(problem.kind));
+  return tail_forward<Device>(map, problem, identity, source, Running(), eps, relu, group);
 }
 
 template <typename Device>
@@ -120,15 +121,17 @@ std::tuple<Tensor, Tensor> bn_context_add_relu_training(
     const Tensor& y, const OptionalTensor& identity, const OptionalTensor& weight, const OptionalTensor& bias,
     const OptionalTensor& running_mean, const OptionalTensor& running_variance, double momentum, double norm_eps,
     const OptionalTensor& mask_weight, const OptionalTensor& mask_bias, at::TensorList add, at::TensorList mul,
-    double eps, int64_t activation, int64_t gate, bool relu) {
+    double eps, int64_t activation, int64_t gate, bool relu, c10::string_view group_name, int64_t group_size) {
   const FeatureMap map(y, "y");
+  const Group group(group_name, group_size);
   const NormSource source{{}, {}, norm_eps};
   const int64_t of_batch = static_cast<int64_t>(NormKind::kBatch);
   const TailProblem problem(map, of_batch, weight, bias, mask_weight, mask_bias, add, mul, activation, gate);
-  problem.check_forward(map, identity, source, eps);
+  problem.check_forward(map, identity, source, eps, group.exchanges(problem.kind));
   check_running(running_mean, "running_mean", map.tensor());
   check_running(running_variance, "running_var", map.tensor());
-  return tail_forward<Device>(map, problem, identity, source, {running_mean, running_variance, momentum}, eps, relu);
+  return tail_forward<Device>(map, problem, identity, source, {running_mean, running_variance, momentum}, eps, relu,
+                              group);
 }
 
 template <typename Device>
@@ -137,9 +140,11 @@ std::vector<Tensor> bn_context_add_relu_backward(const Tensor& grad, const Optio
                                                  int64_t norm_kind, const OptionalTensor& mask_weight,
                                                  const OptionalTensor& mask_bias, at::TensorList add,
                                                  at::TensorList mul, const Tensor& kept_before, int64_t activation,
-                                                 int64_t gate, std::array<bool, TailNeeds::kCount> needed) {
+                                                 int64_t gate, std::array<bool, TailNeeds::kCount> needed,
+                                                 c10::string_view group_name, int64_t group_size) {
   const Tensor& like = y.has_value() ? *y : out.has_value() ? *out : grad;
   const FeatureMap map(like, "y");
+  const Group group(group_name, group_size);
   const TailProblem problem(map, norm_kind, weight, bias, mask_weight, mask_bias, add, mul, activation, gate);
   const TailNeeds needs(needed, problem.attention(), problem.of_batch());
   problem.check_backward(map, grad, y, out, kept_before, needs);
@@ -151,8 +156,10 @@ std::vector<Tensor> bn_context_add_relu_backward(const Tensor& grad, const Optio
   // The gradient past the ReLU is identity's, too.
   const Tensor grad_in = masks ? Device::empty_output(map) : own_grad;
   if (needs.identity()) grads.identity = grad_in;
+  const bool exchanges = group.exchanges(problem.kind) && needs.y();
   if (map.images() == 0) {
     grads.zero();
+    if (exchanges) exchange_sums(map, nullptr, nullptr, group);
     return grads.only_needed();
   }
 
@@ -237,6 +244,7 @@ std::vector<Tensor> bn_context_add_relu_backward(const Tensor& grad, const Optio
     of_norm.grad_bias = map.companion_out(grads.bias);
     of_norm.grad_mask_weight = map.companion_out(grads.of_block[Needs::kMaskWeight]);
     Device::norm_gradients(map, of_norm);
+    if (exchanges) exchange_sums(map, weight_sum, bias_sum, group);
   }
   if (needs.y()) {
     GradYCall ending;

@@ -3,6 +3,7 @@
 
 #include <array>
 #include <optional>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -17,6 +18,20 @@ inline constexpr int kNormKinds = 3;
 struct NormSource {
   OptionalTensor mean, variance;  // kGiven
   double eps;
+};
+
+// A process group of torch.distributed, by the name under which that knows it; without a name there is none.
+struct Group {
+  std::string name;
+  int64_t size;
+
+  Group(c10::string_view given_name, int64_t given_size)
+      : name(given_name.data(), given_name.size()), size(given_size) {
+    TORCH_CHECK(size > 0, "group_size must be 1 or more, got ", size);
+  }
+
+  // Whether the statistics of the batch are those of several processes.
+  bool exchanges(NormKind kind) const { return kind == NormKind::kBatch && !name.empty() && size > 1; }
 };
 
 // Where each part begins in one tensor of the accumulation type. gc_cuda/ops/tail.py has the same sizes.
@@ -128,8 +143,8 @@ struct TailProblem {
     return {parts.mean, parts.inverse_std, map.companion(weight), wide(parts.bias)};
   }
 
-  void check_forward(const FeatureMap& map, const OptionalTensor& identity, const NormSource& source,
-                     double eps) const {
+  void check_forward(const FeatureMap& map, const OptionalTensor& identity, const NormSource& source, double eps,
+                     bool exchanges) const {
     const Tensor& y = map.tensor();
     if (identity.has_value()) check_like(*identity, "identity", y);
     check_epsilon(eps);
@@ -141,7 +156,7 @@ struct TailProblem {
       check_companion(*source.mean, "mean", y, y.size(1));
       check_companion(*source.variance, "variance", y, y.size(1));
     }
-    TORCH_CHECK_VALUE(!of_batch() || map.images() * map.pixels() != 1,
+    TORCH_CHECK_VALUE(!of_batch() || exchanges || map.images() * map.pixels() != 1,
                       "Expected more than 1 value per channel when training, got input size ", y.sizes());
   }
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+import torch.distributed as dist
+from torch import Tensor
 
 from gc_cuda.blocks._parts import Look, Unserved
 
@@ -46,19 +47,50 @@ class NormOptions(NamedTuple):
     training: bool
     momentum: float
     eps: float
+    group: Any = None  # as in gc_cuda.BatchNorm
+    syncs: bool = False  # it is a SyncBatchNorm, whose group is the default one if it names none
+
+    def now(self, y: Tensor) -> NormOptions:
+        """With the group that it exchanges with in this call; raises Unserved where it refuses y."""
+        if not self.exchanges():
+            return self if self.group is None else self._replace(group=None)
+        if not y.is_cuda:
+            raise Unserved("a SyncBatchNorm takes no tensors of the CPU in a process group")
+        return self if self.group else self._replace(group=dist.group.WORLD)
+
+    def exchanges(self) -> bool:
+        """Whether it asks for the other processes: there may be none when the model is made."""
+        return self.syncs and self.training and dist.is_available() and dist.is_initialized()
 
 
 NORM_TENSORS = ("weight", "bias", "running_mean", "running_var")
 
 
+class _NormKind(NamedTuple):
+    syncs: bool  # as torch.nn.SyncBatchNorm does
+
+
+_NORMS = {
+    "torch.nn.modules.batchnorm.BatchNorm2d": _NormKind(syncs=False),
+    "torch.nn.modules.batchnorm.SyncBatchNorm": _NormKind(syncs=True),
+    "mmengine.utils.dl_utils.parrots_wrapper.SyncBatchNorm": _NormKind(syncs=True),  # mmdetection 3
+    "mmcv.utils.parrots_wrapper.SyncBatchNorm": _NormKind(syncs=True),  # mmdetection 2
+}
+
+
 def batch_norm(look: Look, module: Any, where: str) -> NormOptions:
     """Demand a batch norm that keeps running statistics as a moving average."""
-    if type(module) is not nn.BatchNorm2d:  # a parametrized one is of another class, too
-        raise Unserved(f"norm {type(module).__name__}")
-    look.plain(module, where, nn.BatchNorm2d)
+    own_class = type(module)  # a parametrized one is of another
+    kind = _NORMS.get(f"{own_class.__module__}.{own_class.__qualname__}")
+    if kind is None:
+        raise Unserved(f"norm {own_class.__name__}")
+    look.plain(module, where, own_class)
     if not look.attribute(module, "track_running_stats"):
         raise Unserved(f"{where} tracks no running statistics")
     momentum = look.attribute(module, "momentum")
     if momentum is None:
         raise Unserved(f"{where} averages its statistics over all batches (momentum=None)")
-    return NormOptions(look.attribute(module, "training"), momentum, look.attribute(module, "eps"))
+    options = look.attribute(module, "training"), momentum, look.attribute(module, "eps")
+    if not kind.syncs:
+        return NormOptions(*options)
+    return NormOptions(*options, look.attribute(module, "process_group"), syncs=True)

@@ -80,7 +80,7 @@ def _row(entry: Entry) -> tuple[str, ...]:
     return entry.name, kind, entry.action, entry.reason
 
 
-def accelerate(model: nn.Module, *, tails: bool = True) -> Report:
+def accelerate(model: nn.Module, *, tails: bool | None = None) -> Report:
     """Let the model's blocks run through the fused operation, in place, and the tails that they stand in.
 
     Served are GCNet's and mmcv's ``ContextBlock``, timm's ``GlobalContext``, ``SEModule`` and
@@ -91,10 +91,12 @@ def accelerate(model: nn.Module, *, tails: bool = True) -> Report:
     A tail is the end of a bottleneck: batch norm, block, addition of the shortcut, ReLU. It is one operation
     (:func:`gc_cuda.bn_context_add_relu`), which keeps what a bottleneck without a block keeps for the
     backward pass. Served are torchvision's ``Bottleneck`` after :func:`insert` and mmdetection's, with one
-    block that is served or gc_cuda's own. A tail with a norm that is not exactly ``nn.BatchNorm2d`` with
-    running statistics and a momentum, with another activation, or with a hook on one of its modules is left
-    alone. Running statistics, ``num_batches_tracked`` and mmdetection's ``with_cp`` are as they were. On CUDA
-    the bottleneck's own forward runs, with its block fused.
+    block that is served or gc_cuda's own. A tail with a norm that is not exactly ``nn.BatchNorm2d`` or
+    ``nn.SyncBatchNorm`` (or mmengine's) with running statistics and a momentum, with another activation, or
+    with a hook on one of its modules is left alone. Running statistics, ``num_batches_tracked`` and
+    mmdetection's ``with_cp`` are as they were. A ``SyncBatchNorm`` exchanges with the processes that it
+    exchanges with in eager PyTorch, and refuses CPU tensors as there; models may be converted to it before or
+    after.
 
     The modules stay the same objects with the same parameters, ``state_dict``, hooks, device, dtype and
     training mode; only their class becomes a subclass of what it was. Copies and pickles stay accelerated
@@ -114,24 +116,32 @@ def accelerate(model: nn.Module, *, tails: bool = True) -> Report:
 
     Args:
         model: a block, or a module that has blocks anywhere inside.
-        tails: False leaves the bottlenecks as they are; the blocks inside of them run fused by themselves.
+        tails: None: a tail is one operation for tensors on the CPU, while for those on CUDA the bottleneck's
+            own forward runs, with its block fused. True: on CUDA, too, also in a model that was accelerated
+            before. False leaves the bottlenecks as they are; the blocks inside of them run fused by
+            themselves.
 
     Returns:
         The blocks and tails by name, what was done with each, and why nothing was; print it.
 
     Raises:
-        TypeError: for what is not a module.
+        TypeError: for what is not a module, or tails that are not True, False or None.
         ImportError: where the extension is missing, or lacks CUDA and the blocks are on a GPU; nothing was
             changed then, and it says what to run.
     """
     _values.module(model, "model")
+    if tails is not None and not isinstance(tails, bool):
+        raise TypeError(f"tails must be True, False or None, got {type(tails).__name__}")
     _extension.require()
-    found = list(_found(model, tails))
+    found = list(_found(model, tails is not False))
     if any(p.is_cuda for one in found if one.part == BLOCK for p in one.module.parameters()):
         _extension.require_cuda()
     entries = []
     for name, module, kind, part in found:
-        action, reason = (_accelerate if part == BLOCK else _accelerate_tail)(module, kind)
+        if part == BLOCK:
+            action, reason = _accelerate(module, kind)
+        else:
+            action, reason = _accelerate_tail(module, kind, on_cuda=tails is True)
         entries.append(Entry(name, kinds.full_name(swap.innermost(type(module))), action, reason, part))
     return Report(tuple(entries))
 
@@ -157,9 +167,9 @@ def fused_forward(read: Read) -> swap.Forward:
     return forward
 
 
-def tail_forward(kind: str) -> swap.Forward:
+def tail_forward(kind: str, on_cuda: bool = False) -> swap.Forward:
     """The forward of an accelerated bottleneck of that class, which pickles name."""
-    return tail_kinds.forward_of(tail_kinds.TAILS[kind])
+    return tail_kinds.forward_of(tail_kinds.TAILS[kind], on_cuda)
 
 
 class _Part(NamedTuple):
@@ -200,14 +210,17 @@ def _accelerate(block: nn.Module, found: kinds.Found) -> tuple[str, str]:
     return ACCELERATED, ""
 
 
-def _accelerate_tail(bottleneck: nn.Module, found: kinds.Found) -> tuple[str, str]:
+def _accelerate_tail(bottleneck: nn.Module, found: kinds.Found, *, on_cuda: bool) -> tuple[str, str]:
+    arguments = (found.name, True) if on_cuda else (found.name,)
+    own_class, action = type(bottleneck), ACCELERATED
     if _is_accelerated(bottleneck):
-        return ALREADY, ""
-    reason = tail_kinds.why_not(bottleneck, found)
-    if reason:
+        own_class, action = swap.original(type(bottleneck)), ALREADY
+        if not on_cuda:
+            return action, ""
+    elif reason := tail_kinds.why_not(bottleneck, found, on_cuda):
         return LEFT_ALONE, reason
-    bottleneck.__class__ = swap.derive(swap.Derivation(type(bottleneck), PREFIX, tail_forward, (found.name,)))
-    return ACCELERATED, ""
+    bottleneck.__class__ = swap.derive(swap.Derivation(own_class, PREFIX, tail_forward, arguments))
+    return action, ""
 
 
 def _is_accelerated(module: nn.Module) -> bool:

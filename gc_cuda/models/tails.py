@@ -52,22 +52,27 @@ _known: MutableMapping[nn.Module, _Known] = WeakKeyDictionary()
 _Seen = tuple[bool, _fused.Groups, _Tail]
 
 
-def forward_of(kind: TailKind) -> swap.Forward:
-    """The forward of an accelerated bottleneck of that kind."""
+def forward_of(kind: TailKind, on_cuda: bool) -> swap.Forward:
+    """The forward of an accelerated bottleneck of that kind; on_cuda: on CUDA, too."""
 
     def forward(bottleneck: Any, own_forward: Callable[..., Any], x: Any) -> Any:
-        if plain_pytorch_wanted() or not isinstance(x, Tensor) or is_foreign(x) or x.is_cuda:
+        if (
+            plain_pytorch_wanted()
+            or not isinstance(x, Tensor)
+            or is_foreign(x)
+            or (x.is_cuda and not on_cuda)
+        ):
             return own_forward(bottleneck, x)
         if _see(bottleneck, kind, x) is None:
             return own_forward(bottleneck, x)
         if kind.checkpoints(bottleneck, x):
-            return checkpoint.checkpoint(partial(_run, bottleneck, kind), x)
-        return _run(bottleneck, kind, x)
+            return checkpoint.checkpoint(partial(_run, bottleneck, kind, on_cuda), x)
+        return _run(bottleneck, kind, on_cuda, x)
 
     return forward
 
 
-def why_not(bottleneck: nn.Module, found: kinds.Found) -> str:
+def why_not(bottleneck: nn.Module, found: kinds.Found, on_cuda: bool) -> str:
     """Why the tail cannot be one operation now, or "" if it can."""
     if "forward" in bottleneck.__dict__:
         return "the instance has a forward of its own"
@@ -77,8 +82,8 @@ def why_not(bottleneck: nn.Module, found: kinds.Found) -> str:
         return str(unserved)
     except AttributeError as error:  # another version of the framework
         return f"it is built differently: {error}"
-    if any(parameter.is_cuda for parameter in bottleneck.parameters()):
-        return "a tail is one operation on the CPU alone"
+    if not on_cuda and any(parameter.is_cuda for parameter in bottleneck.parameters()):
+        return "it is on CUDA, where a tail is one operation only with tails=True"
     return ""
 
 
@@ -97,15 +102,19 @@ def find(module: nn.Module) -> kinds.Found | None:
     return found if any(kinds.find(block, kinds.BLOCKS) is not None for block in blocks) else None
 
 
-def _run(bottleneck: Any, kind: TailKind, x: Tensor) -> Tensor:
+def _run(bottleneck: Any, kind: TailKind, on_cuda: bool, x: Tensor) -> Tensor:
     """What the bottleneck's forward does; the stem is run in any case."""
     y = kind.stem(bottleneck, x)
     seen = _see(bottleneck, kind, y)
     if seen is None:  # a hook of the stem changed the tail
         return _each_module(bottleneck, kind.places(bottleneck), y, x)
     fits, groups, tail = seen
-    fitting = _fitted(y, groups, fits)
+    fitting = None if y.is_cuda and not on_cuda else _fitted(y, groups, fits)
     if fitting is None:
+        return _each_module(bottleneck, tail.places, y, x)
+    try:
+        norm = tail.norm.now(y)
+    except Unserved:
         return _each_module(bottleneck, tail.places, y, x)
     identity = _identity(bottleneck, x)
     if not _can_be_added(identity, y):
@@ -114,18 +123,21 @@ def _run(bottleneck: Any, kind: TailKind, x: Tensor) -> Tensor:
     if tracked is not None:
         tracked.add_(1)  # now, as the norm does: a recomputation may stop within the operation
     if torch.compiler.is_compiling():
-        return _one_operation(y, identity, tail, fitting)
+        return _one_operation(y, identity, tail, norm, fitting)
     try:
-        return _one_operation(y, identity, tail, fitting)
+        return _one_operation(y, identity, tail, norm, fitting)
     except (ValueError, TypeError):  # of an argument, before a statistic moved: in their own words
         if tracked is not None:
             tracked.sub_(1)
         return _each_module(bottleneck, tail.places, y, x, identity)
 
 
-def _one_operation(y: Tensor, identity: Tensor, tail: _Tail, groups: _fused.Groups) -> Tensor:
+def _one_operation(
+    y: Tensor, identity: Tensor, tail: _Tail, options: NormOptions, groups: _fused.Groups
+) -> Tensor:
     (weight, bias, mean, var, *mask), add, mul = groups
-    norm = reference.BatchNorm(weight, bias, mean, var, *tail.norm)
+    training, momentum, eps, group, _ = options
+    norm = reference.BatchNorm(weight, bias, mean, var, training, momentum, eps, group)
     mask_weight, mask_bias = mask or (None, None)
     return bn_context_add_relu(
         y, identity, norm, mask_weight, mask_bias, transform_of(add), transform_of(mul), **tail.options
@@ -163,7 +175,7 @@ def _fitted(y: Tensor, groups: _fused.Groups, fits: bool) -> _fused.Groups | Non
     first, *branches = groups
     norm, mask = first[: len(NORM_TENSORS)], first[len(NORM_TENSORS) :]
     _, _, mean, var = norm
-    if y.is_cuda or mean is None or var is None:
+    if mean is None or var is None:
         return None
     if fits:
         return groups
@@ -213,6 +225,8 @@ def _look(bottleneck: Any, kind: TailKind) -> _Known:
 def _see_anew(bottleneck: Any, kind: TailKind) -> _Seen:
     """The same without notes: torch.compile guards what the reader looks at."""
     tail, recipe = _read(Look(), bottleneck, kind)
+    if torch.compiler.is_compiling() and tail.norm.exchanges():
+        raise Unserved("the operation with a group is in no graph")
     places = _parameters(bottleneck, tail, recipe)
     return False, [[getattr(part, name) for part, name in names] for names in places], tail
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from gc_cuda import _extension
+from gc_cuda import _extension, _group
 from gc_cuda._values import epsilon, one_of
 from gc_cuda.ops.operands import ACCUMULATION, ACTIVATIONS, GATES, Tensors, transform_of
 from gc_cuda.reference import POOLING_TYPES, BatchNorm, Transform
@@ -102,8 +102,8 @@ def batch_norm(norm: BatchNorm, y: Tensor) -> None:
     """Demand tensors of C elements, and statistics where they are not those of the batch."""
     if not isinstance(norm, (tuple, list)) or len(norm) != len(BatchNorm._fields):
         raise TypeError(f"norm must be a gc_cuda.BatchNorm or None, got {type(norm).__name__}")
-    weight, bias, mean, var, training, momentum, eps, _ = norm
-    no_group(norm)
+    weight, bias, mean, var, training, momentum, eps, group = norm
+    process_group(group)
     c = y.shape[1]
     for name, tensor in (("weight", weight), ("bias", bias), ("running_mean", mean), ("running_var", var)):
         if tensor is not None:
@@ -121,16 +121,29 @@ def batch_norm(norm: BatchNorm, y: Tensor) -> None:
     if training and not eps > 0:
         raise ValueError(f"norm.eps must be positive in training, got {eps}")
     n, _, h, w = y.shape
-    if training and n * h * w == 1:
+    if training and n * h * w == 1 and _group.exchanging(group, training) is None:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {_shape(y)}")
 
 
-def no_group(norm: BatchNorm | None) -> None:
-    """Demand that the batch is that of this process."""
-    if norm is not None and len(norm) == len(BatchNorm._fields) and norm[-1] is not None:
+def process_group(group: object) -> None:
+    """Demand a group of torch.distributed that this process is in, or None."""
+    if group is None or _group.is_group(group):
+        return
+    name = type(group).__name__
+    outside = " (of a group that this process is not in?)" if isinstance(group, int) else ""
+    raise TypeError(f"norm.group must be a torch.distributed.ProcessGroup or None, got {name}{outside}")
+
+
+def no_exchange(norm: BatchNorm | None) -> None:
+    """Demand that the batch is that of this process alone, or that its statistics are given."""
+    if not isinstance(norm, (tuple, list)) or len(norm) != len(BatchNorm._fields):
+        return
+    *_, training, _, _, group = norm
+    process_group(group)
+    if _group.exchanging(group, training) is not None:
         raise ValueError(
-            "norm.group must be None, got a group: the statistics of several processes are not served; use "
-            "torch.nn.SyncBatchNorm"
+            f"norm.group must be None or of one process in torch.func's transforms, in forward-mode AD, for "
+            f"subclasses of Tensor, and while a graph is exported or traced, got a group of {group.size()}"
         )
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from gc_cuda import _extension, reference
+from gc_cuda import _extension, _group, reference
 from gc_cuda.ops import checks
 from gc_cuda.ops.autograd import differentiable_gradients, save, saved
 from gc_cuda.ops.contexts import differentiable_wanted, is_foreign, plain_pytorch_wanted
@@ -55,11 +55,17 @@ def bn_context_add_relu(
     the definition, :func:`gc_cuda.reference.bn_context_add_relu`, runs; so it does wherever
     :func:`gc_cuda.global_context` runs its own.
 
+    With a ``norm.group`` of several processes, mean and variance in training are those of all their batches,
+    as :class:`torch.nn.SyncBatchNorm` has them: every process calls this the same number of times, one
+    without an image, too. Forward they exchange (count, mean, M2) of each channel, backward the sums of two
+    gradients; the gradients of norm.weight and norm.bias are those of the process's own out. Second
+    derivatives exchange as well. torch.compile leaves such a call out of its graphs.
+
     Args:
         y: [N, C, H, W].
         identity: [N, C, H, W], or None. Another dtype than y's is converted to y's first.
-        norm: a BatchNorm, or None. Its tensors of C elements have y's dtype or that of its sums; ``group``
-            must be None.
+        norm: a BatchNorm, or None. Its tensors of C elements have y's dtype or that of its sums. ``group``
+            counts in training alone.
         mask_weight: as in :func:`gc_cuda.global_context`; None without a block.
         mask_bias: one element, or None.
         add: a Transform, or None.
@@ -85,13 +91,15 @@ def bn_context_add_relu(
     if plain_pytorch_wanted() or any(
         map(is_foreign, (y, identity, mask_weight, mask_bias, *parts, *branches))
     ):
-        checks.no_group(norm)
+        checks.no_exchange(norm)
         return reference.bn_context_add_relu(
             y, identity, norm, mask_weight, mask_bias, add, mul, relu=relu, **words
         )
     _extension.require()
     arguments = y, identity, norm, mask_weight, mask_bias, add, mul
     if torch.compiler.is_compiling():  # a check costs no run time then
+        if _exchanging(norm) is not None:  # all processes in the same order, which graphs need not keep
+            return _uncompiled(*arguments, relu=relu, **words)
         checks.bn_context_add_relu(*arguments, **words)
         return _run(*arguments, relu, words)
     try:
@@ -154,6 +162,14 @@ def _run(
     return out
 
 
+def _exchanging(norm: Any) -> Any:
+    """The group that a norm exchanges with, or None."""
+    return None if norm is None else _group.exchanging(norm[-1], norm[4])
+
+
+_uncompiled: Any = torch.compiler.disable(bn_context_add_relu)
+
+
 def _in_a_row(norm: BatchNorm) -> bool:
     _, _, mean, var, *_ = norm
     return (mean is None or mean.is_contiguous()) and (var is None or var.is_contiguous())
@@ -187,13 +203,19 @@ class TailPolicy(NamedTuple):
     block: Policy
     relu: bool
     add_count: int  # the tensors of add
+    group: Any = None  # of several processes, or None
+    exchange: tuple[str, int] = ("", 1)  # the group as the operators take it: its name and size
 
     @classmethod
     def of(cls, norm: BatchNorm | None, block: Policy, relu: bool, add_count: int) -> TailPolicy:
         if norm is None:
             return cls(NO_NORM, 0.0, 0.0, block, relu, add_count)
         kind = OF_BATCH if norm.training else GIVEN
-        return cls(kind, float(norm.momentum), float(norm.eps), block, relu, add_count)
+        numbers = float(norm.momentum), float(norm.eps)
+        group = _group.exchanging(norm.group, norm.training)
+        if group is None:
+            return cls(kind, *numbers, block, relu, add_count)
+        return cls(kind, *numbers, block, relu, add_count, group, (group.group_name, group.size()))
 
 
 # Places among the inputs of the Function, of which the first three have no gradient.
@@ -221,7 +243,8 @@ def _forward(
         run = operator("bn_context_add_relu")
         first = policy.kind
     of_norm = weight, bias, mean, var, first, policy.norm_eps
-    return run(y, identity, *of_norm, mask_weight, mask_bias, add, mul, *policy.block, policy.relu)
+    last = *policy.block, policy.relu, *policy.exchange
+    return run(y, identity, *of_norm, mask_weight, mask_bias, add, mul, *last)
 
 
 class _Tail(Function):
@@ -305,7 +328,7 @@ def _fused(
     of_mul = needed[_BRANCHES - _Y :][policy.add_count :]
     answers = [*first, of_mask, of_mask_bias, *in_places(of_add, False), *in_places(of_mul, False)]
     run = operator("bn_context_add_relu_backward")
-    gradients = iter(run(grad, y, out, weight, bias, policy.kind, *block, answers))
+    gradients = iter(run(grad, y, out, weight, bias, policy.kind, *block, answers, *policy.exchange))
     return [next(gradients) if wanted else None for wanted in needed]
 
 
@@ -320,7 +343,8 @@ def _differentiable(
     var = kept[2 * channels : 3 * channels] if given else None
 
     def definition(y: Tensor, weight: Any, bias: Any, mask_weight: Any, *branches: Tensor) -> Tensor:
-        norm = BatchNorm(weight, bias, mean, var, policy.kind == OF_BATCH, policy.momentum, policy.norm_eps)
+        of_batch, numbers = policy.kind == OF_BATCH, (policy.momentum, policy.norm_eps)
+        norm = BatchNorm(weight, bias, mean, var, of_batch, *numbers, policy.group)
         return reference.bn_context_add_relu(
             y,
             None,

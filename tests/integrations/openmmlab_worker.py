@@ -128,8 +128,7 @@ def detection():
             assert_same(results(ours, x), expected)
             report = gc_cuda.accelerate(plain)
             assert len(report.accelerated) == len(blocks) and not report.left_alone
-            assert len(report.tails) + len(report.tails_left_alone) == len(blocks)
-            assert set(report.tails_left_alone.values()) <= {"norm SyncBatchNorm"}
+            assert len(report.tails) == len(blocks), report.tails_left_alone
             assert_same(results(plain, x), expected)
         print(f"{name}: {len(blocks)} blocks")
 

@@ -4,19 +4,20 @@ one process with the whole batch. On the CPU over gloo; on GPUs, where there are
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import distributed_worker as worker
 import pytest
 import torch
 import torch.distributed
+from evaluate import missing_gpu
+from processes import run_processes
 from small_net import new_net
 
 WORKER = Path(worker.__file__)
 TAILS_WORKER = WORKER.with_name("distributed_tails_worker.py")
+SYNC_WORKER = WORKER.with_name("sync_tails_worker.py")
+NO_GPU = missing_gpu()
 
 
 def has_fsdp2():
@@ -25,21 +26,6 @@ def has_fsdp2():
     except ImportError:
         return False
     return True
-
-
-def two_processes(program, *arguments):
-    """What they printed."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(program)]
-    done = subprocess.run(
-        [sys.executable, *command, *arguments],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return done.stdout
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
@@ -64,7 +50,7 @@ def two_processes(program, *arguments):
     ],
 )
 def test_two_processes_equal_one(kind, device_type, tmp_path):
-    two_processes(WORKER, kind, str(tmp_path), device_type)
+    run_processes(WORKER, kind, str(tmp_path), device_type)
     if kind == "fsdp" and not (tmp_path / "fsdp.pt").exists():
         pytest.skip("FSDP2 of this torch sums the gradients of a plain layer where it should average them")
     *gradients, parameters = torch.load(tmp_path / f"{kind}.pt")
@@ -86,4 +72,17 @@ def test_two_processes_equal_one(kind, device_type, tmp_path):
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
 def test_tails():
     """DDP with a static graph, with buffers broadcast or not, with a search for unused parameters."""
-    assert two_processes(TAILS_WORKER).count("compared") == 2
+    assert run_processes(TAILS_WORKER).count("compared") == 2
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
+@pytest.mark.parametrize(
+    "device_type",
+    [
+        "cpu",
+        pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(NO_GPU != "", reason=NO_GPU or "-")]),
+    ],
+)
+def test_tails_with_a_sync_batch_norm(device_type):
+    """On GPUs over nccl where there are two; else two processes share one, over gloo."""
+    assert run_processes(SYNC_WORKER, device_type).count("compared") == 2

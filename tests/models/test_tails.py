@@ -130,6 +130,31 @@ def test_tails_are_left_alone_where_they_are_not_wanted(random, operations):
     assert operations.count == 2
 
 
+class OnCuda(torch.Tensor):
+    """Says that it is on a GPU; is_cuda is all that the bottleneck's forward asks."""
+
+    gc_cuda_served = True
+    is_cuda = True
+
+
+def test_tails_on_cuda_only_where_they_are_asked_for(random, operations):
+    x = random(2, 8, 7, 6)
+    ours = copy.deepcopy(net := new_net())[1]
+    expected = net[1](x)
+    for tails, count in ((None, 0), (True, 2), (None, 2), (False, 2)):
+        operations.count = 0
+        gc_cuda.accelerate(ours, tails=tails)
+        found = ours(x.as_subclass(OnCuda))
+        assert operations.count == count, tails
+        assert torch.allclose(found.as_subclass(torch.Tensor), expected)
+        twin = pickle.loads(pickle.dumps(ours))
+        assert [type(part) for part in twin] == [type(part) for part in ours]
+    gc_cuda.restore(ours)
+    assert [type(part) for part in ours] == [type(part) for part in net[1]]
+    with pytest.raises(TypeError, match="tails must be True, False or None, got str"):
+        gc_cuda.accelerate(ours, tails="yes")
+
+
 def test_the_report():
     """Tails have entries of their own, apart from the blocks'."""
     net = nn.ModuleDict({"a": new_net(MMDET)[1][1], "b": new_net(MMDET)[1][1]})

@@ -80,7 +80,6 @@ def attribute(path: str, value: Any) -> Callable[[Any], None]:
 
 CHANGES = {
     "GroupNorm": Change(put("bn3", lambda: nn.GroupNorm(4, CHANNELS)), "norm GroupNorm"),
-    "SyncBatchNorm": Change(put("bn3", lambda: nn.SyncBatchNorm(CHANNELS)), "norm SyncBatchNorm"),
     "a norm of its own": Change(put("bn3", lambda: Doubling(CHANNELS)), "norm Doubling"),
     "parametrized norm": Change(
         lambda b: parametrize.register_parametrization(b.bn3, "weight", Halved()),
@@ -298,15 +297,23 @@ def test_insert_into_an_accelerated_model_says_that_the_place_is_taken():
         gc_cuda.insert(net, ["1"])
 
 
-def test_converted_to_sync_batch_norm(random, tmp_path, operations):
-    """Also before the process group is there; within one, what runs on the CPU is what eager raises."""
-    plain = new_net()
-    ours = copy.deepcopy(plain)
-    gc_cuda.accelerate(ours)
-    plain, ours = (nn.SyncBatchNorm.convert_sync_batchnorm(net) for net in (plain, ours))
+def only_the_last(net):
+    """The norms before the tail have given statistics."""
+    for module in net.modules():
+        if isinstance(module, nn.SyncBatchNorm):
+            module.train(module is net[1][0].bn3 or module is net[1][1].bn3)
+
+
+@pytest.mark.parametrize("convert_first", [False, True])
+def test_converted_to_sync_batch_norm(random, tmp_path, operations, convert_first):
+    """One operation without a process group; within one, what eager raises for tensors on the CPU."""
+    plain = nn.SyncBatchNorm.convert_sync_batchnorm(new_net())
+    ours = nn.SyncBatchNorm.convert_sync_batchnorm(new_net()) if convert_first else new_net()
+    assert gc_cuda.accelerate(ours).tails == ["1.0", "1.1"]
+    ours = nn.SyncBatchNorm.convert_sync_batchnorm(ours)
     x = random(*SIZE)
     assert_same_steps(steps(ours, x), steps(plain, x))
-    assert operations.count == 0
+    assert operations.count == 6
     if not torch.distributed.is_available():
         return
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
@@ -314,7 +321,16 @@ def test_converted_to_sync_batch_norm(random, tmp_path, operations):
         for net in (plain, ours):
             with pytest.raises(ValueError, match="SyncBatchNorm expected input tensor to be on GPU"):
                 net(x)
+        assert operations.count == 6
+        only_the_last(plain), only_the_last(ours)
+        for net in (plain, ours):
+            with pytest.raises(ValueError, match="SyncBatchNorm expected input tensor to be on GPU"):
+                net(x)
+        for name, tensor in plain.state_dict().items():
+            assert "tracked" not in name or torch.equal(ours.state_dict()[name], tensor), name
+        assert operations.count == 6
         assert_same_steps(steps(ours.eval(), x), steps(plain.eval(), x))
+        assert operations.count == 12
     finally:
         torch.distributed.destroy_process_group()
 

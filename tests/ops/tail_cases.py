@@ -82,6 +82,7 @@ def tail_of(
     statistics: Mapping[str, Tensor],
     *,
     momentum: float = 0.1,
+    group: Any = None,
     **options: Any,
 ) -> Callable[..., Tensor]:
     """library.bn_context_add_relu as a function of tensors in the order of ``names``; ``statistics`` are the
@@ -94,7 +95,8 @@ def tail_of(
         norm = None
         if tail.mode != "folded":
             running = (statistics.get(name) for name in RUNNING)
-            norm = BatchNorm(given.get("weight"), given.get("bias"), *running, tail.mode == "train", momentum)
+            affine = given.get("weight"), given.get("bias")
+            norm = BatchNorm(*affine, *running, tail.mode == "train", momentum, group=group)
         branches = {
             branch: Transform(*(given.get(f"{branch}.{name}") for name in Transform._fields))
             for branch in tail.block.branches

@@ -269,7 +269,11 @@ BAD = {
         ValueError,
         "norm.eps must be positive in training, got 0.0",
     ),
-    "a group": ({"norm": NORM._replace(group="world")}, ValueError, "norm.group must be None, got a group"),
+    "a group": (
+        {"norm": NORM._replace(group="world")},
+        TypeError,
+        "norm.group must be a torch.distributed.ProcessGroup or None, got str",
+    ),
     "one value": (
         {"y": Y[:1, :, :1, :1], "norm": NORM._replace(training=True)},
         ValueError,
