@@ -198,6 +198,7 @@ def bn_context_add_relu(
     add: Transform | None = None,
     mul: Transform | None = None,
     *,
+    image_factor: Tensor | None = None,
     relu: bool = True,
     pooling_type: str = "att",
     activation: str = "relu",
@@ -217,6 +218,7 @@ def bn_context_add_relu(
         mask_bias: one element, or None.
         add: the parameters of t_add, or None.
         mul: the parameters of t_mul, or None.
+        image_factor: N elements, by which the block's output is multiplied for each image, or None.
         relu: whether a ReLU ends it.
         pooling_type: "att" or "avg"; of no meaning without a block.
         activation: of the transforms, one of ``ACTIVATIONS``.
@@ -237,6 +239,8 @@ def bn_context_add_relu(
     if add is not None or mul is not None:
         options: Any = {"pooling_type": pooling_type, "activation": activation, "gate": gate, "eps": eps}
         out = global_context(out, mask_weight, mask_bias, add, mul, **options)
+    if image_factor is not None:
+        out = (out * image_factor.detach().reshape(-1, 1, 1, 1)).to(y.dtype)
     if identity is not None:
         out = (out + identity).to(y.dtype)
     return functional.relu(out) if relu else out

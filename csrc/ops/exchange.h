@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "ops/memory.h"
 #include "ops/state.h"
 #include "ops/tail_problem.h"
 
@@ -28,11 +29,6 @@ inline Tensor collective(const char* name, std::vector<c10::IValue> arguments) {
     return stack.front().toTensor();
   };
   return call("_c10d_functional::wait_tensor", {call(name, std::move(arguments))});
-}
-
-// [rows, count], where those that a call computes with are.
-inline Tensor view_of(const FeatureMap& y, void* start, int64_t rows, int64_t count) {
-  return at::from_blob(start, {rows, count}, y.tensor().options().dtype(accumulation_type(y.type())));
 }
 
 // count, means and squares [processes, 1 + 2 C] -> those of all [1, 1 + 2 C]. Neighbours are merged two by two: in the

@@ -39,6 +39,11 @@ class Scratch {
   int64_t taken_ = 0;
 };
 
+// [rows, count] of the accumulation type, where those are that a call computes with.
+inline Tensor view_of(const FeatureMap& x, void* start, int64_t rows, int64_t count) {
+  return at::from_blob(start, {rows, count}, x.tensor().options().dtype(accumulation_type(x.type())));
+}
+
 // A pass that is a call of its own.
 template <typename Device, typename Pass, typename Call>
 void launch_alone(const FeatureMap& x, const Pass& pass, const Call& call) {

@@ -65,22 +65,24 @@ TORCH_LIBRARY(gc_cuda, m) {
   // norm_kind: 0 no norm, 1 with mean and variance as given, 2 with those of the batch. kept: TailKept in
   // tail_problem.h, which begins with mean, 1 / sqrt(variance + norm_eps), variance, the unbiased one of the batch,
   // and bias, each [C]. With a group of more than one process, and norm_kind 2, they are those of all its batches.
+  // image_factor [N]: of block(x), before the addition.
   m.def(
       "bn_context_add_relu(Tensor y, Tensor? identity, Tensor? weight, Tensor? bias, Tensor? mean, Tensor? variance, "
       "int norm_kind, float norm_eps, Tensor? mask_weight, Tensor? mask_bias, Tensor[] add, Tensor[] mul, float eps, "
-      "int activation, int gate, bool relu, str group_name='', int group_size=1) -> (Tensor out, Tensor kept)",
+      "int activation, int gate, bool relu, str group_name='', int group_size=1, Tensor? image_factor=None) "
+      "-> (Tensor out, Tensor kept)",
       any_layout);
   // norm_kind 2, which moves the running statistics.
   m.def(
       "bn_context_add_relu_training(Tensor y, Tensor? identity, Tensor? weight, Tensor? bias, "
       "Tensor(a!)? running_mean, Tensor(b!)? running_var, float momentum, float norm_eps, Tensor? mask_weight, "
       "Tensor? mask_bias, Tensor[] add, Tensor[] mul, float eps, int activation, int gate, bool relu, "
-      "str group_name='', int group_size=1) -> (Tensor out, Tensor kept)");
+      "str group_name='', int group_size=1, Tensor? image_factor=None) -> (Tensor out, Tensor kept)");
   // The gradients that are needed of y, identity, weight, bias, mask_weight, mask_bias, add's six and mul's six, in
   // this order. out: None without a ReLU. y may be None where nothing that is needed reads it.
   m.def(
       "bn_context_add_relu_backward(Tensor grad, Tensor? y, Tensor? out, Tensor? weight, Tensor? bias, int norm_kind, "
       "Tensor? mask_weight, Tensor? mask_bias, Tensor[] add, Tensor[] mul, Tensor kept, int activation, int gate, "
-      "bool[18] needed, str group_name='', int group_size=1) -> Tensor[]",
+      "bool[18] needed, str group_name='', int group_size=1, Tensor? image_factor=None) -> Tensor[]",
       any_layout);
 }

@@ -3,6 +3,7 @@
 //
 // Forward: statistics of y, where they are those of the batch; pooling, the transform; and out from y and identity.
 // Backward: the ReLU's, with its sums over the pixels; the transform; the pooling's; and grad_y.
+// A factor for each image, where there is one, scales the vectors between the passes, which do not know of it.
 // Where the batch is spread over processes, they exchange the statistics, and the sums before grad_y (exchange.h).
 #pragma once
 
@@ -15,6 +16,13 @@
 #include "ops/tail_problem.h"
 
 namespace gc::ops {
+
+// scale [N, C], which may be null: 1, times the factor of each image; not defined where there is none.
+inline Tensor times_image_factor(const FeatureMap& map, const Tensor& image_factor, void* scale) {
+  if (!image_factor.defined()) return Tensor();
+  if (scale != nullptr) return view_of(map, scale, map.images(), map.channels()) * image_factor;
+  return image_factor.expand({map.images(), map.channels()}).contiguous();
+}
 
 template <typename Device>
 std::tuple<Tensor, Tensor> tail_forward(const FeatureMap& map, const TailProblem& problem,
@@ -88,11 +96,14 @@ std::tuple<Tensor, Tensor> tail_forward(const FeatureMap& map, const TailProblem
     const TransformForwardCall transforming{*problem.kinds, eps, of_x, /*outs=*/{term, of_x.scale}, pooling, nullptr};
     transform.launch(transforming, {transform_workspace, nullptr});
   }
+  void* const of_block = problem.has_block() ? kept.block->scale : nullptr;
+  const Tensor scale = times_image_factor(map, problem.image_factor, of_block);
+  if (scale.defined() && term != nullptr) view_of(map, term, map.images(), map.channels()).mul_(problem.image_factor);
   const Tensor own_identity = identity.has_value() ? map.in_my_layout(*identity) : Tensor();
   ResidualCall adding;
   adding.norm = norm;
   adding.identity = pointer(own_identity);
-  adding.scale = problem.has_block() ? kept.block->scale : nullptr;
+  adding.scale = scale.defined() ? scale.data_ptr() : of_block;
   adding.term = term;
   adding.relu = relu;
   adding.out = out.data_ptr();
@@ -107,11 +118,13 @@ std::tuple<Tensor, Tensor> bn_context_add_relu(const Tensor& y, const OptionalTe
                                                int64_t norm_kind, double norm_eps, const OptionalTensor& mask_weight,
                                                const OptionalTensor& mask_bias, at::TensorList add, at::TensorList mul,
                                                double eps, int64_t activation, int64_t gate, bool relu,
-                                               c10::string_view group_name, int64_t group_size) {
+                                               c10::string_view group_name, int64_t group_size,
+                                               const OptionalTensor& image_factor) {
   const FeatureMap map(y, "y");
   const Group group(group_name, group_size);
   const NormSource source{mean, variance, norm_eps};
-  const TailProblem problem(map, norm_kind, weight, bias, mask_weight, mask_bias, add, mul, activation, gate);
+  const TailProblem problem(map, norm_kind, weight, bias, mask_weight, mask_bias, add, mul, activation, gate,
+                            image_factor);
   problem.check_forward(map, identity, source, eps, group.exchanges(problem.kind));
   return tail_forward<Device>(map, problem, identity, source, Running(), eps, relu, group);
 }
@@ -121,12 +134,14 @@ std::tuple<Tensor, Tensor> bn_context_add_relu_training(
     const Tensor& y, const OptionalTensor& identity, const OptionalTensor& weight, const OptionalTensor& bias,
     const OptionalTensor& running_mean, const OptionalTensor& running_variance, double momentum, double norm_eps,
     const OptionalTensor& mask_weight, const OptionalTensor& mask_bias, at::TensorList add, at::TensorList mul,
-    double eps, int64_t activation, int64_t gate, bool relu, c10::string_view group_name, int64_t group_size) {
+    double eps, int64_t activation, int64_t gate, bool relu, c10::string_view group_name, int64_t group_size,
+    const OptionalTensor& image_factor) {
   const FeatureMap map(y, "y");
   const Group group(group_name, group_size);
   const NormSource source{{}, {}, norm_eps};
   const int64_t of_batch = static_cast<int64_t>(NormKind::kBatch);
-  const TailProblem problem(map, of_batch, weight, bias, mask_weight, mask_bias, add, mul, activation, gate);
+  const TailProblem problem(map, of_batch, weight, bias, mask_weight, mask_bias, add, mul, activation, gate,
+                            image_factor);
   problem.check_forward(map, identity, source, eps, group.exchanges(problem.kind));
   check_running(running_mean, "running_mean", map.tensor());
   check_running(running_variance, "running_var", map.tensor());
@@ -141,11 +156,13 @@ std::vector<Tensor> bn_context_add_relu_backward(const Tensor& grad, const Optio
                                                  const OptionalTensor& mask_bias, at::TensorList add,
                                                  at::TensorList mul, const Tensor& kept_before, int64_t activation,
                                                  int64_t gate, std::array<bool, TailNeeds::kCount> needed,
-                                                 c10::string_view group_name, int64_t group_size) {
+                                                 c10::string_view group_name, int64_t group_size,
+                                                 const OptionalTensor& image_factor) {
   const Tensor& like = y.has_value() ? *y : out.has_value() ? *out : grad;
   const FeatureMap map(like, "y");
   const Group group(group_name, group_size);
-  const TailProblem problem(map, norm_kind, weight, bias, mask_weight, mask_bias, add, mul, activation, gate);
+  const TailProblem problem(map, norm_kind, weight, bias, mask_weight, mask_bias, add, mul, activation, gate,
+                            image_factor);
   const TailNeeds needs(needed, problem.attention(), problem.of_batch());
   problem.check_backward(map, grad, y, out, kept_before, needs);
 
@@ -207,6 +224,11 @@ std::vector<Tensor> bn_context_add_relu_backward(const Tensor& grad, const Optio
   summing.sums = sum;
   summing.product_sums = product_sum;
   sums.launch(summing, {sums_workspace, nullptr});
+  if (problem.image_factor.defined()) {
+    for (void* const one : {sum, product_sum}) {
+      if (one != nullptr) view_of(map, one, map.images(), map.channels()).mul_(problem.image_factor);
+    }
+  }
 
   if (transforms) {
     Device::branch_gradients(map, norm, sum, product_sum, of_add, of_mul);
@@ -247,10 +269,12 @@ std::vector<Tensor> bn_context_add_relu_backward(const Tensor& grad, const Optio
     if (exchanges) exchange_sums(map, weight_sum, bias_sum, group);
   }
   if (needs.y()) {
+    void* const of_block = problem.has_block() ? kept.block->scale : nullptr;
+    const Tensor scale = times_image_factor(map, problem.image_factor, of_block);
     GradYCall ending;
     ending.norm = norm;
     ending.grad = grad_in.data_ptr();
-    ending.scale = problem.has_block() ? kept.block->scale : nullptr;
+    ending.scale = scale.defined() ? scale.data_ptr() : of_block;
     ending.grad_context = grad_context;
     ending.attention = attention;
     ending.grad_logits = grad_logits;

@@ -109,13 +109,14 @@ struct TailProblem {
   NormKind kind;
   Tensor weight, bias;  // contiguous, or not defined
   const OptionalTensor &mask_weight, &mask_bias;
+  Tensor image_factor;  // of what is added to identity: A [N, 1], or not defined
   Branches branches;
   std::optional<Kinds> kinds;
   TailKept kept;
 
   TailProblem(const FeatureMap& map, int64_t norm_kind, const OptionalTensor& norm_weight,
               const OptionalTensor& norm_bias, const OptionalTensor& of_mask, const OptionalTensor& of_mask_bias,
-              at::TensorList add, at::TensorList mul, int64_t activation, int64_t gate)
+              at::TensorList add, at::TensorList mul, int64_t activation, int64_t gate, const OptionalTensor& of_image)
       : kind(static_cast<NormKind>(norm_kind)),
         weight(contiguous(norm_weight)),
         bias(contiguous(norm_bias)),
@@ -131,6 +132,10 @@ struct TailProblem {
     if (weight.defined()) check_companion(weight, "weight", y, y.size(1));
     if (bias.defined()) check_companion(bias, "bias", y, y.size(1));
     check_mask(mask_weight, mask_bias, y);
+    if (of_image.has_value()) {
+      check_companion(*of_image, "image_factor", y, y.size(0));
+      image_factor = of_image->to(accumulation_type(map.type())).reshape({y.size(0), 1});
+    }
     TORCH_CHECK(has_block() || !attention(), "mask_weight must be None without an add or a mul branch");
   }
 

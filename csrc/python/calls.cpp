@@ -29,16 +29,17 @@ using Backward = Tensors(const Tensor&, const OptionalTensor&, const OptionalTen
 using Tail = std::tuple<Tensor, Tensor>(const Tensor&, const OptionalTensor&, const OptionalTensor&,
                                         const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, int64_t,
                                         double, const OptionalTensor&, const OptionalTensor&, at::TensorList,
-                                        at::TensorList, double, int64_t, int64_t, bool, c10::string_view, int64_t);
+                                        at::TensorList, double, int64_t, int64_t, bool, c10::string_view, int64_t,
+                                        const OptionalTensor&);
 using TailTraining = std::tuple<Tensor, Tensor>(const Tensor&, const OptionalTensor&, const OptionalTensor&,
                                                 const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
                                                 double, double, const OptionalTensor&, const OptionalTensor&,
                                                 at::TensorList, at::TensorList, double, int64_t, int64_t, bool,
-                                                c10::string_view, int64_t);
+                                                c10::string_view, int64_t, const OptionalTensor&);
 using TailBackward = Tensors(const Tensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
                              const OptionalTensor&, int64_t, const OptionalTensor&, const OptionalTensor&,
                              at::TensorList, at::TensorList, const Tensor&, int64_t, int64_t,
-                             std::array<bool, TailNeeds::kCount>, c10::string_view, int64_t);
+                             std::array<bool, TailNeeds::kCount>, c10::string_view, int64_t, const OptionalTensor&);
 
 template <typename Signature>
 c10::TypedOperatorHandle<Signature> operator_of(const char* name) {
@@ -90,22 +91,24 @@ std::tuple<Tensor, Tensor> bn_context_add_relu(const Tensor& y, const OptionalTe
                                                int64_t norm_kind, double norm_eps, const OptionalTensor& mask_weight,
                                                const OptionalTensor& mask_bias, const Tensors& add, const Tensors& mul,
                                                double eps, int64_t activation, int64_t gate, bool relu,
-                                               const std::string& group_name, int64_t group_size) {
+                                               const std::string& group_name, int64_t group_size,
+                                               const OptionalTensor& image_factor) {
   static const auto op = operator_of<Tail>("gc_cuda::bn_context_add_relu");
   const Outside outside;
   return op.call(y, identity, weight, bias, mean, variance, norm_kind, norm_eps, mask_weight, mask_bias, add, mul, eps,
-                 activation, gate, relu, group_name, group_size);
+                 activation, gate, relu, group_name, group_size, image_factor);
 }
 
 std::tuple<Tensor, Tensor> bn_context_add_relu_training(
     const Tensor& y, const OptionalTensor& identity, const OptionalTensor& weight, const OptionalTensor& bias,
     const OptionalTensor& running_mean, const OptionalTensor& running_var, double momentum, double norm_eps,
     const OptionalTensor& mask_weight, const OptionalTensor& mask_bias, const Tensors& add, const Tensors& mul,
-    double eps, int64_t activation, int64_t gate, bool relu, const std::string& group_name, int64_t group_size) {
+    double eps, int64_t activation, int64_t gate, bool relu, const std::string& group_name, int64_t group_size,
+    const OptionalTensor& image_factor) {
   static const auto op = operator_of<TailTraining>("gc_cuda::bn_context_add_relu_training");
   const Outside outside;
   return op.call(y, identity, weight, bias, running_mean, running_var, momentum, norm_eps, mask_weight, mask_bias, add,
-                 mul, eps, activation, gate, relu, group_name, group_size);
+                 mul, eps, activation, gate, relu, group_name, group_size, image_factor);
 }
 
 Tensors bn_context_add_relu_backward(const Tensor& grad, const OptionalTensor& y, const OptionalTensor& out,
@@ -113,11 +116,12 @@ Tensors bn_context_add_relu_backward(const Tensor& grad, const OptionalTensor& y
                                      const OptionalTensor& mask_weight, const OptionalTensor& mask_bias,
                                      const Tensors& add, const Tensors& mul, const Tensor& kept, int64_t activation,
                                      int64_t gate, const std::array<bool, TailNeeds::kCount>& needed,
-                                     const std::string& group_name, int64_t group_size) {
+                                     const std::string& group_name, int64_t group_size,
+                                     const OptionalTensor& image_factor) {
   static const auto op = operator_of<TailBackward>("gc_cuda::bn_context_add_relu_backward");
   const Outside outside;
   return op.call(grad, y, out, weight, bias, norm_kind, mask_weight, mask_bias, add, mul, kept, activation, gate,
-                 needed, group_name, group_size);
+                 needed, group_name, group_size, image_factor);
 }
 
 // How often each has been changed in place; -1 for None, and for a tensor that does not count.

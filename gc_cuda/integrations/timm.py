@@ -1,11 +1,11 @@
-"""timm's GlobalContext and its three squeeze-and-excitation modules, and the bottleneck of its ResNets."""
+"""timm's GlobalContext and squeeze-and-excitation modules, and the residual blocks of its ResNets."""
 
 from __future__ import annotations
 
 import sys
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from gc_cuda.blocks._parts import (
     Branch,
@@ -21,6 +21,7 @@ from gc_cuda.blocks._parts import (
     one_eps,
     squeeze_excite,
 )
+from gc_cuda.blocks._tail import Places, TailKind
 
 _LAYER_NORM = (
     ("timm.layers.norm", "LayerNorm2d"),
@@ -104,4 +105,55 @@ KINDS = {
     "timm.models._efficientnet_blocks.SqueezeExcite": Kind(_read_squeeze_excite),
     "timm.models.efficientnet_blocks.SqueezeExcite": Kind(_read_squeeze_excite),
     "timm.models.senet.SEModule": Kind(_read_senet),
+}
+
+
+_CONV_NORM_ACT = (
+    ("timm.layers.conv_bn_act", "ConvNormAct"),
+    ("timm.models.layers.conv_bn_act", "ConvNormAct"),
+)
+
+
+def convolution_and_norm(look: Look, module: Any, where: str) -> None:
+    """Demand a ConvNormAct that calls its convolution and its norm."""
+    if name_of(module) not in _CONV_NORM_ACT:
+        raise Unserved(f"{where} is a {type(module).__name__}, not a ConvNormAct")
+    look.plain(module, where)
+    if look.child(module, "aa") is not None:
+        raise Unserved(f"{where} has anti-aliasing")
+
+
+def _bottleneck_stem(bottleneck: Any, x: Tensor) -> Tensor:
+    out = bottleneck.act1(bottleneck.bn1(bottleneck.conv1(x)))
+    out = bottleneck.drop_block(bottleneck.bn2(bottleneck.conv2(out)))
+    return bottleneck.conv3(bottleneck.aa(bottleneck.act2(out)))
+
+
+def _basic_stem(block: Any, x: Tensor) -> Tensor:
+    out = block.drop_block(block.bn1(block.conv1(x)))
+    return block.conv2(block.aa(block.act1(out)))
+
+
+def _legacy_stem(bottleneck: Any, x: Tensor) -> Tensor:
+    out = bottleneck.relu(bottleneck.bn1(bottleneck.conv1(x)))
+    out = bottleneck.relu(bottleneck.bn2(bottleneck.conv2(out)))
+    return bottleneck.conv3(out)
+
+
+TAILS = {
+    "timm.models.resnet.Bottleneck": TailKind(
+        lambda bottleneck: Places("bn3", (SLOT,), "act3", "drop_path"), _bottleneck_stem
+    ),
+    "timm.models.resnet.BasicBlock": TailKind(
+        lambda block: Places("bn2", (SLOT,), "act2", "drop_path"), _basic_stem
+    ),
+    # Its SEResNetBlock has a ReLU before its block, and no tail.
+    "timm.models.senet.Bottleneck": TailKind(
+        lambda bottleneck: Places("bn3", ("se_module",)), _legacy_stem, in_place=False
+    ),
+    "timm.models.tresnet.BasicBlock": TailKind(
+        lambda block: Places("conv2.bn", ("se",), "act", "drop_path"),
+        lambda block, x: block.conv2.conv(block.conv1(x)),
+        in_place=False,
+    ),
 }

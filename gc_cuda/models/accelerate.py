@@ -90,11 +90,13 @@ def accelerate(model: nn.Module, *, tails: bool | None = None) -> Report:
 
     A tail is the end of a bottleneck: batch norm, block, addition of the shortcut, ReLU. It is one operation
     (:func:`gc_cuda.bn_context_add_relu`), which keeps what a bottleneck without a block keeps for the
-    backward pass. Served are torchvision's ``Bottleneck`` after :func:`insert` and mmdetection's, with one
-    block that is served or gc_cuda's own. A tail with a norm that is not exactly ``nn.BatchNorm2d`` or
-    ``nn.SyncBatchNorm`` (or mmengine's) with running statistics and a momentum, with another activation, or
-    with a hook on one of its modules is left alone. Running statistics, ``num_batches_tracked`` and
-    mmdetection's ``with_cp`` are as they were. A ``SyncBatchNorm`` exchanges with the processes that it
+    backward pass. Served are torchvision's ``Bottleneck`` after :func:`insert`, mmdetection's, and timm's
+    ``Bottleneck`` and ``BasicBlock``, after :func:`insert`, too, with those of its legacy SE-ResNets and of
+    TResNet, each with one block that is served or gc_cuda's own. A tail with a norm that is not exactly
+    ``nn.BatchNorm2d`` or ``nn.SyncBatchNorm`` (or mmengine's, or timm's with an identity as activation) with
+    running statistics and a momentum, with another activation, or with a hook on one of its modules is left
+    alone. Running statistics, ``num_batches_tracked``, mmdetection's ``with_cp`` and what timm's ``DropPath``
+    draws are as they were. A ``SyncBatchNorm`` exchanges with the processes that it
     exchanges with in eager PyTorch, and refuses CPU tensors as there; models may be converted to it before or
     after.
 

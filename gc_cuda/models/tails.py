@@ -22,15 +22,23 @@ from torch.utils import checkpoint
 from gc_cuda import _extension, reference
 from gc_cuda.blocks import _fused
 from gc_cuda.blocks._parts import Look, Recipe, Unserved
-from gc_cuda.blocks._tail import NORM_TENSORS, NormOptions, Places, TailKind, batch_norm
-from gc_cuda.integrations import mmdet, torchvision
+from gc_cuda.blocks._tail import (
+    NORM_TENSORS,
+    DropPath,
+    NormOptions,
+    Places,
+    TailKind,
+    batch_norm,
+    drop_path,
+)
+from gc_cuda.integrations import mmdet, timm, torchvision
 from gc_cuda.models import kinds, swap
 from gc_cuda.ops import checks
 from gc_cuda.ops.contexts import is_foreign, plain_pytorch_wanted
 from gc_cuda.ops.operands import ACCUMULATION, transform_of
 from gc_cuda.ops.tail import bn_context_add_relu
 
-TAILS: dict[str, TailKind] = {**torchvision.TAILS, **mmdet.TAILS}
+TAILS: dict[str, TailKind] = {**torchvision.TAILS, **mmdet.TAILS, **timm.TAILS}
 
 
 class _Tail(NamedTuple):
@@ -39,6 +47,7 @@ class _Tail(NamedTuple):
     places: Places
     norm: NormOptions
     options: dict[str, Any]  # of the operation
+    drop_path: DropPath | None
 
 
 class _Known(NamedTuple):
@@ -107,51 +116,72 @@ def _run(bottleneck: Any, kind: TailKind, on_cuda: bool, x: Tensor) -> Tensor:
     y = kind.stem(bottleneck, x)
     seen = _see(bottleneck, kind, y)
     if seen is None:  # a hook of the stem changed the tail
-        return _each_module(bottleneck, kind.places(bottleneck), y, x)
+        return _each_module(bottleneck, kind, y, x)
     fits, groups, tail = seen
     fitting = None if y.is_cuda and not on_cuda else _fitted(y, groups, fits)
     if fitting is None:
-        return _each_module(bottleneck, tail.places, y, x)
+        return _each_module(bottleneck, kind, y, x)
     try:
         norm = tail.norm.now(y)
     except Unserved:
-        return _each_module(bottleneck, tail.places, y, x)
+        return _each_module(bottleneck, kind, y, x)
+    factor = None if tail.drop_path is None else tail.drop_path.draw(y)
     identity = _identity(bottleneck, x)
-    if not _can_be_added(identity, y):
-        return _each_module(bottleneck, tail.places, y, x, identity)
-    tracked = getattr(bottleneck, tail.places.norm).num_batches_tracked if tail.norm.training else None
+    if not _can_be_added(identity, y) or not (kind.in_place or identity.dtype == y.dtype):
+        return _each_module(bottleneck, kind, y, x, identity, factor)
+    tracked = bottleneck.get_submodule(tail.places.norm).num_batches_tracked if tail.norm.training else None
     if tracked is not None:
         tracked.add_(1)  # now, as the norm does: a recomputation may stop within the operation
     if torch.compiler.is_compiling():
-        return _one_operation(y, identity, tail, norm, fitting)
+        return _one_operation(y, identity, tail, norm, factor, fitting)
     try:
-        return _one_operation(y, identity, tail, norm, fitting)
+        return _one_operation(y, identity, tail, norm, factor, fitting)
     except (ValueError, TypeError):  # of an argument, before a statistic moved: in their own words
         if tracked is not None:
             tracked.sub_(1)
-        return _each_module(bottleneck, tail.places, y, x, identity)
+        return _each_module(bottleneck, kind, y, x, identity, factor)
 
 
 def _one_operation(
-    y: Tensor, identity: Tensor, tail: _Tail, options: NormOptions, groups: _fused.Groups
+    y: Tensor,
+    identity: Tensor,
+    tail: _Tail,
+    options: NormOptions,
+    factor: Tensor | None,
+    groups: _fused.Groups,
 ) -> Tensor:
     (weight, bias, mean, var, *mask), add, mul = groups
     training, momentum, eps, group, _ = options
     norm = reference.BatchNorm(weight, bias, mean, var, training, momentum, eps, group)
     mask_weight, mask_bias = mask or (None, None)
-    return bn_context_add_relu(
-        y, identity, norm, mask_weight, mask_bias, transform_of(add), transform_of(mul), **tail.options
-    )
+    block = mask_weight, mask_bias, transform_of(add), transform_of(mul)
+    return bn_context_add_relu(y, identity, norm, *block, image_factor=factor, **tail.options)
 
 
 def _each_module(
-    bottleneck: Any, places: Places, y: Tensor, x: Tensor, identity: Tensor | None = None
+    bottleneck: Any,
+    kind: TailKind,
+    y: Tensor,
+    x: Tensor,
+    identity: Tensor | None = None,
+    factor: Tensor | None = None,
 ) -> Tensor:
-    """What the own forward does from conv3's output on; the identity, unless there is one already."""
-    out = getattr(bottleneck, places.norm)(y)
+    """What the own forward does from conv3's output on; the identity, unless there is one already, and the
+    images that drop_path drops, unless they are drawn.
+    """
+    places = kind.places(bottleneck)
+    out = bottleneck.get_submodule(places.norm)(y)
     for name in places.blocks:
         out = getattr(bottleneck, name)(out)
-    out += _identity(bottleneck, x) if identity is None else identity
+    if factor is not None:
+        out = out * factor
+    elif places.drop_path is not None and getattr(bottleneck, places.drop_path) is not None:
+        out = getattr(bottleneck, places.drop_path)(out)
+    identity = _identity(bottleneck, x) if identity is None else identity
+    if kind.in_place:
+        out += identity
+    else:
+        out = out + identity
     return getattr(bottleneck, places.act)(out)
 
 
@@ -232,7 +262,7 @@ def _see_anew(bottleneck: Any, kind: TailKind) -> _Seen:
 
 
 def _parameters(bottleneck: Any, tail: _Tail, recipe: Recipe) -> list[Any]:
-    norm = getattr(bottleneck, tail.places.norm)
+    norm = bottleneck.get_submodule(tail.places.norm)
     mask, add, mul = recipe.parameters()
     return [[*((norm, name) for name in NORM_TENSORS), *mask], add, mul]
 
@@ -250,7 +280,7 @@ def _read(look: Look, bottleneck: Any, kind: TailKind) -> tuple[_Tail, Recipe]:
     if len(places.blocks) != 1:
         raise Unserved(f"there is more than one block before the addition: {', '.join(places.blocks)}")
     (name,) = places.blocks
-    norm = batch_norm(look, look.child(bottleneck, places.norm), places.norm)
+    norm = batch_norm(look, _part(look, bottleneck, places.norm), places.norm)
     act = look.child(bottleneck, places.act)
     if type(act) is not nn.ReLU:
         raise Unserved(f"activation {type(act).__name__}")
@@ -262,7 +292,20 @@ def _read(look: Look, bottleneck: Any, kind: TailKind) -> tuple[_Tail, Recipe]:
         "gate": recipe.gate,
         "eps": recipe.eps,
     }
-    return _Tail(places, norm, options), recipe
+    dropping = None
+    if places.drop_path is not None:
+        dropping = drop_path(look, look.child(bottleneck, places.drop_path), places.drop_path)
+    return _Tail(places, norm, options, dropping), recipe
+
+
+def _part(look: Look, bottleneck: Any, path: str) -> Any:
+    """A module in the bottleneck, if its parents would only call their children."""
+    part, *names = bottleneck, *path.split(".")
+    for depth, name in enumerate(names):
+        if depth > 0:
+            timm.convolution_and_norm(look, part, ".".join(names[:depth]))
+        part = look.child(part, name)
+    return part
 
 
 def _demand_own_forward(bottleneck: nn.Module, kind: TailKind) -> None:

@@ -59,6 +59,7 @@ def bn_context_add_relu(
     mask_bias: Tensor | None,
     add: Transform | None,
     mul: Transform | None,
+    image_factor: Tensor | None,
     pooling_type: str,
     activation: str,
     gate: str,
@@ -80,6 +81,11 @@ def bn_context_add_relu(
                 raise ValueError(
                     f"{name} must be None without add and mul, which have no block, got {_described(tensor)}"
                 )
+    if image_factor is not None:
+        _companion(image_factor, "image_factor", y, "y")
+        _vector(image_factor, "image_factor", y.shape[0], "N of y")
+        if image_factor.requires_grad:
+            raise ValueError("image_factor must not require a gradient: detach() it")
     one_of(activation, "activation", ACTIVATIONS)
     one_of(gate, "gate", GATES)
     epsilon(eps)
@@ -165,6 +171,7 @@ def unseen_by_the_tail(
     mask_weight: Tensor | None,
     mask_bias: Tensor | None,
     no_block: bool,
+    image_factor: Tensor | None,
     pooling_type: str,
     eps: float,
 ) -> None:
@@ -181,6 +188,8 @@ def unseen_by_the_tail(
         odd_statistics = (mean is None) != (var is None) or (training and norm_eps == 0)
         if odd_statistics or group is not None or type(momentum) is not float:
             batch_norm(norm, y)
+    if image_factor is not None and (not isinstance(image_factor, Tensor) or image_factor.requires_grad):
+        raise ValueError  # bn_context_add_relu says what is wrong
     if no_block:
         one_of(pooling_type, "pooling_type", POOLING_TYPES)
     elif pooling_type != ("avg" if mask_weight is None else "att"):

@@ -156,6 +156,7 @@ def bn_context_add_relu(
         mask_bias,
         add_transform,
         mul_transform,
+        policy[6] if len(policy) > 6 else None,
         names,
         "relu",
         "sigmoid",
@@ -196,6 +197,7 @@ def bn_context_add_relu_backward(
     activation: int,
     gate: int,
     needed: Sequence[bool],
+    *_: Any,
 ) -> list[Tensor]:
     needs_y, needs_identity, *needs_parameters = needed
     like = next(tensor for tensor in (y, out, grad) if tensor is not None)

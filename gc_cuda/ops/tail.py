@@ -27,6 +27,7 @@ def bn_context_add_relu(
     add: Transform | None = None,
     mul: Transform | None = None,
     *,
+    image_factor: Tensor | None = None,
     relu: bool = True,
     pooling_type: str = "att",
     activation: str = "relu",
@@ -70,6 +71,7 @@ def bn_context_add_relu(
         mask_bias: one element, or None.
         add: a Transform, or None.
         mul: a Transform, or None.
+        image_factor: N elements, of block(x) of each image: what stochastic depth draws. Without a gradient.
         relu: whether a ReLU ends it.
         pooling_type: "att" or "avg"; of no meaning without a block.
         activation: "relu", "silu" or "hardswish", of the transforms.
@@ -86,30 +88,29 @@ def bn_context_add_relu(
         ImportError: where the extension is missing; it says what to run.
     """
     words: Any = {"pooling_type": pooling_type, "activation": activation, "gate": gate, "eps": eps}
+    options: Any = {"image_factor": image_factor, "relu": relu, **words}
     parts = norm if isinstance(norm, (tuple, list)) else ()
     branches = [part for branch in (add, mul) if isinstance(branch, (tuple, list)) for part in branch]
     if plain_pytorch_wanted() or any(
-        map(is_foreign, (y, identity, mask_weight, mask_bias, *parts, *branches))
+        map(is_foreign, (y, identity, mask_weight, mask_bias, image_factor, *parts, *branches))
     ):
         checks.no_exchange(norm)
-        return reference.bn_context_add_relu(
-            y, identity, norm, mask_weight, mask_bias, add, mul, relu=relu, **words
-        )
+        return reference.bn_context_add_relu(y, identity, norm, mask_weight, mask_bias, add, mul, **options)
     _extension.require()
     arguments = y, identity, norm, mask_weight, mask_bias, add, mul
     if torch.compiler.is_compiling():  # a check costs no run time then
         if _exchanging(norm) is not None:  # all processes in the same order, which graphs need not keep
-            return _uncompiled(*arguments, relu=relu, **words)
-        checks.bn_context_add_relu(*arguments, **words)
-        return _run(*arguments, relu, words)
+            return _uncompiled(*arguments, **options)
+        checks.bn_context_add_relu(*arguments, image_factor, **words)
+        return _run(*arguments, image_factor, relu, words)
     try:
         checks.unseen_by_the_tail(
-            y, identity, norm, mask_weight, mask_bias, add is mul is None, pooling_type, eps
+            y, identity, norm, mask_weight, mask_bias, add is mul is None, image_factor, pooling_type, eps
         )
-        return _run(*arguments, relu, words)
+        return _run(*arguments, image_factor, relu, words)
     except Exception:
         try:
-            checks.bn_context_add_relu(*arguments, **words)
+            checks.bn_context_add_relu(*arguments, image_factor, **words)
         except (ValueError, TypeError, ImportError) as explanation:
             raise explanation from None
         raise
@@ -123,16 +124,16 @@ def _run(
     mask_bias: Tensor | None,
     add: Transform | None,
     mul: Transform | None,
+    image_factor: Tensor | None,
     relu: bool,
     words: dict[str, Any],
 ) -> Tensor:
+    arguments = y, identity, norm, mask_weight, mask_bias, add, mul
     if not (y.is_cpu or y.is_meta):
-        return reference.bn_context_add_relu(
-            y, identity, norm, mask_weight, mask_bias, add, mul, relu=relu, **words
-        )
+        return reference.bn_context_add_relu(*arguments, image_factor=image_factor, relu=relu, **words)
     if norm is not None and norm.training and not _in_a_row(norm):
         return _with_strided_statistics(
-            y, identity, norm, mask_weight, mask_bias, add, mul, relu=relu, **words
+            y, identity, norm, *arguments[3:], image_factor=image_factor, relu=relu, **words
         )
     if identity is not None and identity.dtype != y.dtype:
         identity = identity.to(y.dtype)
@@ -144,7 +145,7 @@ def _run(
     moves_later = torch.compiler.is_compiling() and policy.kind == OF_BATCH and mean is not None
     moves_later = moves_later and y.numel() > 0
     running = (None, None) if moves_later else (mean, var)
-    tensors = y, identity, weight, bias, mask_weight, mask_bias, *add_tensors, *tensors_of(mul)
+    tensors = image_factor, y, identity, weight, bias, mask_weight, mask_bias, *add_tensors, *tensors_of(mul)
     if torch.is_grad_enabled():
         out = _Tail.apply(policy, *running, *tensors)
         if not isinstance(out, tuple):
@@ -218,14 +219,15 @@ class TailPolicy(NamedTuple):
         return cls(kind, *numbers, block, relu, add_count, group, (group.group_name, group.size()))
 
 
-# Places among the inputs of the Function, of which the first three have no gradient.
-_Y, _IDENTITY, _WEIGHT, _BIAS, _MASK_WEIGHT, _MASK_BIAS, _BRANCHES = range(3, 10)
+# Places among the inputs of the Function, of which the first four have no gradient.
+_Y, _IDENTITY, _WEIGHT, _BIAS, _MASK_WEIGHT, _MASK_BIAS, _BRANCHES = range(4, 11)
 
 
 def _forward(
     policy: TailPolicy,
     mean: Tensor | None,
     var: Tensor | None,
+    image_factor: Tensor | None,
     y: Tensor,
     identity: Tensor | None,
     weight: Tensor | None,
@@ -243,13 +245,13 @@ def _forward(
         run = operator("bn_context_add_relu")
         first = policy.kind
     of_norm = weight, bias, mean, var, first, policy.norm_eps
-    last = *policy.block, policy.relu, *policy.exchange
+    last = *policy.block, policy.relu, *policy.exchange, image_factor
     return run(y, identity, *of_norm, mask_weight, mask_bias, add, mul, *last)
 
 
 class _Tail(Function):
-    """Its inputs are the policy, running_mean and running_var, and what the backward operator has gradients
-    for. Under the compiler what is kept is an output, too, which has no gradient.
+    """Its inputs are the policy, running_mean and running_var, image_factor, and what the backward operator
+    has gradients for. Under the compiler what is kept is an output, too, which has no gradient.
     """
 
     @staticmethod
@@ -257,7 +259,7 @@ class _Tail(Function):
         ctx: Any, policy: TailPolicy, mean: Tensor | None, var: Tensor | None, *operands: Any
     ) -> Tensor | tuple[Tensor, Tensor]:
         out, kept = _forward(policy, mean, var, *operands)
-        y, _, weight, bias, mask_weight, mask_bias, *branches = operands
+        image_factor, y, _, weight, bias, mask_weight, mask_bias, *branches = operands
         needs = ctx.needs_input_grad
         counts = policy.add_count, len(branches) - policy.add_count
         # Where only identity needs a gradient, y and the parameters need not outlive the call.
@@ -268,7 +270,7 @@ class _Tail(Function):
             save(ctx, tensors)
         else:
             weights, biases, _ = SPLITS[counts]
-            optional = weight, mask_weight
+            optional = weight, mask_weight, image_factor
             ctx.given = [tensor is not None for tensor in optional]
             tensors += (y, *[tensor for tensor in optional if tensor is not None], kept)
             # Of a bias only the shape is needed (ops/autograd.py); the norm's is in what is kept.
@@ -291,18 +293,18 @@ class _Tail(Function):
             of_identity = grad if out is None else grad * (out > 0)
             return *[None] * _IDENTITY, of_identity, *[None] * (len(needed) - 2)
         y = kept_tensors.pop(0)
-        weight, mask_weight = (kept_tensors.pop(0) if given else None for given in ctx.given)
+        weight, mask_weight, image_factor = (kept_tensors.pop(0) if given else None for given in ctx.given)
         kept, *weights = kept_tensors
         bias, mask_bias, *vectors = biases
         row = [*weights, *vectors]
         branches = [row[i] for i in SPLITS[counts].order]
         add, mul = branches[: policy.add_count], branches[policy.add_count :]
-        operands = _Operands(y, weight, bias, mask_weight, mask_bias, add, mul, kept)
+        operands = _Operands(y, weight, bias, mask_weight, mask_bias, add, mul, kept, image_factor)
         if differentiable:
             gradients = _differentiable(grad, out, operands, policy, needed)
         else:
             gradients = _fused(grad, out, operands, policy, needed)
-        return None, None, None, *gradients
+        return *[None] * _Y, *gradients
 
 
 class _Operands(NamedTuple):
@@ -316,19 +318,22 @@ class _Operands(NamedTuple):
     add: Sequence[Tensor]
     mul: Sequence[Tensor]
     kept: Tensor
+    image_factor: Tensor | None
 
 
 def _fused(
     grad: Tensor, out: Tensor | None, operands: _Operands, policy: TailPolicy, needed: Sequence[bool]
 ) -> list[Tensor | None]:
-    y, weight, bias, mask_weight, mask_bias, add, mul, kept = operands
+    y, weight, bias, mask_weight, mask_bias, add, mul, kept, image_factor = operands
     block = mask_weight, mask_bias, add, mul, kept, policy.block.activation, policy.block.gate
     *first, of_mask, of_mask_bias = needed[: _BRANCHES - _Y]
     of_add = needed[_BRANCHES - _Y :][: policy.add_count]
     of_mul = needed[_BRANCHES - _Y :][policy.add_count :]
     answers = [*first, of_mask, of_mask_bias, *in_places(of_add, False), *in_places(of_mul, False)]
     run = operator("bn_context_add_relu_backward")
-    gradients = iter(run(grad, y, out, weight, bias, policy.kind, *block, answers, *policy.exchange))
+    gradients = iter(
+        run(grad, y, out, weight, bias, policy.kind, *block, answers, *policy.exchange, image_factor)
+    )
     return [next(gradients) if wanted else None for wanted in needed]
 
 
@@ -336,7 +341,7 @@ def _differentiable(
     grad: Tensor, out: Tensor | None, operands: _Operands, policy: TailPolicy, needed: Sequence[bool]
 ) -> list[Tensor | None]:
     """The same by plain PyTorch, so that it can be differentiated again. No statistics are moved."""
-    y, weight, bias, mask_weight, mask_bias, add, mul, kept = operands
+    y, weight, bias, mask_weight, mask_bias, add, mul, kept, image_factor = operands
     channels = y.shape[1]
     given = policy.kind == GIVEN
     mean = kept[:channels] if given else None
@@ -352,6 +357,7 @@ def _differentiable(
             mask_weight,
             add=transform_of(branches[: policy.add_count]),
             mul=transform_of(branches[policy.add_count :]),
+            image_factor=image_factor,
             relu=False,
             pooling_type="avg" if mask_weight is None else "att",
             **policy.block.words(),
