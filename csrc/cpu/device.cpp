@@ -134,6 +134,7 @@ class PoolForward {
       }
     };
     with_memory<PoolForwardMemory>(lent, body, x_, weighting_, normalized_, shape_, plan_);
+    if (call.state_of_x != nullptr) contexts(x_, call.norm, call.state, call.state_of_x);
   }
 
  private:

@@ -3,6 +3,7 @@
 
 #include <cmath>
 
+#include "cpu/contexts.h"
 #include "cpu/maps.h"
 #include "cpu/norm.h"
 #include "cpu/run.h"
@@ -24,7 +25,7 @@ struct ResidualMemory {
 
 class Residual {
  public:
-  explicit Residual(const FeatureMap& y) : y_(y) {}
+  Residual(const FeatureMap& y, const void* /*identity*/, const void* /*out*/) : y_(y) {}
   Wanted wanted() const { return wanted_by<ResidualMemory>(y_); }
   void launch(const ResidualCall& call, Lent lent) const {
     const auto body = [&](auto zero, const auto& memory) {
@@ -207,33 +208,6 @@ class GradY {
   const FeatureMap& y_;
   bool attention_, of_batch_;
 };
-
-// Calls body(T{}, NormVectors, NormMemory) with memory that it allocates: of a few vectors of the channels.
-template <typename Body>
-void with_norm(const FeatureMap& y, const Norm& norm, const Body& body) {
-  const Wanted wanted = wanted_by<NormMemory>(y);
-  const Tensor memory = y.empty_accumulation({wanted.workspace});
-  const auto step = [&](auto zero, const auto& taken) {
-    body(zero, NormVectors<decltype(zero)>(norm, y.channels(), taken));
-  };
-  with_memory<NormMemory>({memory.data_ptr(), nullptr}, step, y);
-}
-
-// The state of x from that of y - mean: context = slope * context + bias.
-inline void contexts(const FeatureMap& y, const Norm& norm, const void* state, void* of_x) {
-  with_norm(y, norm, [&](auto zero, const auto& vectors) {
-    using A = acc_t<decltype(zero)>;
-    const int64_t channels = y.channels(), row = channels + kStatistics;
-    const A* from = static_cast<const A*>(state);
-    A* to = static_cast<A*>(of_x);
-    for (int64_t n = 0; n < y.images(); ++n, from += row, to += row) {
-      std::copy_n(from, kStatistics, to);
-      for (int64_t c = 0; c < channels; ++c) {
-        to[kStatistics + c] = vectors.slope[c] * from[kStatistics + c] + vectors.bias[c];
-      }
-    }
-  });
-}
 
 // The gradients of what the branches give, from the sums of grad_in and of grad_in * (y - mean); either may be null.
 inline void branch_gradients(const FeatureMap& y, const Norm& norm, const void* sums, const void* product_sums,

@@ -97,7 +97,6 @@ struct Batch {
       for (int n = 0; n < images; ++n) {
         for (int s = 0; s < pixels; ++s) of_image[n] += (y(n, c, s) - near) / pixels;
         want += of_image[n] / images;
-        of_image[n] += near;
       }
       want += near;
       for (int n = 0; n < images; ++n) {
@@ -120,7 +119,7 @@ struct Batch {
       }
       for (int n = 0; with_state && n < images; ++n) {
         const std::size_t n0 = static_cast<std::size_t>(n) * (channels + 2);
-        const double context = of_image[n] - mean[c], slope = weight[c] * inverse;
+        const double context = of_image[n] - (mean[c] - near), slope = weight[c] * inverse;
         const double error = 2 * sums * (deviation + std::abs(context));
         host::require(state[n0] == 0 && state[n0 + 1] == static_cast<A>(pixels), "the state of a mean is (0, S, ...)");
         host::require_close("context", state[n0 + 2 + c], context, error);
