@@ -18,6 +18,7 @@ enum Site : int {
   kSyncWeightSum,      // pool_backward: every warp's values of the weight gradient is in scratch
   kSyncPixelDot,       // pixel_dot: every warp's values of the dot products is in scratch
   kSyncGradSum,        // broadcast_mul_backward: every warp's values of the sums over pixels is in scratch
+  kSyncResidualSum,    // residual_sums: the same
   kSyncBeforeTicket,   // arrive_last: the whole block has written its partial results
   kSyncAfterTicket,    // arrive_last: the whole block knows whether it is the last
   kFenceRelease,       // arrive_last: partial results are visible before the ticket

@@ -17,8 +17,9 @@ enum class KernelKind : int {
   kPixelDot,
   kBroadcast,
   kBroadcastMulBackward,
+  kResidualSums,
 };
-inline constexpr int kKernelKinds = 9;
+inline constexpr int kKernelKinds = 10;
 
 // Whose partial results a kernel merges, see split_merge.h.
 enum class Merge : int {

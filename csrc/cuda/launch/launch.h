@@ -4,6 +4,7 @@
 #include <cuda_runtime_api.h>
 
 #include "cuda/kernels/args.h"
+#include "cuda/kernels/tail_backward_args.h"
 #include "cuda/plan/plan.h"
 #include "cuda/plan/transform_plan.h"
 
@@ -15,6 +16,7 @@ cudaError_t launch_pool_backward(const Plan& plan, PoolBackwardArgs args, cudaSt
 cudaError_t launch_pixel_dot(const Plan& plan, PixelDotArgs args, cudaStream_t stream);
 cudaError_t launch_broadcast(const Plan& plan, BroadcastArgs args, cudaStream_t stream);
 cudaError_t launch_broadcast_mul_backward(const Plan& plan, BroadcastMulBackwardArgs args, cudaStream_t stream);
+cudaError_t launch_residual_sums(const Plan& plan, ResidualSumsArgs args, cudaStream_t stream);
 
 // These take the phases and sizes from the plan.
 cudaError_t launch_transform_forward(const TransformPlan& plan, TransformForwardArgs args, cudaStream_t stream);

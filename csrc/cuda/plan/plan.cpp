@@ -8,6 +8,7 @@
 #include "cuda/kernels/pixel_dot.h"
 #include "cuda/kernels/pool_backward.h"
 #include "cuda/kernels/pool_forward.h"
+#include "cuda/kernels/residual_sums.h"
 
 namespace gc {
 namespace {
@@ -310,7 +311,8 @@ constexpr Kernel kKernels[] = {
     kernel<PoolBackwardTraits<PoolGradient::kBlock, Path::kStagedGrad>, PoolBackwardTraits<PoolGradient::kBlock>>(),
     kernel<PixelDotTraits>(),
     kernel<BroadcastTraits<Path::kFullMachine>, BroadcastTraits<>>(),
-    kernel<BroadcastMulBackwardTraits>()};
+    kernel<BroadcastMulBackwardTraits>(),
+    kernel<ResidualSumsTraits>()};
 
 constexpr bool in_order() {
   int kind = 0;
