@@ -61,8 +61,8 @@ residual_sums(const ResidualSumsArgs args) {
   A sums[kSums];  // of g, then of the products
   GC_UNROLL
   for (int c = 0; c < kChannels; ++c) {
-    const bool read = kProducts && map.channel(c) < map.channels;
-    mean[c] = read ? static_cast<const A*>(args.mean)[map.channel(c)] : A(0);
+    const bool subtracts = kProducts && args.mean.data != nullptr && map.channel(c) < map.channels;
+    mean[c] = subtracts ? read<T>(args.mean, map.channel(c)) : A(0);
   }
   GC_UNROLL
   for (int i = 0; i < kSums; ++i) sums[i] = 0;

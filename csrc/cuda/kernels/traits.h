@@ -18,8 +18,9 @@ enum class KernelKind : int {
   kBroadcast,
   kBroadcastMulBackward,
   kResidualSums,
+  kGradY,
 };
-inline constexpr int kKernelKinds = 10;
+inline constexpr int kKernelKinds = 11;
 
 // Whose partial results a kernel merges, see split_merge.h.
 enum class Merge : int {

@@ -5,6 +5,7 @@
 #include <stdexcept>
 
 #include "cuda/kernels/broadcast.h"
+#include "cuda/kernels/grad_y.h"
 #include "cuda/kernels/pixel_dot.h"
 #include "cuda/kernels/pool_backward.h"
 #include "cuda/kernels/pool_forward.h"
@@ -312,7 +313,8 @@ constexpr Kernel kKernels[] = {
     kernel<PixelDotTraits>(),
     kernel<BroadcastTraits<Path::kFullMachine>, BroadcastTraits<>>(),
     kernel<BroadcastMulBackwardTraits>(),
-    kernel<ResidualSumsTraits>()};
+    kernel<ResidualSumsTraits>(),
+    kernel<GradYTraits>()};
 
 constexpr bool in_order() {
   int kind = 0;

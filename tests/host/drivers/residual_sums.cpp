@@ -53,7 +53,7 @@ struct Sums {
     args.sums = sums.data();
     if (form.products) {
       args.y = y.buffer().data();
-      args.mean = mean.data();
+      args.mean = {mean.data(), true};
       args.product_sums = product_sums.data();
     }
     args.partial_sums = partial_sums.data();
