@@ -1,34 +1,16 @@
 // The CUDA device (csrc/backend.h): passes on tensors become planned launches on the current stream. No
 // synchronisation; every buffer but the counters (launch/counters.cpp) comes from torch's allocator. Of csrc/cuda, only
-// this file, transform.h and tensors.h know torch, and launch/ what it asks torch for.
-#include <initializer_list>
+// this file and the headers beside it know torch, and launch/ what it asks torch for.
 #include <optional>
 
+#include "cuda/planning.h"
+#include "cuda/tail_backward.h"
 #include "cuda/transform.h"
 #include "ops/operators.h"
 
 namespace gc::cuda {
 
 namespace {
-
-// maps: every feature map of the launch; their addresses decide on the width of loads and stores.
-Plan plan_for(KernelKind kind, const FeatureMap& x, std::initializer_list<const void*> maps,
-              const Planning& planning = {}) {
-  Problem problem{};
-  problem.images = x.images();
-  problem.channels = x.channels();
-  problem.pixels = x.pixels();
-  problem.layout = x.channels_last() ? Layout::kNHWC : Layout::kNCHW;
-  problem.type = element_type(x.type());
-  for (const void* map : maps) {
-    while (reinterpret_cast<uintptr_t>(map) % problem.alignment != 0) problem.alignment /= 2;
-  }
-  try {
-    return planned(kind, problem, x.tensor().device().index(), planning);
-  } catch (const std::invalid_argument& error) {
-    TORCH_CHECK_VALUE(false, "x of shape ", x.tensor().sizes(), " is too large: ", error.what());
-  }
-}
 
 KernelKind kind_of(Weighting weighting) {
   switch (weighting) {
@@ -123,19 +105,22 @@ class PoolForward {
 class PoolBackward {
  public:
   // grad_x, grad: their addresses; null where there is none.
-  PoolBackward(const FeatureMap& x, PoolGradient gradient, const void* grad_x, const void* grad) : x_(x) {
+  PoolBackward(const FeatureMap& x, PoolGradient gradient, const void* grad_x, const void* grad,
+               bool normalized = false)
+      : x_(x), normalized_(normalized) {
     if (x.images() == 0) return;
-    plan_ = plan_for(kind_of(gradient), x, {x.data(), grad_x, grad});
+    const KernelKind kind = normalized ? KernelKind::kPoolBackwardNormalized : kind_of(gradient);
+    plan_ = plan_for(kind, x, {x.data(), grad_x, grad});
     if (plan_.holds_channels) return;
     dots_ = plan_for(KernelKind::kPixelDot, x, {x.data()});
     Planning planning;
     planning.dots_given = true;
-    plan_ = plan_for(kind_of(gradient), x, {x.data(), grad_x, grad}, planning);
+    plan_ = plan_for(kind, x, {x.data(), grad_x, grad}, planning);
   }
   Wanted wanted() const { return {plan_.workspace + dots_elements(), plan_.tickets}; }
   void launch(const PoolBackwardCall& call, Lent lent) const {
     if (x_.images() == 0) return;
-    PoolBackwardArgs args{};
+    NormalizedPoolBackwardArgs args{};
     if (dots_) {
       launch_dots(x_, *dots_, call.grad_context, x_.channels(), {}, call.state, lent.workspace);
       args.dots = lent.workspace;
@@ -152,13 +137,20 @@ class PoolBackward {
     args.grad_weight = call.grad_weight;
     args.partial_weight = after(lent.workspace, dots_elements(), x_.accumulation_bytes());
     args.tickets = lent.counters;
-    C10_CUDA_CHECK(launch_pool_backward(plan_, args, stream_of(x_)));
+    if (!normalized_) {
+      C10_CUDA_CHECK(launch_pool_backward(plan_, args, stream_of(x_)));
+      return;
+    }
+    args.norm = norm_args(call.norm);
+    args.attention = call.attention;
+    C10_CUDA_CHECK(launch_normalized_pool_backward(plan_, args, stream_of(x_)));
   }
 
  private:
   int64_t dots_elements() const { return dots_ ? x_.images() * x_.pixels() : 0; }
 
   const FeatureMap& x_;
+  bool normalized_;
   std::optional<Plan> dots_;
   Plan plan_{};
 };
@@ -212,11 +204,14 @@ struct Device {
   using BroadcastBackward = cuda::BroadcastBackward;
   using TransformForward = cuda::TransformForward;
   using TransformBackward = cuda::TransformBackward;
+  using ResidualSums = cuda::ResidualSums;
+  using GradY = cuda::GradY;
 
   struct Counters : cuda::Counters {
     Counters(int64_t count, const FeatureMap& x) : cuda::Counters(count, x.tensor().device().index(), stream_of(x)) {}
   };
 
+  static constexpr auto norm_gradients = cuda::norm_gradients;
   static Tensor empty_output(const FeatureMap& x) { return at::empty(x.tensor().sizes(), x.like()); }
   static void broadcast(const FeatureMap& x, const BroadcastCall& call) {
     if (x.images() == 0) return;
@@ -235,4 +230,7 @@ struct Device {
 
 }  // namespace gc::cuda
 
-TORCH_LIBRARY_IMPL(gc_cuda, CUDA, m) { gc::ops::register_operators<gc::cuda::Device>(m); }
+TORCH_LIBRARY_IMPL(gc_cuda, CUDA, m) {
+  gc::ops::register_operators<gc::cuda::Device>(m);
+  m.impl("bn_context_add_relu_backward", gc::ops::bn_context_add_relu_backward<gc::cuda::Device>);
+}

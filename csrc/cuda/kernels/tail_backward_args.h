@@ -19,6 +19,20 @@ struct ResidualSumsArgs {
   unsigned* tickets;   // [N, chunks, merge_tickets(splits, group)], 0 before and after; splits > 1
 };
 
+// The block's pass with a mask, which reads y in place of x and has no grad_x: grad_logits and grad_weight are those of
+// the logits and of slope * mask_weight, and state has the context of y - mean. No mask_weight.
+struct NormalizedPoolBackwardArgs : PoolBackwardArgs {
+  NormArgs norm;
+  void* attention;  // A [N, S] out: the softmax
+};
+
+// The transform of x, with the context of y - mean. Each branch's grad_out is the sums over g of residual_sums.
+struct NormalizedTransformBackwardArgs : TransformBackwardArgs {
+  static constexpr bool kNormalized = true;
+  NormArgs norm;
+  const void* product_sums;  // A [N, C]: of residual_sums    with channel_mul
+};
+
 // Of the norm's parameters and of mask_weight. Results may be null.
 struct NormGradientsArgs {
   NormArgs norm;

@@ -19,8 +19,9 @@ enum class KernelKind : int {
   kBroadcastMulBackward,
   kResidualSums,
   kGradY,
+  kPoolBackwardNormalized,  // pool_backward with a mask, of a map that batch normalization is still to come over
 };
-inline constexpr int kKernelKinds = 11;
+inline constexpr int kKernelKinds = 12;
 
 // Whose partial results a kernel merges, see split_merge.h.
 enum class Merge : int {

@@ -314,7 +314,8 @@ constexpr Kernel kKernels[] = {
     kernel<BroadcastTraits<Path::kFullMachine>, BroadcastTraits<>>(),
     kernel<BroadcastMulBackwardTraits>(),
     kernel<ResidualSumsTraits>(),
-    kernel<GradYTraits>()};
+    kernel<GradYTraits>(),
+    kernel<NormalizedPoolBackwardTraits>()};
 
 constexpr bool in_order() {
   int kind = 0;
