@@ -3,7 +3,6 @@
 // this file and the headers beside it know torch, and launch/ what it asks torch for.
 #include <optional>
 
-#include "cuda/planning.h"
 #include "cuda/tail_backward.h"
 #include "cuda/transform.h"
 #include "ops/operators.h"

@@ -3,7 +3,7 @@
 
 #include <optional>
 
-#include "cuda/planning.h"
+#include "cuda/tensors.h"
 
 namespace gc::cuda {
 

@@ -24,9 +24,18 @@ KERNELS = (
     "pixel_dot",
     "broadcast",
     "broadcast_mul_backward",
+    "residual_sums",
+    "grad_y",
+    "pool_backward_normalized",
 )
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
-WHOLE_CHANNELS = {"pool_mask", "pool_backward_mask", "pool_backward_logits", "pool_backward_block"}
+WHOLE_CHANNELS = {
+    "pool_mask",
+    "pool_backward_mask",
+    "pool_backward_logits",
+    "pool_backward_block",
+    "pool_backward_normalized",
+}
 V100 = {"multiprocessors": 80, "shared_bytes": 98304}
 H200 = {"multiprocessors": 132, "shared_bytes": 232448}
 

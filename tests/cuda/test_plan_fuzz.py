@@ -151,14 +151,16 @@ def check_coverage(p, kernel, size, layout, dtype, alignment):
     over_pixels, over_channels = tiles * p.tile_pixels, p.chunks * p.tile_channels
     assert (channels - 1) * pixels + over_pixels <= INT and (pixels - 1) * channels + over_channels <= INT, p
     # What is merged has room, and a counter for each merge.
-    merges = p.splits > 1 or kernel in ("pool_backward_mask", "pool_backward_block")
-    if kernel in ("pool_mask", "pool_logits", "pool_uniform", "broadcast_mul_backward") and p.splits > 1:
+    of_all = ("pool_backward_mask", "pool_backward_block", "pool_backward_normalized")
+    of_image = ("pool_mask", "pool_logits", "pool_uniform", "broadcast_mul_backward", "residual_sums")
+    merges = p.splits > 1 or kernel in of_all
+    if kernel in of_image and p.splits > 1:
         rows, tickets = (p.splits, 0) if "late_merge" in p.paths else merged(p.splits, p.group)
         assert p.workspace >= images * rows * channels and p.tickets == images * p.chunks * tickets, p
-    elif kernel in ("pool_backward_mask", "pool_backward_block"):
+    elif kernel in of_all:
         rows, tickets = merged(images * p.splits, p.group)
         assert p.workspace == rows * channels and p.tickets == tickets * p.chunks, p
-    elif not merges or kernel in ("pool_backward_logits", "pixel_dot", "broadcast"):
+    elif not merges or kernel in ("pool_backward_logits", "pixel_dot", "broadcast", "grad_y"):
         assert p.workspace == p.tickets == 0, p
 
 
