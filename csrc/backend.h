@@ -12,16 +12,18 @@
 //   BroadcastBackward(x, grad, with_products, grad_x, transform_follows)
 //                                                             launch(BroadcastBackwardCall, Lent), left()
 //   TransformForward(x, branches, Unmerged)                   launch(TransformForwardCall, Lent)
-//   TransformBackward(x, BackwardProblem, context, Unmerged)  launch(TransformBackwardCall, Lent)
+//   TransformBackward(x, BackwardProblem, context, Unmerged, normalized)
+//                                                             launch(TransformBackwardCall, Lent)
 //
 // And for the residual tail (ops/tail.h):
 //
 //   Statistics(y, of_batch)                                   launch(StatisticsCall, Lent)
 //   PoolForward and PoolBackward, made with normalized        of x = slope (y - mean) + bias, read from y (Norm)
 //   Residual(y, identity, out)                                launch(ResidualCall, Lent)
-//   ResidualSums(y, products)                                 launch(ResidualSumsCall, Lent)
-//   GradY(y, attention, of_batch)                             launch(GradYCall, Lent)
-//   static void contexts(y, …), branch_gradients(y, …), norm_gradients(y, …): small steps between them
+//   ResidualSums(y, products, grad, out, grad_in)             launch(ResidualSumsCall, Lent)
+//   TransformBackward, made with normalized                   of a context of y - mean (NormalizedSums)
+//   GradY(y, attention, of_batch, grad, grad_y)               launch(GradYCall, Lent)
+//   static void norm_gradients(y, NormGradientsCall)          where there is no GradY to do it
 //
 // Where a transform follows, a pool may leave the context in parts, and the sums of the gradient theirs, in their
 // workspace. What left() then says is for the transform, which merges them.
@@ -122,6 +124,14 @@ struct TransformForwardCall {
   const void* partials;
 };
 
+// What makes the branches' grad_outs in the residual tail: sum over the pixels of the gradient of x * scale + term, and of
+// that times y - mean. That of add is sums, that of mul is slope * product_sums + bias * sums.
+struct NormalizedSums {
+  Norm norm;
+  const void* sums;          // A [N, C]
+  const void* product_sums;  // A [N, C], or null without mul
+};
+
 struct TransformBackwardCall {
   Kinds kinds;
   double factor;  // of grad_context
@@ -131,6 +141,8 @@ struct TransformBackwardCall {
   const Gradients& grads;          // results: those of the branches' parameters, and 0 for that of the mask's bias
   // The workspace of the sums before. Where it has partial results, they stand in place of grad_outs.
   const void* partials = nullptr;
+  // With it, kept has the context of y - mean, and there are no grad_outs.
+  const NormalizedSums* normalized = nullptr;
 };
 
 // Mean and variance of each channel, given or those of the batch.
@@ -168,18 +180,6 @@ struct ResidualSumsCall {
   void* product_sums = nullptr;  // A [N, C]: of grad_in * (y - mean); the pass has products
 };
 
-// grad_y = slope (grad scale + what comes from the context - what comes from the statistics of the batch)
-struct GradYCall {
-  Norm norm;
-  const void* grad = nullptr;                               // T like y: grad_in
-  const void* scale = nullptr;                              // A [N, C], or null
-  const void* grad_context = nullptr;                       // A [N, C], or null: no block
-  const void *attention = nullptr, *grad_logits = nullptr;  // A [N, S]; with attention
-  Companion mask_weight;                                    // [C]; with attention
-  const void *grad_weight = nullptr, *grad_bias = nullptr;  // A [C]: of the norm; of_batch
-  void* grad_y = nullptr;                                   // T like y
-};
-
 // Of the norm's parameters and of mask_weight. Results may be absent.
 struct NormGradientsCall {
   Norm norm;
@@ -192,6 +192,19 @@ struct NormGradientsCall {
   // Results.
   void *grad_weight_sum = nullptr, *grad_bias_sum = nullptr;  // A [C]
   CompanionOut grad_weight, grad_bias, grad_mask_weight;      // [C]
+};
+
+// grad_y = slope (grad scale + what comes from the context - what comes from the statistics of the batch)
+struct GradYCall {
+  Norm norm;
+  const void* grad = nullptr;                               // T like y: grad_in
+  const void* scale = nullptr;                              // A [N, C], or null
+  const void* grad_context = nullptr;                       // A [N, C], or null: no block
+  const void *attention = nullptr, *grad_logits = nullptr;  // A [N, S]; with attention
+  Companion mask_weight;                                    // [C]; with attention
+  const void *grad_weight = nullptr, *grad_bias = nullptr;  // A [C]: of the norm; of_batch
+  const NormGradientsCall* of_norm = nullptr;               // to be computed as well, before where of_batch
+  void* grad_y = nullptr;                                   // T like y
 };
 
 }  // namespace gc

@@ -22,15 +22,7 @@ void with_norm(const FeatureMap& y, const Norm& norm, const Body& body) {
 inline void contexts(const FeatureMap& y, const Norm& norm, const void* state, void* of_x) {
   with_norm(y, norm, [&](auto zero, const auto& vectors) {
     using A = acc_t<decltype(zero)>;
-    const int64_t channels = y.channels(), row = channels + kStatistics;
-    const A* from = static_cast<const A*>(state);
-    A* to = static_cast<A*>(of_x);
-    for (int64_t n = 0; n < y.images(); ++n, from += row, to += row) {
-      std::copy_n(from, kStatistics, to);
-      for (int64_t c = 0; c < channels; ++c) {
-        to[kStatistics + c] = vectors.slope[c] * from[kStatistics + c] + vectors.bias[c];
-      }
-    }
+    normalize_contexts(vectors, y.images(), y.channels(), static_cast<const A*>(state), static_cast<A*>(of_x));
   });
 }
 

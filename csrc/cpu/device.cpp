@@ -280,8 +280,6 @@ struct Device {
     static unsigned* get() { return nullptr; }
   };
 
-  static constexpr auto contexts = cpu::contexts;
-  static constexpr auto branch_gradients = cpu::branch_gradients;
   static constexpr auto norm_gradients = cpu::norm_gradients;
   static Tensor empty_output(const FeatureMap& x) { return cpu::empty_output(x.tensor().sizes(), x.like()); }
   static void broadcast(const FeatureMap& x, const BroadcastCall& call) {

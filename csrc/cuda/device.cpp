@@ -1,10 +1,10 @@
 // The CUDA device (csrc/backend.h): passes on tensors become planned launches on the current stream. No
 // synchronisation; every buffer but the counters (launch/counters.cpp) comes from torch's allocator. Of csrc/cuda, only
-// this file, transform.h, tail.h and tensors.h know torch, and launch/ what it asks torch for.
-#include <initializer_list>
+// this file and the headers beside it know torch, and launch/ what it asks torch for.
 #include <optional>
 
 #include "cuda/tail.h"
+#include "cuda/tail_backward.h"
 #include "cuda/transform.h"
 #include "ops/operators.h"
 
@@ -49,6 +49,11 @@ PixelDotArgs dots_args(const FeatureMap& x, Companion vector, int64_t image_stri
   return args;
 }
 
+void launch_dots(const FeatureMap& x, const Plan& plan, const NormalizedPixelDotArgs& args, bool normalized) {
+  C10_CUDA_CHECK(normalized ? launch_normalized_pixel_dot(plan, args, stream_of(x))
+                            : launch_pixel_dot(plan, args, stream_of(x)));
+}
+
 void fill(PoolForwardArgs& args, const FeatureMap& x, const Plan& plan, Lent lent) {
   args.x = x.data();
   args.partial_context = lent.workspace;
@@ -87,9 +92,8 @@ class PoolForward {
     args.norm = norm_args(call.norm);
     args.state_of_x = call.state_of_x;
     if (dots_) {
-      NormalizedPixelDotArgs dots{dots_args(x_, call.mask_weight, 0, call.mask_bias, nullptr, call.logits), args.norm};
-      C10_CUDA_CHECK(normalized_ ? launch_normalized_pixel_dot(*dots_, dots, stream_of(x_))
-                                 : launch_pixel_dot(*dots_, dots, stream_of(x_)));
+      const PixelDotArgs dots = dots_args(x_, call.mask_weight, 0, call.mask_bias, nullptr, call.logits);
+      launch_dots(x_, *dots_, {dots, args.norm}, normalized_);
       args.given_logits = wide(call.logits);
     } else {
       args.mask_weight = call.mask_weight;
@@ -115,22 +119,27 @@ class PoolForward {
 class PoolBackward {
  public:
   // grad_x, grad: their addresses; null where there is none.
-  PoolBackward(const FeatureMap& x, PoolGradient gradient, const void* grad_x, const void* grad) : x_(x) {
+  PoolBackward(const FeatureMap& x, PoolGradient gradient, const void* grad_x, const void* grad,
+               bool normalized = false)
+      : x_(x), normalized_(normalized) {
     if (x.images() == 0) return;
-    plan_ = plan_for(kind_of(gradient), x, {x.data(), grad_x, grad});
+    const KernelKind kind = normalized ? KernelKind::kPoolBackwardNormalized : kind_of(gradient);
+    plan_ = plan_for(kind, x, {x.data(), grad_x, grad});
     if (plan_.holds_channels) return;
-    dots_ = plan_for(KernelKind::kPixelDot, x, {x.data()});
+    dots_ = plan_for(normalized ? KernelKind::kPixelDotNormalized : KernelKind::kPixelDot, x, {x.data()});
     Planning planning;
     planning.dots_given = true;
-    plan_ = plan_for(kind_of(gradient), x, {x.data(), grad_x, grad}, planning);
+    plan_ = plan_for(kind, x, {x.data(), grad_x, grad}, planning);
   }
   Wanted wanted() const { return {plan_.workspace + dots_elements(), plan_.tickets}; }
   void launch(const PoolBackwardCall& call, Lent lent) const {
     if (x_.images() == 0) return;
-    PoolBackwardArgs args{};
+    NormalizedPoolBackwardArgs args{};
     if (dots_) {
-      const PixelDotArgs dots = dots_args(x_, call.grad_context, x_.channels(), {}, call.state, lent.workspace);
-      C10_CUDA_CHECK(launch_pixel_dot(*dots_, dots, stream_of(x_)));
+      NormalizedPixelDotArgs dots{dots_args(x_, call.grad_context, x_.channels(), {}, call.state, lent.workspace),
+                                  norm_args(call.norm)};
+      dots.norm.bias = {};  // the context has it, too
+      launch_dots(x_, *dots_, dots, normalized_);
       args.dots = lent.workspace;
     }
     args.x = x_.data();
@@ -145,13 +154,20 @@ class PoolBackward {
     args.grad_weight = call.grad_weight;
     args.partial_weight = after(lent.workspace, dots_elements(), x_.accumulation_bytes());
     args.tickets = lent.counters;
-    C10_CUDA_CHECK(launch_pool_backward(plan_, args, stream_of(x_)));
+    if (!normalized_) {
+      C10_CUDA_CHECK(launch_pool_backward(plan_, args, stream_of(x_)));
+      return;
+    }
+    args.norm = norm_args(call.norm);
+    args.attention = call.attention;
+    C10_CUDA_CHECK(launch_normalized_pool_backward(plan_, args, stream_of(x_)));
   }
 
  private:
   int64_t dots_elements() const { return dots_ ? x_.images() * x_.pixels() : 0; }
 
   const FeatureMap& x_;
+  bool normalized_;
   std::optional<Plan> dots_;
   Plan plan_{};
 };
@@ -207,11 +223,14 @@ struct Device {
   using TransformBackward = cuda::TransformBackward;
   using Statistics = cuda::Statistics;
   using Residual = cuda::Residual;
+  using ResidualSums = cuda::ResidualSums;
+  using GradY = cuda::GradY;
 
   struct Counters : cuda::Counters {
     Counters(int64_t count, const FeatureMap& x) : cuda::Counters(count, x.tensor().device().index(), stream_of(x)) {}
   };
 
+  static constexpr auto norm_gradients = cuda::norm_gradients;
   static Tensor empty_output(const FeatureMap& x) { return at::empty(x.tensor().sizes(), x.like()); }
   static void broadcast(const FeatureMap& x, const BroadcastCall& call) {
     if (x.images() == 0) return;
@@ -232,5 +251,5 @@ struct Device {
 
 TORCH_LIBRARY_IMPL(gc_cuda, CUDA, m) {
   gc::ops::register_operators<gc::cuda::Device>(m);
-  gc::ops::register_tail_forward<gc::cuda::Device>(m);
+  gc::ops::register_tail<gc::cuda::Device>(m);
 }

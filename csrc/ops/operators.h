@@ -32,20 +32,10 @@ void register_operators(torch::Library& library) {
 
 // Those of the residual tail.
 template <typename Device, typename Enter>
-void each_tail_forward_operator(const Enter& enter) {
+void each_tail_operator(const Enter& enter) {
   enter("bn_context_add_relu", bn_context_add_relu<Device>);
   enter("bn_context_add_relu_training", bn_context_add_relu_training<Device>);
-}
-
-template <typename Device, typename Enter>
-void each_tail_operator(const Enter& enter) {
-  each_tail_forward_operator<Device>(enter);
   enter("bn_context_add_relu_backward", bn_context_add_relu_backward<Device>);
-}
-
-template <typename Device>
-void register_tail_forward(torch::Library& library) {
-  each_tail_forward_operator<Device>([&](const char* name, auto function) { library.impl(name, function); });
 }
 
 template <typename Device>

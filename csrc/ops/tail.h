@@ -180,52 +180,60 @@ std::vector<Tensor> bn_context_add_relu_backward(const Tensor& grad, const Optio
   const bool transforms = with_add || with_mul;
   const bool pools = transforms && problem.attention() && needs.pooling();
   const bool products = needs.products(with_mul);
-  const typename Device::ResidualSums sums(map, products);
-  const typename Device::TransformBackward transform(map, block, nullptr);
-  const typename Device::PoolBackward pool(map, PoolGradient::kMask, nullptr, nullptr, /*normalized=*/true);
-  const typename Device::GradY last(map, pools, problem.of_batch());
+  // Without a ReLU, a block and gradients of the norm, grad is all there is to know.
+  const bool sums_grad = masks || transforms || needs.norm();
+  std::optional<typename Device::ResidualSums> sums;
+  std::optional<typename Device::TransformBackward> transform;
+  std::optional<typename Device::PoolBackward> pool;
+  std::optional<typename Device::GradY> last;
+  Wanted of_sums, of_transform, of_pool, of_last;
+  const auto plan = [](auto& pass, Wanted& wanted, const auto&... given) { wanted = pass.emplace(given...).wanted(); };
+  if (sums_grad) {
+    plan(sums, of_sums, map, products, own_grad.data_ptr(), pointer(own_out), masks ? grad_in.data_ptr() : nullptr);
+  }
+  if (transforms) plan(transform, of_transform, map, block, nullptr, Unmerged(), /*normalized=*/true);
+  if (pools) plan(pool, of_pool, map, PoolGradient::kMask, nullptr, nullptr, /*normalized=*/true);
+  if (needs.y()) plan(last, of_last, map, pools, problem.of_batch(), grad_in.data_ptr(), grads.y.data_ptr());
 
   const int64_t per_channel = map.images() * map.channels(), pixels = map.images() * map.pixels();
   Scratch scratch(map);
-  void *sum, *product_sum, *of_add, *of_mul, *grad_context, *state, *attention, *grad_logits, *grad_folded;
-  void *weight_sum, *bias_sum, *sums_workspace, *transform_workspace, *pool_workspace, *last_workspace;
+  void *sum, *product_sum, *grad_context, *attention, *grad_logits, *grad_folded, *weight_sum, *bias_sum;
+  void *sums_workspace, *transform_workspace, *pool_workspace, *last_workspace;
   scratch.allocate([&] {
-    sum = scratch.take(per_channel);
+    sum = scratch.take(sums_grad ? per_channel : 0);
     product_sum = products ? scratch.take(per_channel) : nullptr;
-    of_add = with_add ? scratch.take(per_channel) : nullptr;
-    of_mul = with_mul ? scratch.take(per_channel) : nullptr;
     grad_context = transforms && needs.of_block().context() ? scratch.take(per_channel) : nullptr;
-    state = transforms ? scratch.take(per_channel + map.images() * kStatistics) : nullptr;
     attention = pools ? scratch.take(pixels) : nullptr;
     grad_logits = pools ? scratch.take(pixels) : nullptr;
     grad_folded = pools ? scratch.take(map.channels()) : nullptr;
     weight_sum = scratch.take(map.channels());
     bias_sum = scratch.take(map.channels());
-    sums_workspace = scratch.take(sums.wanted().workspace);
-    transform_workspace = transforms ? scratch.take(transform.wanted().workspace) : nullptr;
-    pool_workspace = pools ? scratch.take(pool.wanted().workspace) : nullptr;
-    last_workspace = needs.y() ? scratch.take(last.wanted().workspace) : nullptr;
+    sums_workspace = scratch.take(of_sums.workspace);
+    transform_workspace = scratch.take(of_transform.workspace);
+    pool_workspace = scratch.take(of_pool.workspace);
+    last_workspace = scratch.take(of_last.workspace);
   });
+  const typename Device::Counters counters(
+      std::max({of_sums.counters, of_transform.counters, of_pool.counters, of_last.counters}), map);
 
-  ResidualSumsCall summing;
-  summing.norm = norm;
-  summing.grad = own_grad.data_ptr();
-  summing.out = pointer(own_out);
-  summing.grad_in = masks ? grad_in.data_ptr() : nullptr;
-  summing.sums = sum;
-  summing.product_sums = product_sum;
-  sums.launch(summing, {sums_workspace, nullptr});
-
-  if (transforms) {
-    Device::branch_gradients(map, norm, sum, product_sum, of_add, of_mul);
-    Device::contexts(map, norm, kept.block->state, state);
-    KeptParts of_x = *kept.block;
-    of_x.set_state(state, map);
-    const TransformBackwardCall transforming{*problem.kinds, 1, of_x, {of_add, of_mul}, grad_context, grads.of_block};
-    transform.launch(transforming, {transform_workspace, nullptr});
+  if (sums) {
+    ResidualSumsCall summing;
+    summing.norm = norm;
+    summing.grad = own_grad.data_ptr();
+    summing.out = pointer(own_out);
+    summing.grad_in = masks ? grad_in.data_ptr() : nullptr;
+    summing.sums = sum;
+    summing.product_sums = product_sum;
+    sums->launch(summing, {sums_workspace, counters.get()});
+  }
+  if (transform) {
+    const NormalizedSums of_branches{norm, sum, product_sum};
+    TransformBackwardCall transforming{*problem.kinds, 1, *kept.block, {}, grad_context, grads.of_block};
+    transforming.normalized = &of_branches;
+    transform->launch(transforming, {transform_workspace, counters.get()});
   }
   const Tensor own_weight = contiguous(mask_weight);
-  if (pools) {
+  if (pool) {
     PoolBackwardCall pooling;
     pooling.norm = norm;
     pooling.grad_context = wide(grad_context);
@@ -234,26 +242,23 @@ std::vector<Tensor> bn_context_add_relu_backward(const Tensor& grad, const Optio
     pooling.attention = attention;
     pooling.grad_logits = wide_out(grad_logits);
     pooling.grad_weight = wide_out(grad_folded);
-    pool.launch(pooling, {pool_workspace, nullptr});
+    pool->launch(pooling, {pool_workspace, counters.get()});
   }
-  if (needs.norm()) {
-    NormGradientsCall of_norm;
-    of_norm.norm = norm;
-    of_norm.sums = sum;
-    of_norm.product_sums = product_sum;
-    of_norm.scale = problem.has_block() ? kept.block->scale : nullptr;
-    of_norm.grad_context = grad_context;
-    of_norm.state = problem.has_block() ? kept.block->state : nullptr;
-    of_norm.grad_folded = grad_folded;
-    of_norm.mask_weight = map.companion(own_weight);
-    of_norm.grad_weight_sum = weight_sum;
-    of_norm.grad_bias_sum = bias_sum;
-    of_norm.grad_weight = map.companion_out(grads.weight);
-    of_norm.grad_bias = map.companion_out(grads.bias);
-    of_norm.grad_mask_weight = map.companion_out(grads.of_block[Needs::kMaskWeight]);
-    Device::norm_gradients(map, of_norm);
-  }
-  if (needs.y()) {
+  NormGradientsCall of_norm;
+  of_norm.norm = norm;
+  of_norm.sums = sum;
+  of_norm.product_sums = product_sum;
+  of_norm.scale = problem.has_block() ? kept.block->scale : nullptr;
+  of_norm.grad_context = grad_context;
+  of_norm.state = problem.has_block() ? kept.block->state : nullptr;
+  of_norm.grad_folded = grad_folded;
+  of_norm.mask_weight = map.companion(own_weight);
+  of_norm.grad_weight_sum = weight_sum;
+  of_norm.grad_bias_sum = bias_sum;
+  of_norm.grad_weight = map.companion_out(grads.weight);
+  of_norm.grad_bias = map.companion_out(grads.bias);
+  of_norm.grad_mask_weight = map.companion_out(grads.of_block[Needs::kMaskWeight]);
+  if (last) {
     GradYCall ending;
     ending.norm = norm;
     ending.grad = grad_in.data_ptr();
@@ -264,8 +269,11 @@ std::vector<Tensor> bn_context_add_relu_backward(const Tensor& grad, const Optio
     ending.mask_weight = map.companion(own_weight);
     ending.grad_weight = weight_sum;
     ending.grad_bias = bias_sum;
+    ending.of_norm = needs.norm() ? &of_norm : nullptr;
     ending.grad_y = grads.y.data_ptr();
-    last.launch(ending, {last_workspace, nullptr});
+    last->launch(ending, {last_workspace, counters.get()});
+  } else if (needs.norm()) {
+    Device::norm_gradients(map, of_norm);
   }
   return grads.only_needed();
 }

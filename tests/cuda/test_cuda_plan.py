@@ -30,10 +30,13 @@ KERNELS = (
     "pixel_dot_normalized",
     "residual",
     "statistics",
+    "residual_sums",
+    "grad_y",
+    "pool_backward_normalized",
 )
 # These walk over all channels of a pixel; and these merge nothing.
 PIXEL_DOTS = ("pixel_dot", "pixel_dot_normalized")
-MERGELESS = (*PIXEL_DOTS, "broadcast", "residual")
+MERGELESS = (*PIXEL_DOTS, "broadcast", "residual", "grad_y")
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
 WHOLE_CHANNELS = {
     "pool_mask",
@@ -41,6 +44,7 @@ WHOLE_CHANNELS = {
     "pool_backward_mask",
     "pool_backward_logits",
     "pool_backward_block",
+    "pool_backward_normalized",
 }
 V100 = {"multiprocessors": 80, "shared_bytes": 98304}
 H200 = {"multiprocessors": 132, "shared_bytes": 232448}

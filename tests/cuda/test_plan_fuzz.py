@@ -118,7 +118,7 @@ def check_limits(p, device):
 
 MERGED_BY_IMAGE = (
     *("pool_mask", "pool_logits", "pool_uniform", "broadcast_mul_backward"),
-    *("pool_mask_normalized", "pool_logits_normalized", "pool_uniform_normalized"),
+    *("pool_mask_normalized", "pool_logits_normalized", "pool_uniform_normalized", "residual_sums"),
 )
 
 
@@ -168,7 +168,8 @@ def check_coverage(p, kernel, size, layout, dtype, alignment):
     over_pixels, over_channels = tiles * p.tile_pixels, p.chunks * p.tile_channels
     assert (channels - 1) * pixels + over_pixels <= INT and (pixels - 1) * channels + over_channels <= INT, p
     # What is merged has room, and a counter for each merge.
-    merges = p.splits > 1 or kernel in ("pool_backward_mask", "pool_backward_block")
+    of_all = ("pool_backward_mask", "pool_backward_block", "pool_backward_normalized")
+    merges = p.splits > 1 or kernel in of_all
     if kernel == "statistics":
         groups = -(-p.splits // p.group)
         rows, tickets = (p.splits + groups, images * groups + 1) if p.group > 1 else (p.splits, 1)
@@ -178,7 +179,7 @@ def check_coverage(p, kernel, size, layout, dtype, alignment):
     elif kernel in MERGED_BY_IMAGE and p.splits > 1:
         rows, tickets = (p.splits, 0) if "late_merge" in p.paths else merged(p.splits, p.group)
         assert p.workspace >= images * rows * channels and p.tickets == images * p.chunks * tickets, p
-    elif kernel in ("pool_backward_mask", "pool_backward_block"):
+    elif kernel in of_all:
         rows, tickets = merged(images * p.splits, p.group)
         assert p.workspace == rows * channels and p.tickets == tickets * p.chunks, p
     elif not merges or kernel in ("pool_backward_logits", *MERGELESS):

@@ -44,7 +44,7 @@ def moves_vectors(kernel: str) -> bool:
     """Does an instantiation move 16 bytes of a feature map at a time? A flat one does; the others are
     <type, layout, rows, width, ...>.
     """
-    if "transform_" in kernel:
+    if "transform_" in kernel or "norm_gradients" in kernel:
         return False
     flat = re.search(r"_flat<(\w+),", kernel)
     if flat is not None:

@@ -20,6 +20,7 @@ enum Site : int {
   kSyncCentre,         // statistics: every warp's sums of the first tile are in scratch
   kSyncMoments,        // statistics: every warp's sums over pixels are in scratch
   kSyncGradSum,        // broadcast_mul_backward: every warp's values of the sums over pixels is in scratch
+  kSyncResidualSum,    // residual_sums: the same
   kSyncBeforeTicket,   // arrive_last: the whole block has written its partial results
   kSyncAfterTicket,    // arrive_last: the whole block knows whether it is the last
   kFenceRelease,       // arrive_last: partial results are visible before the ticket

@@ -24,8 +24,11 @@ enum class KernelKind : int {
   kPixelDotNormalized,
   kResidual,
   kStatistics,
+  kResidualSums,
+  kGradY,
+  kPoolBackwardNormalized,  // pool_backward with a mask, of a map that batch normalization is still to come over
 };
-inline constexpr int kKernelKinds = 15;
+inline constexpr int kKernelKinds = 18;
 
 // Whose partial results a kernel merges, see split_merge.h.
 enum class Merge : int {

@@ -5,9 +5,11 @@
 #include <stdexcept>
 
 #include "cuda/kernels/broadcast.h"
+#include "cuda/kernels/grad_y.h"
 #include "cuda/kernels/normalized_pool.h"
 #include "cuda/kernels/pool_backward.h"
 #include "cuda/kernels/residual.h"
+#include "cuda/kernels/residual_sums.h"
 #include "cuda/kernels/statistics.h"
 
 namespace gc {
@@ -327,7 +329,10 @@ constexpr Kernel kKernels[] = {
     kernel<NormalizedPoolTraits<Weighting::kUniform>>(),
     kernel<NormalizedPixelDotTraits>(),
     kernel<ResidualTraits>(),
-    kernel<StatisticsTraits>()};
+    kernel<StatisticsTraits>(),
+    kernel<ResidualSumsTraits>(),
+    kernel<GradYTraits>(),
+    kernel<NormalizedPoolBackwardTraits>()};
 
 constexpr bool in_order() {
   int kind = 0;
