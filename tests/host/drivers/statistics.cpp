@@ -1,4 +1,5 @@
 // statistics (csrc/cuda/kernels/statistics.h) against plain loops.
+#include "accuracy.h"
 #include "norm_cases.h"
 #include "shapes.h"
 
@@ -16,6 +17,7 @@ struct Batch {
   Layout layout;
   bool wide, with_state;
   double far;  // the means, in deviations
+  double eps = kEps;
   int images = on.shape.images, channels = on.shape.channels, pixels = on.shape.pixels;
   std::size_t c_ = static_cast<std::size_t>(channels), states = static_cast<std::size_t>(images) * (channels + 2);
 
@@ -59,7 +61,7 @@ struct Batch {
     Tickets tickets(plan);
     StatisticsArgs args{};
     args.y = y.buffer().data();
-    args.eps = kEps;
+    args.eps = eps;
     args.weight = weight.companion();
     args.bias = bias.companion();
     args.kept = {mean.data(), inverse_std.data(), variance.data(), kept_bias.data()};
@@ -131,6 +133,42 @@ struct Batch {
   }
 };
 
+// x = (y - mean) inverse_std beside eager's batch_norm of the same y (eager_errors.py).
+void run_accuracy(const ShapeCase& on, double mean, double eager, const host::Schedule& schedule) {
+  const auto [images, channels, pixels] = on.shape;
+  constexpr double kEagerEps = 1e-5;
+  for (const Layout layout : kLayouts) {
+    Batch<float> batch(on, layout, true, false, 0);
+    const Pattern pattern(1, 10);
+    std::size_t i = 0;
+    for (int n = 0; n < images; ++n) {
+      for (int c = 0; c < channels; ++c) {
+        for (int s = 0; s < pixels; ++s) batch.y.set(n, c, s, 4 * pattern(i++) + mean);
+      }
+    }
+    batch.eps = kEagerEps;
+    batch.run(schedule);
+    LargestError error;
+    for (int c = 0; c < channels; ++c) {
+      double exact = 0, squares = 0;
+      const double count = static_cast<double>(images) * pixels;
+      const auto each = [&](const auto& take) {
+        for (int n = 0; n < images; ++n) {
+          for (int s = 0; s < pixels; ++s) take(batch.y(n, c, s));
+        }
+      };
+      each([&](double y) { exact += (y - mean) / count; });
+      each([&](double y) { squares += (y - mean - exact) * (y - mean - exact); });
+      const double inverse = 1 / std::sqrt(squares / count + kEagerEps);
+      each([&](double y) {
+        const float x = (static_cast<float>(y) - batch.mean[c]) * batch.inverse_std[c];
+        error.add(x, (y - mean - exact) * inverse);
+      });
+    }
+    error.require("x", eager);
+  }
+}
+
 std::vector<ShapeCase> shapes() {
   std::vector<ShapeCase> list = shape_cases();
   list.push_back({{3, 33, 1500}, 48, true, 0, "several groups of splits in each of several images"});
@@ -170,6 +208,22 @@ std::vector<host::Case> cases() {
   for (const Layout layout : kLayouts) {
     add(float{}, {{2, 40, 300}, 2, true, 0, "a mean of 10^4 deviations"}, layout, true, 16384);
     add(double{}, {{2, 40, 300}, 2, true, 0, "a mean of 10^9 deviations"}, layout, true, 0x1p30);
+  }
+  struct Accuracy {
+    const char* name;
+    ShapeCase on;
+    double mean, eager;
+  };
+  const Accuracy accuracies[] = {
+      {"near_zero", {{2, 16, 3000}, 8, false, 0, "long sums of either sign"}, 0, 1.4},
+      {"far_from_zero", {{2, 16, 3000}, 8, false, 0, "a mean of 40 deviations"}, 100, 33.0},
+      {"farther", {{2, 16, 3000}, 8, false, 0, "a mean of 1800 deviations"}, 4096, 1080.8},
+      {"many_images", {{300, 8, 49}, 8, false, 0, "a partial result for each of many images"}, 100, 28.4},
+  };
+  for (const Accuracy& one : accuracies) {
+    list.push_back(accuracy_case(one.name, one.on.reason, [=](const host::Schedule& schedule) {
+      run_accuracy(one.on, one.mean, one.eager, schedule);
+    }));
   }
   return list;
 }
