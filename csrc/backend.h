@@ -12,16 +12,18 @@
 //   BroadcastBackward(x, grad, with_products, grad_x, transform_follows)
 //                                                             launch(BroadcastBackwardCall, Lent), left()
 //   TransformForward(x, branches, Unmerged)                   launch(TransformForwardCall, Lent)
-//   TransformBackward(x, BackwardProblem, context, Unmerged)  launch(TransformBackwardCall, Lent)
+//   TransformBackward(x, BackwardProblem, context, Unmerged, normalized)
+//                                                             launch(TransformBackwardCall, Lent)
 //
-// And for the residual tail (ops/tail.h), which only the CPU has:
+// And for the residual tail (ops/tail.h):
 //
 //   Statistics(y, of_batch)                                   launch(StatisticsCall, Lent)
 //   PoolForward and PoolBackward, made with normalized        of x = slope (y - mean) + bias, read from y (Norm)
-//   Residual(y)                                               launch(ResidualCall, Lent)
-//   ResidualSums(y, products)                                 launch(ResidualSumsCall, Lent)
-//   GradY(y, attention, of_batch)                             launch(GradYCall, Lent)
-//   static void contexts(y, …), branch_gradients(y, …), norm_gradients(y, …): small steps between them
+//   Residual(y, identity, out)                                launch(ResidualCall, Lent)
+//   ResidualSums(y, products, grad, out, grad_in)             launch(ResidualSumsCall, Lent)
+//   TransformBackward, made with normalized                   of a context of y - mean (NormalizedSums)
+//   GradY(y, attention, of_batch, grad, grad_y)               launch(GradYCall, Lent)
+//   static void norm_gradients(y, NormGradientsCall)          where there is no GradY to do it
 //
 // Where a transform follows, a pool may leave the context in parts, and the sums of the gradient theirs, in their
 // workspace. What left() then says is for the transform, which merges them.
@@ -58,10 +60,14 @@ struct Unmerged {
 
 // Batch normalization of y, x = weight (y - mean) inverse_std + bias, where the slope is weight * inverse_std. Without a
 // mean there is none, and x is y.
+struct StatisticsCall;
 struct Norm {
   const void* mean = nullptr;         // A [C]
   const void* inverse_std = nullptr;  // A [C]
   Companion weight, bias;             // [C], or absent: 1, 0. A copy of the bias is kept
+  // In the forward pass, where the statistics are not those of the batch: the call that copies what is given to mean,
+  // inverse_std and bias. A device may have left that to the call of Residual, and read what is given.
+  const StatisticsCall* given = nullptr;
 };
 
 struct PoolForwardCall {
@@ -74,6 +80,9 @@ struct PoolForwardCall {
   void* logits = nullptr;   // A [N, S]     kMask
   void* context = nullptr;  // T [N, C]     or null
   void* state = nullptr;    // A [N, C + kStatistics], or null; for the mean (0, S, mean)
+  // A [N, C + kStatistics], where the pass is normalized: beside the state, with the context of x. Its statistics may
+  // be left out.
+  void* state_of_x = nullptr;
 };
 
 struct PoolBackwardCall {
@@ -115,6 +124,14 @@ struct TransformForwardCall {
   const void* partials;
 };
 
+// What makes the branches' grad_outs in the residual tail: sum over the pixels of the gradient of x * scale + term, and of
+// that times y - mean. That of add is sums, that of mul is slope * product_sums + bias * sums.
+struct NormalizedSums {
+  Norm norm;
+  const void* sums;          // A [N, C]
+  const void* product_sums;  // A [N, C], or null without mul
+};
+
 struct TransformBackwardCall {
   Kinds kinds;
   double factor;  // of grad_context
@@ -124,6 +141,8 @@ struct TransformBackwardCall {
   const Gradients& grads;          // results: those of the branches' parameters, and 0 for that of the mask's bias
   // The workspace of the sums before. Where it has partial results, they stand in place of grad_outs.
   const void* partials = nullptr;
+  // With it, kept has the context of y - mean, and there are no grad_outs.
+  const NormalizedSums* normalized = nullptr;
 };
 
 // Mean and variance of each channel, given or those of the batch.
@@ -131,16 +150,19 @@ struct StatisticsCall {
   double eps = 0;
   Companion given_mean, given_variance;  // [C]; not of_batch, or both absent: 0 and 1, exactly
   Companion given_bias;                  // [C], or absent
+  Companion weight;                      // [C], or absent
   // Results.
   void *mean, *inverse_std, *variance;  // A [C]; the variance that is given, or the unbiased one of the batch
   void* bias;                           // A [C]: the same, which may be changed before the backward pass
   void* state = nullptr;                // A [N, C + kStatistics], or null; of_batch: the mean over pixels of y - mean
+  void* state_of_x = nullptr;           // A [N, C + kStatistics], with state: as that of PoolForwardCall
   CompanionOut running_mean, running_variance;  // [C], or absent; of_batch: moved by momentum
   double momentum = 0;
 };
 
 // out = relu(slope (y - mean) scale + (bias scale + term) + identity)
 struct ResidualCall {
+  bool first = true;  // launch of its operator
   Norm norm;
   const void* identity = nullptr;                // T like y, or null
   const void *scale = nullptr, *term = nullptr;  // A [N, C], or null
@@ -158,18 +180,6 @@ struct ResidualSumsCall {
   void* product_sums = nullptr;  // A [N, C]: of grad_in * (y - mean); the pass has products
 };
 
-// grad_y = slope (grad scale + what comes from the context - what comes from the statistics of the batch)
-struct GradYCall {
-  Norm norm;
-  const void* grad = nullptr;                               // T like y: grad_in
-  const void* scale = nullptr;                              // A [N, C], or null
-  const void* grad_context = nullptr;                       // A [N, C], or null: no block
-  const void *attention = nullptr, *grad_logits = nullptr;  // A [N, S]; with attention
-  Companion mask_weight;                                    // [C]; with attention
-  const void *grad_weight = nullptr, *grad_bias = nullptr;  // A [C]: of the norm; of_batch
-  void* grad_y = nullptr;                                   // T like y
-};
-
 // Of the norm's parameters and of mask_weight. Results may be absent.
 struct NormGradientsCall {
   Norm norm;
@@ -182,6 +192,19 @@ struct NormGradientsCall {
   // Results.
   void *grad_weight_sum = nullptr, *grad_bias_sum = nullptr;  // A [C]
   CompanionOut grad_weight, grad_bias, grad_mask_weight;      // [C]
+};
+
+// grad_y = slope (grad scale + what comes from the context - what comes from the statistics of the batch)
+struct GradYCall {
+  Norm norm;
+  const void* grad = nullptr;                               // T like y: grad_in
+  const void* scale = nullptr;                              // A [N, C], or null
+  const void* grad_context = nullptr;                       // A [N, C], or null: no block
+  const void *attention = nullptr, *grad_logits = nullptr;  // A [N, S]; with attention
+  Companion mask_weight;                                    // [C]; with attention
+  const void *grad_weight = nullptr, *grad_bias = nullptr;  // A [C]: of the norm; of_batch
+  const NormGradientsCall* of_norm = nullptr;               // to be computed as well, before where of_batch
+  void* grad_y = nullptr;                                   // T like y
 };
 
 }  // namespace gc

@@ -40,6 +40,19 @@ struct NormVectors {
   }
 };
 
+// The contexts of x from those of y - mean: slope * context + bias. Rows of states, of which the statistics stay.
+template <typename T>
+void normalize_contexts(const NormVectors<T>& norm, int64_t images, int64_t channels, const acc_t<T>* state,
+                        acc_t<T>* of_x) {
+  const int64_t row = channels + kStatistics;
+  for (int64_t n = 0; n < images; ++n, state += row, of_x += row) {
+    std::copy_n(state, kStatistics, of_x);
+    for (int64_t c = 0; c < channels; ++c) {
+      of_x[kStatistics + c] = norm.slope[c] * state[kStatistics + c] + norm.bias[c];
+    }
+  }
+}
+
 // A vector of the channels, once for each image.
 template <typename A>
 const A* for_each_image(const A* vector, int64_t images, int64_t channels, A* copies) {

@@ -3,6 +3,7 @@
 
 #include <cmath>
 
+#include "cpu/contexts.h"
 #include "cpu/maps.h"
 #include "cpu/norm.h"
 #include "cpu/run.h"
@@ -24,7 +25,7 @@ struct ResidualMemory {
 
 class Residual {
  public:
-  explicit Residual(const FeatureMap& y) : y_(y) {}
+  Residual(const FeatureMap& y, const void* /*identity*/, const void* /*out*/) : y_(y) {}
   Wanted wanted() const { return wanted_by<ResidualMemory>(y_); }
   void launch(const ResidualCall& call, Lent lent) const {
     const auto body = [&](auto zero, const auto& memory) {
@@ -69,7 +70,7 @@ struct ResidualSumsMemory {
 
 class ResidualSums {
  public:
-  ResidualSums(const FeatureMap& y, bool products)
+  ResidualSums(const FeatureMap& y, bool products, const void*, const void*, const void*)
       : y_(y), products_(products), shape_(streaming(shape_of(y))), plan_(plan_for(y, shape_)) {}
   Wanted wanted() const { return wanted_by<ResidualSumsMemory>(y_, products_, shape_, plan_); }
   void launch(const ResidualSumsCall& call, Lent lent) const {
@@ -112,6 +113,50 @@ class ResidualSums {
   Plan plan_;
 };
 
+// of_bias   = sum_n (scale sums + grad_context)
+// of_weight = sum_n (scale product_sums + grad_context context) inverse_std + mask_weight inverse_std grad_folded
+// of mask_weight = slope grad_folded, where grad_folded is that of slope * mask_weight
+inline void norm_gradients(const FeatureMap& y, const NormGradientsCall& call) {
+  with_norm(y, call.norm, [&](auto zero, const auto& vectors) {
+    using T = decltype(zero);
+    using A = acc_t<T>;
+    const int64_t channels = y.channels(), row = channels + kStatistics;
+    const auto at = [](const void* array, int64_t i, double absent) {
+      return array ? static_cast<double>(static_cast<const A*>(array)[i]) : absent;
+    };
+    const Tensor copies = y.empty_accumulation({2 * channels});
+    A* const mask_copy = copies.data_ptr<A>();
+    A* const result = mask_copy + channels;
+    const A* const mask = widen<T>(call.mask_weight, channels, mask_copy);
+    for (int64_t c = 0; c < channels; ++c) {
+      double of_bias = 0, of_weight = 0;
+      for (int64_t n = 0; n < y.images(); ++n) {
+        const int64_t i = n * channels + c;
+        const double scale = at(call.scale, i, 1), grad_context = at(call.grad_context, i, 0);
+        of_bias += scale * at(call.sums, i, 0) + grad_context;
+        of_weight += scale * at(call.product_sums, i, 0);
+        if (call.grad_context) of_weight += grad_context * at(call.state, n * row + kStatistics + c, 0);
+      }
+      if (call.grad_folded) of_weight += mask[c] * at(call.grad_folded, c, 0);
+      static_cast<A*>(call.grad_bias_sum)[c] = static_cast<A>(of_bias);
+      static_cast<A*>(call.grad_weight_sum)[c] = static_cast<A>(of_weight * vectors.inverse_std[c]);
+    }
+    const auto put = [&](const A* sum, CompanionOut grad) {
+      if (grad.data == nullptr) return;
+      std::copy_n(sum, channels, computed_in<T>(grad, result));
+      narrow<T>(result, grad, channels);
+    };
+    put(static_cast<const A*>(call.grad_weight_sum), call.grad_weight);
+    put(static_cast<const A*>(call.grad_bias_sum), call.grad_bias);
+    if (call.grad_mask_weight.data == nullptr) return;
+    A* const of_mask = computed_in<T>(call.grad_mask_weight, result);
+    for (int64_t c = 0; c < channels; ++c) {
+      of_mask[c] = static_cast<const A*>(call.grad_folded)[c] * vectors.slope[c];
+    }
+    narrow<T>(of_mask, call.grad_mask_weight, channels);
+  });
+}
+
 template <typename T>
 struct GradYMemory {
   using A = acc_t<T>;
@@ -127,9 +172,11 @@ struct GradYMemory {
 
 class GradY {
  public:
-  GradY(const FeatureMap& y, bool attention, bool of_batch) : y_(y), attention_(attention), of_batch_(of_batch) {}
+  GradY(const FeatureMap& y, bool attention, bool of_batch, const void*, const void*)
+      : y_(y), attention_(attention), of_batch_(of_batch) {}
   Wanted wanted() const { return wanted_by<GradYMemory>(y_); }
   void launch(const GradYCall& call, Lent lent) const {
+    if (call.of_norm != nullptr) norm_gradients(y_, *call.of_norm);
     const auto body = [&](auto zero, const auto& memory) {
       using T = decltype(zero);
       using A = acc_t<T>;
@@ -207,93 +254,5 @@ class GradY {
   const FeatureMap& y_;
   bool attention_, of_batch_;
 };
-
-// Calls body(T{}, NormVectors, NormMemory) with memory that it allocates: of a few vectors of the channels.
-template <typename Body>
-void with_norm(const FeatureMap& y, const Norm& norm, const Body& body) {
-  const Wanted wanted = wanted_by<NormMemory>(y);
-  const Tensor memory = y.empty_accumulation({wanted.workspace});
-  const auto step = [&](auto zero, const auto& taken) {
-    body(zero, NormVectors<decltype(zero)>(norm, y.channels(), taken));
-  };
-  with_memory<NormMemory>({memory.data_ptr(), nullptr}, step, y);
-}
-
-// The state of x from that of y - mean: context = slope * context + bias.
-inline void contexts(const FeatureMap& y, const Norm& norm, const void* state, void* of_x) {
-  with_norm(y, norm, [&](auto zero, const auto& vectors) {
-    using A = acc_t<decltype(zero)>;
-    const int64_t channels = y.channels(), row = channels + kStatistics;
-    const A* from = static_cast<const A*>(state);
-    A* to = static_cast<A*>(of_x);
-    for (int64_t n = 0; n < y.images(); ++n, from += row, to += row) {
-      std::copy_n(from, kStatistics, to);
-      for (int64_t c = 0; c < channels; ++c) {
-        to[kStatistics + c] = vectors.slope[c] * from[kStatistics + c] + vectors.bias[c];
-      }
-    }
-  });
-}
-
-// The gradients of what the branches give, from the sums of grad_in and of grad_in * (y - mean); either may be null.
-inline void branch_gradients(const FeatureMap& y, const Norm& norm, const void* sums, const void* product_sums,
-                             void* of_add, void* of_mul) {
-  with_norm(y, norm, [&](auto zero, const auto& vectors) {
-    using A = acc_t<decltype(zero)>;
-    const A* const p = static_cast<const A*>(sums);
-    const A* const u = static_cast<const A*>(product_sums);
-    const int64_t channels = y.channels(), count = y.images() * channels;
-    if (of_add != nullptr) std::copy_n(p, count, static_cast<A*>(of_add));
-    if (of_mul == nullptr) return;
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t c = i % channels;
-      static_cast<A*>(of_mul)[i] = vectors.slope[c] * u[i] + vectors.bias[c] * p[i];
-    }
-  });
-}
-
-// of_bias   = sum_n (scale sums + grad_context)
-// of_weight = sum_n (scale product_sums + grad_context context) inverse_std + mask_weight inverse_std grad_folded
-// of mask_weight = slope grad_folded, where grad_folded is that of slope * mask_weight
-inline void norm_gradients(const FeatureMap& y, const NormGradientsCall& call) {
-  with_norm(y, call.norm, [&](auto zero, const auto& vectors) {
-    using T = decltype(zero);
-    using A = acc_t<T>;
-    const int64_t channels = y.channels(), row = channels + kStatistics;
-    const auto at = [](const void* array, int64_t i, double absent) {
-      return array ? static_cast<double>(static_cast<const A*>(array)[i]) : absent;
-    };
-    const Tensor copies = y.empty_accumulation({2 * channels});
-    A* const mask_copy = copies.data_ptr<A>();
-    A* const result = mask_copy + channels;
-    const A* const mask = widen<T>(call.mask_weight, channels, mask_copy);
-    for (int64_t c = 0; c < channels; ++c) {
-      double of_bias = 0, of_weight = 0;
-      for (int64_t n = 0; n < y.images(); ++n) {
-        const int64_t i = n * channels + c;
-        const double scale = at(call.scale, i, 1), grad_context = at(call.grad_context, i, 0);
-        of_bias += scale * at(call.sums, i, 0) + grad_context;
-        of_weight += scale * at(call.product_sums, i, 0);
-        if (call.grad_context) of_weight += grad_context * at(call.state, n * row + kStatistics + c, 0);
-      }
-      if (call.grad_folded) of_weight += mask[c] * at(call.grad_folded, c, 0);
-      static_cast<A*>(call.grad_bias_sum)[c] = static_cast<A>(of_bias);
-      static_cast<A*>(call.grad_weight_sum)[c] = static_cast<A>(of_weight * vectors.inverse_std[c]);
-    }
-    const auto put = [&](const A* sum, CompanionOut grad) {
-      if (grad.data == nullptr) return;
-      std::copy_n(sum, channels, computed_in<T>(grad, result));
-      narrow<T>(result, grad, channels);
-    };
-    put(static_cast<const A*>(call.grad_weight_sum), call.grad_weight);
-    put(static_cast<const A*>(call.grad_bias_sum), call.grad_bias);
-    if (call.grad_mask_weight.data == nullptr) return;
-    A* const of_mask = computed_in<T>(call.grad_mask_weight, result);
-    for (int64_t c = 0; c < channels; ++c) {
-      of_mask[c] = static_cast<const A*>(call.grad_folded)[c] * vectors.slope[c];
-    }
-    narrow<T>(of_mask, call.grad_mask_weight, channels);
-  });
-}
 
 }  // namespace gc::cpu

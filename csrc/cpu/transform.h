@@ -7,6 +7,7 @@
 
 #include <functional>
 
+#include "cpu/norm.h"
 #include "cpu/run.h"
 #include "cpu/scratch.h"
 
@@ -190,11 +191,20 @@ struct TransformBackwardMemory {
   std::array<BranchGradients<A>, 2> of;
   A* context_partials = nullptr;  // of both branches
   int64_t context_chunks = 0;
+  // Of the residual tail: what the pass is given otherwise.
+  NormMemory<T> norm;
+  A* state = nullptr;
+  std::array<A*, 2> grad_outs{};
 
-  TransformBackwardMemory(const FeatureMap& x, const BackwardProblem& problem, Scratch<A>& scratch)
+  TransformBackwardMemory(const FeatureMap& x, const BackwardProblem& problem, bool normalized, Scratch<A>& scratch)
       : vectors{Vectors<T>(x, problem.branches.each[kAdd], scratch),
-                Vectors<T>(x, problem.branches.each[kMul], scratch)} {
+                Vectors<T>(x, problem.branches.each[kMul], scratch)},
+        norm(x, scratch, normalized) {
     const Needs& needs = problem.needs;
+    if (normalized) {
+      state = scratch.take(x.images() * (x.channels() + kStatistics));
+      for (A*& grad_out : grad_outs) grad_out = scratch.take(x.images() * x.channels());
+    }
     for (const int b : {kAdd, kMul}) {
       if (!needs.branch(problem.branches, b)) continue;
       const Branch& branch = problem.branches.each[b];
@@ -352,19 +362,45 @@ class TransformForward {
 
 class TransformBackward {
  public:
-  TransformBackward(const FeatureMap& x, const BackwardProblem& of, const void*, const Unmerged& = {})
-      : x_(x), of_(of) {}
-  Wanted wanted() const { return wanted_by<TransformBackwardMemory>(x_, of_); }
+  TransformBackward(const FeatureMap& x, const BackwardProblem& of, const void*, const Unmerged& = {},
+                    bool normalized = false)
+      : x_(x), of_(of), normalized_(normalized) {}
+  Wanted wanted() const { return wanted_by<TransformBackwardMemory>(x_, of_, normalized_); }
   void launch(const TransformBackwardCall& call, Lent lent) const {
     const auto body = [&](auto zero, const auto& memory) {
-      TransformBackwardPass<decltype(zero)>{x_, of_, call, memory}.run_all();
+      using T = decltype(zero);
+      if (call.normalized == nullptr) return TransformBackwardPass<T>{x_, of_, call, memory}.run_all();
+      KeptParts of_x = call.kept;
+      of_x.set_state(memory.state, x_);
+      TransformBackwardCall plain{call.kinds, call.factor, of_x, {}, call.grad_context, call.grads};
+      for (const int b : {kAdd, kMul}) plain.grad_outs[b] = memory.grad_outs[b];
+      give_inputs(call, memory);
+      TransformBackwardPass<T>{x_, of_, plain, memory}.run_all();
     };
-    with_memory<TransformBackwardMemory>(lent, body, x_, of_);
+    with_memory<TransformBackwardMemory>(lent, body, x_, of_, normalized_);
   }
 
  private:
+  // The state of x and the gradients of what the branches give, as NormalizedSums says.
+  template <typename T>
+  void give_inputs(const TransformBackwardCall& call, const TransformBackwardMemory<T>& memory) const {
+    using A = acc_t<T>;
+    const int64_t channels = x_.channels(), count = x_.images() * channels;
+    const NormVectors<T> norm(call.normalized->norm, channels, memory.norm);
+    normalize_contexts(norm, x_.images(), channels, static_cast<const A*>(call.kept.state), memory.state);
+    const A* const p = static_cast<const A*>(call.normalized->sums);
+    const A* const u = static_cast<const A*>(call.normalized->product_sums);
+    if (of_.needs.branch(of_.branches, kAdd)) std::copy_n(p, count, memory.grad_outs[kAdd]);
+    if (!of_.needs.branch(of_.branches, kMul)) return;
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t c = i % channels;
+      memory.grad_outs[kMul][i] = norm.slope[c] * u[i] + norm.bias[c] * p[i];
+    }
+  }
+
   const FeatureMap& x_;
   const BackwardProblem& of_;
+  bool normalized_;
 };
 
 }  // namespace gc::cpu

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "cuda/tail_backward.h"
 #include "cuda/tensors.h"
 
 namespace gc::cuda {
@@ -121,7 +122,8 @@ class TransformForward {
 
 class TransformBackward {
  public:
-  TransformBackward(const FeatureMap& x, const BackwardProblem& of, const void* context, const Unmerged& left = {})
+  TransformBackward(const FeatureMap& x, const BackwardProblem& of, const void* context, const Unmerged& left = {},
+                    bool /*normalized*/ = false)
       : x_(x),
         of_(of),
         left_(left),
@@ -131,7 +133,7 @@ class TransformBackward {
         plan_(plan_for(TransformPass::kBackward, x, problem_, depth_of(of.needs, live_), left.splits > 1)) {}
   Wanted wanted() const { return {plan_.workspace, plan_.counters}; }
   void launch(const TransformBackwardCall& call, Lent lent) const {
-    TransformBackwardArgs args{};
+    NormalizedTransformBackwardArgs args{};
     args.counters = lent.counters;
     args.images = static_cast<int>(x_.images());
     args.channels = static_cast<int>(x_.channels());
@@ -162,7 +164,7 @@ class TransformBackward {
       branch.w2 = x_.companion(given.parameters[kW2]);
       branch.normalized = call.kept.normalized[b];
       branch.inverse_deviation = call.kept.inverse_deviation[b];
-      branch.grad_out = call.grad_outs[b];
+      branch.grad_out = call.normalized != nullptr ? call.normalized->sums : call.grad_outs[b];
       branch.gate = call.kinds.of(b);
       branch.gate_out = b == kMul ? call.kept.scale : nullptr;
       branch.grad_w1 = out(kW1);
@@ -176,7 +178,13 @@ class TransformBackward {
       branch.grad_hidden = take(own.grad_hidden);
       branch.partial_context = take(own.partial_context);
     }
-    C10_CUDA_CHECK(launch_transform_backward(plan_, args, stream_of(x_)));
+    if (call.normalized == nullptr) {
+      C10_CUDA_CHECK(launch_transform_backward(plan_, args, stream_of(x_)));
+      return;
+    }
+    args.norm = norm_args(call.normalized->norm);
+    args.product_sums = call.normalized->product_sums;
+    C10_CUDA_CHECK(launch_normalized_transform_backward(plan_, args, stream_of(x_)));
   }
 
  private:

@@ -85,6 +85,18 @@ inline void exchange_statistics(const FeatureMap& y, const StatisticsCall& taken
   move(running.variance, variance);
 }
 
+// The context of x from that of y - mean, which an exchange of the statistics has changed.
+inline void contexts_of_x(const FeatureMap& y, const StatisticsCall& taken, const Tensor& weight, const Tensor& bias) {
+  const auto context = [&](void* state) {
+    return view_of(y, state, y.images(), kStatistics + y.channels()).narrow(1, kStatistics, y.channels());
+  };
+  Tensor slope = view_of(y, taken.inverse_std, 1, y.channels()), of_x = context(taken.state);
+  if (weight.defined()) slope = slope * weight;
+  of_x = of_x * slope;
+  if (bias.defined()) of_x = of_x + bias;
+  context(taken.state_of_x).copy_(of_x);
+}
+
 // The sums over y's own batch [C] become those over all, times this process's share of the batch: what is computed from
 // them divides by its own count. y may have no image; the sums may be null then.
 inline void exchange_sums(const FeatureMap& y, void* weight_sum, void* bias_sum, const Group& group) {

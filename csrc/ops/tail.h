@@ -7,6 +7,7 @@
 // Where the batch is spread over processes, they exchange the statistics, and the sums before grad_y (exchange.h).
 #pragma once
 
+#include <algorithm>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -45,21 +46,30 @@ std::tuple<Tensor, Tensor> tail_forward(const FeatureMap& map, const TailProblem
   const bool pools = problem.has_block() && (attention || !of_batch);  // the batch's statistics have the means
 
   const typename Device::Statistics statistics(map, of_batch);
-  const typename Device::PoolForward pool(map, attention ? Weighting::kMask : Weighting::kUniform,
-                                          /*transform_follows=*/true, /*normalized=*/true);
-  const typename Device::TransformForward transform(map, problem.branches, pool.left());
-  const typename Device::Residual residual(map);
+  std::optional<typename Device::PoolForward> pool;
+  std::optional<typename Device::TransformForward> transform;
+  if (pools) {
+    pool.emplace(map, attention ? Weighting::kMask : Weighting::kUniform, /*transform_follows=*/true,
+                 /*normalized=*/true);
+  }
+  if (problem.has_block()) transform.emplace(map, problem.branches, pool ? pool->left() : Unmerged{});
+  const Tensor own_identity = identity.has_value() ? map.in_my_layout(*identity) : Tensor();
+  const typename Device::Residual residual(map, pointer(own_identity), out.data_ptr());
+  const Wanted of_statistics = statistics.wanted(), of_residual = residual.wanted();
+  const Wanted of_pool = pool ? pool->wanted() : Wanted{}, of_transform = transform ? transform->wanted() : Wanted{};
   const int64_t per_channel = map.images() * map.channels();
   Scratch scratch(map);
   void *state, *term, *statistics_workspace, *pool_workspace, *transform_workspace, *residual_workspace;
   scratch.allocate([&] {
     state = problem.has_block() ? scratch.take(per_channel + map.images() * kStatistics) : nullptr;
     term = problem.branches.has(kAdd) ? scratch.take(per_channel) : nullptr;
-    statistics_workspace = scratch.take(statistics.wanted().workspace);
-    pool_workspace = pools ? scratch.take(pool.wanted().workspace) : nullptr;
-    transform_workspace = problem.has_block() ? scratch.take(transform.wanted().workspace) : nullptr;
-    residual_workspace = scratch.take(residual.wanted().workspace);
+    statistics_workspace = scratch.take(of_statistics.workspace);
+    pool_workspace = scratch.take(of_pool.workspace);
+    transform_workspace = scratch.take(of_transform.workspace);
+    residual_workspace = scratch.take(of_residual.workspace);
   });
+  const typename Device::Counters counters(std::max({of_statistics.counters, of_pool.counters, of_transform.counters}),
+                                           map);
 
   taking.eps = source.eps;
   const Tensor mean = contiguous(source.mean), variance = contiguous(source.variance);
@@ -69,14 +79,22 @@ std::tuple<Tensor, Tensor> tail_forward(const FeatureMap& map, const TailProblem
   }
   taking.given_bias = map.companion(problem.bias);
   taking.bias = kept.bias;
-  taking.state = problem.has_block() && !pools ? kept.block->state : nullptr;
+  taking.weight = map.companion(problem.weight);
+  if (problem.has_block() && !pool) {
+    taking.state = kept.block->state;
+    taking.state_of_x = state;
+  }
   if (running.mean.has_value() && !exchanges) taking.running_mean = map.companion_out(*running.mean);
   if (running.variance.has_value() && !exchanges) taking.running_variance = map.companion_out(*running.variance);
   taking.momentum = running.momentum;
-  statistics.launch(taking, {statistics_workspace, nullptr});
-  if (exchanges) exchange_statistics(map, taking, source.eps, running, group);
+  statistics.launch(taking, {statistics_workspace, counters.get()});
+  if (exchanges) {
+    exchange_statistics(map, taking, source.eps, running, group);
+    if (taking.state_of_x != nullptr) contexts_of_x(map, taking, problem.weight, problem.bias);
+  }
 
-  const Norm norm = problem.norm(map, kept);
+  Norm norm = problem.norm(map, kept);
+  if (!of_batch) norm.given = &taking;
   if (problem.has_block()) {
     const Tensor own_weight = contiguous(problem.mask_weight);
     PoolForwardCall pooling;
@@ -89,18 +107,18 @@ std::tuple<Tensor, Tensor> tail_forward(const FeatureMap& map, const TailProblem
       pooling.factor = 1.0 / static_cast<double>(map.pixels());
     }
     pooling.state = kept.block->state;
-    if (pools) pool.launch(pooling, {pool_workspace, nullptr});
-    Device::contexts(map, norm, kept.block->state, state);
+    pooling.state_of_x = state;
+    if (pool) pool->launch(pooling, {pool_workspace, counters.get()});
     KeptParts of_x = *kept.block;
     of_x.set_state(state, map);
     const TransformForwardCall transforming{*problem.kinds, eps, of_x, /*outs=*/{term, of_x.scale}, pooling, nullptr};
-    transform.launch(transforming, {transform_workspace, nullptr});
+    transform->launch(transforming, {transform_workspace, counters.get()});
   }
   void* const of_block = problem.has_block() ? kept.block->scale : nullptr;
   const Tensor scale = times_image_factor(map, problem.image_factor, of_block);
   if (scale.defined() && term != nullptr) view_of(map, term, map.images(), map.channels()).mul_(problem.image_factor);
-  const Tensor own_identity = identity.has_value() ? map.in_my_layout(*identity) : Tensor();
   ResidualCall adding;
+  adding.first = !problem.has_block() && !of_batch;
   adding.norm = norm;
   adding.identity = pointer(own_identity);
   adding.scale = scale.defined() ? scale.data_ptr() : of_block;
@@ -189,57 +207,66 @@ std::vector<Tensor> bn_context_add_relu_backward(const Tensor& grad, const Optio
   const bool transforms = with_add || with_mul;
   const bool pools = transforms && problem.attention() && needs.pooling();
   const bool products = needs.products(with_mul);
-  const typename Device::ResidualSums sums(map, products);
-  const typename Device::TransformBackward transform(map, block, nullptr);
-  const typename Device::PoolBackward pool(map, PoolGradient::kMask, nullptr, nullptr, /*normalized=*/true);
-  const typename Device::GradY last(map, pools, problem.of_batch());
+  // Without a ReLU, a block and gradients of the norm, grad is all there is to know.
+  const bool sums_grad = masks || transforms || needs.norm();
+  std::optional<typename Device::ResidualSums> sums;
+  std::optional<typename Device::TransformBackward> transform;
+  std::optional<typename Device::PoolBackward> pool;
+  std::optional<typename Device::GradY> last;
+  Wanted of_sums, of_transform, of_pool, of_last;
+  const auto plan = [](auto& pass, Wanted& wanted, const auto&... given) { wanted = pass.emplace(given...).wanted(); };
+  if (sums_grad) {
+    plan(sums, of_sums, map, products, own_grad.data_ptr(), pointer(own_out), masks ? grad_in.data_ptr() : nullptr);
+  }
+  if (transforms) plan(transform, of_transform, map, block, nullptr, Unmerged(), /*normalized=*/true);
+  if (pools) plan(pool, of_pool, map, PoolGradient::kMask, nullptr, nullptr, /*normalized=*/true);
+  if (needs.y()) plan(last, of_last, map, pools, problem.of_batch(), grad_in.data_ptr(), grads.y.data_ptr());
 
   const int64_t per_channel = map.images() * map.channels(), pixels = map.images() * map.pixels();
   Scratch scratch(map);
-  void *sum, *product_sum, *of_add, *of_mul, *grad_context, *state, *attention, *grad_logits, *grad_folded;
-  void *weight_sum, *bias_sum, *sums_workspace, *transform_workspace, *pool_workspace, *last_workspace;
+  void *sum, *product_sum, *grad_context, *attention, *grad_logits, *grad_folded, *weight_sum, *bias_sum;
+  void *sums_workspace, *transform_workspace, *pool_workspace, *last_workspace;
   scratch.allocate([&] {
-    sum = scratch.take(per_channel);
+    sum = scratch.take(sums_grad ? per_channel : 0);
     product_sum = products ? scratch.take(per_channel) : nullptr;
-    of_add = with_add ? scratch.take(per_channel) : nullptr;
-    of_mul = with_mul ? scratch.take(per_channel) : nullptr;
     grad_context = transforms && needs.of_block().context() ? scratch.take(per_channel) : nullptr;
-    state = transforms ? scratch.take(per_channel + map.images() * kStatistics) : nullptr;
     attention = pools ? scratch.take(pixels) : nullptr;
     grad_logits = pools ? scratch.take(pixels) : nullptr;
     grad_folded = pools ? scratch.take(map.channels()) : nullptr;
     weight_sum = scratch.take(map.channels());
     bias_sum = scratch.take(map.channels());
-    sums_workspace = scratch.take(sums.wanted().workspace);
-    transform_workspace = transforms ? scratch.take(transform.wanted().workspace) : nullptr;
-    pool_workspace = pools ? scratch.take(pool.wanted().workspace) : nullptr;
-    last_workspace = needs.y() ? scratch.take(last.wanted().workspace) : nullptr;
+    sums_workspace = scratch.take(of_sums.workspace);
+    transform_workspace = scratch.take(of_transform.workspace);
+    pool_workspace = scratch.take(of_pool.workspace);
+    last_workspace = scratch.take(of_last.workspace);
   });
+  const typename Device::Counters counters(
+      std::max({of_sums.counters, of_transform.counters, of_pool.counters, of_last.counters}), map);
 
-  ResidualSumsCall summing;
-  summing.norm = norm;
-  summing.grad = own_grad.data_ptr();
-  summing.out = pointer(own_out);
-  summing.grad_in = masks ? grad_in.data_ptr() : nullptr;
-  summing.sums = sum;
-  summing.product_sums = product_sum;
-  sums.launch(summing, {sums_workspace, nullptr});
+  if (sums) {
+    ResidualSumsCall summing;
+    summing.norm = norm;
+    summing.grad = own_grad.data_ptr();
+    summing.out = pointer(own_out);
+    summing.grad_in = masks ? grad_in.data_ptr() : nullptr;
+    summing.sums = sum;
+    summing.product_sums = product_sum;
+    sums->launch(summing, {sums_workspace, counters.get()});
+  }
   if (problem.image_factor.defined()) {
     for (void* const one : {sum, product_sum}) {
       if (one != nullptr) view_of(map, one, map.images(), map.channels()).mul_(problem.image_factor);
     }
   }
 
-  if (transforms) {
-    Device::branch_gradients(map, norm, sum, product_sum, of_add, of_mul);
-    Device::contexts(map, norm, kept.block->state, state);
-    KeptParts of_x = *kept.block;
-    of_x.set_state(state, map);
-    const TransformBackwardCall transforming{*problem.kinds, 1, of_x, {of_add, of_mul}, grad_context, grads.of_block};
-    transform.launch(transforming, {transform_workspace, nullptr});
+  if (transform) {
+    const NormalizedSums of_branches{norm, sum, product_sum};
+    TransformBackwardCall transforming{*problem.kinds, 1, *kept.block, {}, grad_context, grads.of_block};
+    transforming.normalized = &of_branches;
+    transform->launch(transforming, {transform_workspace, counters.get()});
   }
   const Tensor own_weight = contiguous(mask_weight);
-  if (pools) {
+  if (pool) {
     PoolBackwardCall pooling;
     pooling.norm = norm;
     pooling.grad_context = wide(grad_context);
@@ -248,27 +275,27 @@ std::vector<Tensor> bn_context_add_relu_backward(const Tensor& grad, const Optio
     pooling.attention = attention;
     pooling.grad_logits = wide_out(grad_logits);
     pooling.grad_weight = wide_out(grad_folded);
-    pool.launch(pooling, {pool_workspace, nullptr});
+    pool->launch(pooling, {pool_workspace, counters.get()});
   }
-  if (needs.norm()) {
-    NormGradientsCall of_norm;
-    of_norm.norm = norm;
-    of_norm.sums = sum;
-    of_norm.product_sums = product_sum;
-    of_norm.scale = problem.has_block() ? kept.block->scale : nullptr;
-    of_norm.grad_context = grad_context;
-    of_norm.state = problem.has_block() ? kept.block->state : nullptr;
-    of_norm.grad_folded = grad_folded;
-    of_norm.mask_weight = map.companion(own_weight);
-    of_norm.grad_weight_sum = weight_sum;
-    of_norm.grad_bias_sum = bias_sum;
-    of_norm.grad_weight = map.companion_out(grads.weight);
-    of_norm.grad_bias = map.companion_out(grads.bias);
-    of_norm.grad_mask_weight = map.companion_out(grads.of_block[Needs::kMaskWeight]);
+  NormGradientsCall of_norm;
+  of_norm.norm = norm;
+  of_norm.sums = sum;
+  of_norm.product_sums = product_sum;
+  of_norm.scale = problem.has_block() ? kept.block->scale : nullptr;
+  of_norm.grad_context = grad_context;
+  of_norm.state = problem.has_block() ? kept.block->state : nullptr;
+  of_norm.grad_folded = grad_folded;
+  of_norm.mask_weight = map.companion(own_weight);
+  of_norm.grad_weight_sum = weight_sum;
+  of_norm.grad_bias_sum = bias_sum;
+  of_norm.grad_weight = map.companion_out(grads.weight);
+  of_norm.grad_bias = map.companion_out(grads.bias);
+  of_norm.grad_mask_weight = map.companion_out(grads.of_block[Needs::kMaskWeight]);
+  if (exchanges) {
     Device::norm_gradients(map, of_norm);
-    if (exchanges) exchange_sums(map, weight_sum, bias_sum, group);
+    exchange_sums(map, weight_sum, bias_sum, group);
   }
-  if (needs.y()) {
+  if (last) {
     void* const of_block = problem.has_block() ? kept.block->scale : nullptr;
     const Tensor scale = times_image_factor(map, problem.image_factor, of_block);
     GradYCall ending;
@@ -281,8 +308,11 @@ std::vector<Tensor> bn_context_add_relu_backward(const Tensor& grad, const Optio
     ending.mask_weight = map.companion(own_weight);
     ending.grad_weight = weight_sum;
     ending.grad_bias = bias_sum;
+    ending.of_norm = needs.norm() && !exchanges ? &of_norm : nullptr;
     ending.grad_y = grads.y.data_ptr();
-    last.launch(ending, {last_workspace, nullptr});
+    last->launch(ending, {last_workspace, counters.get()});
+  } else if (needs.norm()) {
+    Device::norm_gradients(map, of_norm);
   }
   return grads.only_needed();
 }

@@ -44,9 +44,9 @@ def moves_vectors(kernel: str) -> bool:
     """Does an instantiation move 16 bytes of a feature map at a time? A flat one does; the others are
     <type, layout, rows, width, ...>.
     """
-    if "transform_" in kernel:
+    if "transform_" in kernel or "norm_gradients" in kernel:
         return False
-    flat = re.search(r"broadcast_flat<(\w+),", kernel)
+    flat = re.search(r"_flat<(\w+),", kernel)
     if flat is not None:
         return flat[1] in ELEMENT_BYTES
     match = re.search(r"<(\w+), \(gc::Layout\)\d, \d+, (\d+)", kernel)

@@ -161,6 +161,7 @@ struct PartialGradients {
 };
 
 struct TransformBackwardArgs {
+  static constexpr bool kNormalized = false;  // see tail_backward_args.h
   PhaseGrid grid;
   unsigned* counters;  // [kPhaseCounters, then slabs_across of W1], 0 before and after
   int images, channels, branches;

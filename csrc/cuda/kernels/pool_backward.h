@@ -23,9 +23,18 @@
 // and needs no registers until then. Otherwise it comes after them, as many rows at a time as there are registers for.
 //
 // Moves: x once, grad_x once, with kBlock grad once (N*C*S elements each), logits once (N*S accumulation type).
+//
+// With kNormalized, the same for a residual tail's block, whose x = slope (y - mean) + bias is not there: with
+// z = y - mean and the context that of z,
+//
+//   grad_logits[s] = a[s] * (slope * gc . (z[:, s] - context))
+//   grad_folded    = sum of grad_logits[s] * (z[:, s] - context)        (that of slope * mask_weight; over n and s)
+//
+// It reads y once and writes a and grad_logits for grad_y, which makes the gradient of y of them. The mean and the
+// context are subtracted one after the other: their sum would be rounded where the mean is large.
 #pragma once
 
-#include "args.h"
+#include "tail_backward_args.h"
 #include "traits.h"
 
 namespace gc {
@@ -35,6 +44,8 @@ template <PoolGradient kGradient_, Path... kNewer>
 struct PoolBackwardTraits : KernelTraits {
   static constexpr Paths kPaths = Paths(kNewer...);
   static constexpr PoolGradient kGradient = kGradient_;
+  static constexpr bool kNormalized = false;
+  using Args = PoolBackwardArgs;
   static constexpr bool kStagedGrad = kPaths.has(Path::kStagedGrad);
   static constexpr bool kMask = kGradient != PoolGradient::kLogits;
   static constexpr bool kBlock = kGradient == PoolGradient::kBlock;
@@ -76,9 +87,18 @@ struct PoolBackwardTraits : KernelTraits {
   }
 };
 
+// Staged of each channel: slope * grad_context, the context, the mean.
+struct NormalizedPoolBackwardTraits : PoolBackwardTraits<PoolGradient::kMask> {
+  static constexpr bool kNormalized = true;
+  using Args = NormalizedPoolBackwardArgs;
+  static constexpr KernelKind kKind = KernelKind::kPoolBackwardNormalized;
+  static constexpr const char* kName = "pool_backward_normalized";
+};
+
 }  // namespace gc
 
 #if defined(GC_DEVICE_CODE)
+#include "norm.h"
 #include "softmax.h"
 #include "split_merge.h"
 #include "tile.h"
@@ -93,13 +113,14 @@ inline constexpr int kGradRows = kRows > 8        ? 1
 
 template <typename T, Layout kLayout, int kRows, int kWidth, typename Traits>
 GC_KERNEL(kMaxThreads, 1)
-pool_backward(const PoolBackwardArgs args) {
+pool_backward(const typename Traits::Args args) {
   using A = Acc<T>;
   using TileT = TileOf<Traits, T, kLayout, kRows, kWidth>;
   constexpr int kChannels = TileT::kChannels;
   constexpr int kPixels = TileT::kPixels;
   constexpr bool kMask = Traits::kMask;
   constexpr bool kBlock = Traits::kBlock;
+  constexpr bool kNormalized = Traits::kNormalized;
   constexpr int kStaged = Traits::kStaged;
   static_assert(has_tile<Traits>(kRows, kLayout, sizeof(T)), "no plan has such tiles");
 
@@ -115,9 +136,16 @@ pool_backward(const PoolBackwardArgs args) {
   const ScratchInTurn<A> dots{arena.take<A>(args.dots == nullptr ? 2 * dot_count : 0), dot_count};
   typename TileT::Place* grad_places = nullptr;
   if constexpr (Traits::kStagedGrad) grad_places = arena.take<typename TileT::Place>(TileT::places());
-  stage_channels<kStaged>(map, staged, [&](int c) { return read<T>(args.grad_context, map.channels0() + c); });
+  stage_channels<kStaged>(map, staged, [&](int c) {
+    if constexpr (kNormalized) return slope_at<T>(args.norm, c) * read<T>(args.grad_context, map.channels0() + c);
+    return read<T>(args.grad_context, map.channels0() + c);
+  });
   stage_channels<kStaged>(map, staged + 1, [&](int c) { return state[kStatistics + c]; });
-  if constexpr (kMask) stage_channels<kStaged>(map, staged + 2, [&](int c) { return read<T>(args.mask_weight, c); });
+  if constexpr (kNormalized) {
+    stage_channels<kStaged>(map, staged + 2, [&](int c) { return mean_at<T>(args.norm, c); });
+  } else if constexpr (kMask) {
+    stage_channels<kStaged>(map, staged + 2, [&](int c) { return read<T>(args.mask_weight, c); });
+  }
   if constexpr (kBlock) {
     const bool scaled = args.scale.data != nullptr;
     stage_channels<kStaged>(map, staged + 3,
@@ -142,15 +170,20 @@ pool_backward(const PoolBackwardArgs args) {
     TileT tile;
     tile.load(static_cast<const T*>(args.x) + map.image0(), map, pixel0);
 
+    const auto without_mean = [&](int c, int p) {
+      return kNormalized ? tile(c, p) - staged[c * kStaged + 2] : tile(c, p);
+    };
     if constexpr (kCentred) {
       GC_UNROLL
       for (int c = 0; c < kChannels; ++c) {
         const A context = staged[c * kStaged + 1];
         GC_UNROLL
-        for (int p = 0; p < kPixels; ++p) tile.set(c, p, tile(c, p) - context);
+        for (int p = 0; p < kPixels; ++p) tile.set(c, p, without_mean(c, p) - context);
       }
     }
-    const auto centred = [&](int c, int p) { return kCentred ? tile(c, p) : tile(c, p) - staged[c * kStaged + 1]; };
+    const auto centred = [&](int c, int p) {
+      return kCentred ? tile(c, p) : without_mean(c, p) - staged[c * kStaged + 1];
+    };
 
     A grad_logit[kPixels];  // gc . (x - context) first
     // Only blocks with all channels have tall tiles: they never take `dots`, and spare its registers.
@@ -183,9 +216,10 @@ pool_backward(const PoolBackwardArgs args) {
       const bool inside = pixel < map.pixels;
       attention[p] = inside ? exp_below(read<T>(args.logits, map.pixels0() + pixel), m) * inverse_z : A(0);
       grad_logit[p] = inside ? attention[p] * grad_logit[p] : A(0);
-      if constexpr (!kMask) {
+      if constexpr (!kMask || kNormalized) {
         if (inside && map.channel_thread() == 0 && port::block_y() == 0) {
           write<T>(args.grad_logits, map.pixels0() + pixel, grad_logit[p]);
+          if constexpr (kNormalized) static_cast<A*>(args.attention)[map.pixels0() + pixel] = attention[p];
         }
       }
     }
@@ -212,6 +246,10 @@ pool_backward(const PoolBackwardArgs args) {
         for (int e = 0; e < TileT::kRowElements; ++e) {
           const int c = TileT::Map::kChannelsFast ? e : r;
           const int p = TileT::Map::kChannelsFast ? r : e;
+          if constexpr (kNormalized) {
+            weight_sums[c] += grad_logit[p] * centred(c, p);
+            continue;
+          }
           A grad = attention[p] * staged[c * kStaged];
           if constexpr (kMask) {
             weight_sums[c] += grad_logit[p] * centred(c, p);
@@ -220,7 +258,7 @@ pool_backward(const PoolBackwardArgs args) {
           if constexpr (kBlock) grad += staged[c * kStaged + 3] * grad_rows[r - r0].get(e);
           tile.set(c, p, grad);  // x is done with: its registers take the gradient
         }
-        if (!kBlock || args.grad_x != nullptr)
+        if (!kNormalized && (!kBlock || args.grad_x != nullptr))
           tile.store_row(static_cast<T*>(args.grad_x) + map.image0(), map, pixel0, r);
       }
     }

@@ -18,11 +18,15 @@
 // the third a block takes slabs of the matrix, see transform_slab.h; in the second it takes images.
 // merging_transform_backward adds up grad_out from what the launch before has left of each split (late_merge.h).
 //
+// normalized_transform_backward is that of the residual tail, whose context is that of y - mean: wherever the context is
+// read it is slope * context + bias. grad_out is the sums over g, of channel_mul slope * product_sums + bias * sums.
+//
 // Moves: W1, W2 and their gradients once; N * (slabs of C * P + slabs of P * C) partial values, written and read.
 // What it merges of C channels, it reads once for each slab beside another, and once for the bias.
 #pragma once
 
 #include "late_merge.h"
+#include "tail_backward_args.h"
 #include "transform_slab.h"
 
 namespace gc {
@@ -41,6 +45,7 @@ struct TransformBackwardShared {
 }  // namespace gc
 
 #if defined(GC_DEVICE_CODE)
+#include "norm.h"
 #include "split_merge.h"
 
 namespace gc {
@@ -70,15 +75,15 @@ inline constexpr int kGradLoads = !kMerging                    ? 0
                                                                : kGathered;
 
 // Rows are channels, columns hidden units. partial_out: A [N, splits, C], with kLoads > 0.
-template <typename T, int kLoads>
+template <typename T, int kLoads, typename Args>
 struct OutputLayer : Layer<Acc<T>> {
   using A = Acc<T>;
-  const TransformBackwardArgs& args;
+  const Args& args;
   const TransformGradients& branch;
   const A* partial_out;
   static constexpr bool kStagedFirst = kLoads > 0;
 
-  GC_DEVICE OutputLayer(const TransformBackwardArgs& args_, const TransformGradients& branch_, const void* partial_out_)
+  GC_DEVICE OutputLayer(const Args& args_, const TransformGradients& branch_, const void* partial_out_)
       : args(args_), branch(branch_), partial_out(static_cast<const A*>(partial_out_)) {
     this->rows = args.channels;
     this->columns = branch.hidden;
@@ -105,6 +110,10 @@ struct OutputLayer : Layer<Acc<T>> {
       grad = static_cast<const A*>(branch.grad_out)[i];
     }
     if (branch.gate == Gate::kNone) return grad;
+    if constexpr (Args::kNormalized) {
+      const A product_sum = static_cast<const A*>(args.product_sums)[i];
+      grad = slope_at<T>(args.norm, c) * product_sum + bias_at<T>(args.norm, c) * grad;
+    }
     return gate_backward(branch.gate, grad, static_cast<const A*>(branch.gate_out)[i]);
   }
 
@@ -129,11 +138,11 @@ struct OutputLayer : Layer<Acc<T>> {
   }
 };
 
-template <typename T, int kSteps, bool kMerging>
-GC_DEVICE void output_backward(const TransformBackwardArgs& args, const TransformGradients& branch,
-                               const void* partial_out, const Phase& phase, int first, const SlabShared<Acc<T>>& shared,
+template <typename T, int kSteps, bool kMerging, typename Args>
+GC_DEVICE void output_backward(const Args& args, const TransformGradients& branch, const void* partial_out,
+                               const Phase& phase, int first, const SlabShared<Acc<T>>& shared,
                                ImageSums<T, kSteps>& image_sums) {
-  const OutputLayer<T, kGradLoads<kSteps, kMerging>> layer(args, branch, partial_out);
+  const OutputLayer<T, kGradLoads<kSteps, kMerging>, Args> layer(args, branch, partial_out);
   const int slabs = slabs_down(layer.rows, kSteps) * slabs_across(layer.columns);
   for (int number = first; number < slabs; number += phase.blocks()) {
     const Slab slab = slab_at<kSteps>(number, layer.rows);
@@ -226,14 +235,14 @@ GC_DEVICE void norm_backward(const TransformBackwardArgs& args, const TransformG
 // ---- the third phase: h = W1 . context + b1 ----
 
 // Rows are hidden units, columns channels.
-template <typename T>
+template <typename T, typename Args>
 struct InputLayer : Layer<Acc<T>> {
   using A = Acc<T>;
-  const TransformBackwardArgs& args;
+  const Args& args;
   const TransformGradients& branch;
   PreviousPhase& previous;
 
-  GC_DEVICE InputLayer(const TransformBackwardArgs& args_, const TransformGradients& branch_, PreviousPhase& previous_)
+  GC_DEVICE InputLayer(const Args& args_, const TransformGradients& branch_, PreviousPhase& previous_)
       : args(args_), branch(branch_), previous(previous_) {
     this->rows = branch.hidden;
     this->columns = args.channels;
@@ -254,12 +263,20 @@ struct InputLayer : Layer<Acc<T>> {
 
   // The context in one channel.
   struct Column {
-    const TransformBackwardArgs& args;
+    const Args& args;
     const A* context;  // of this channel and the first image
+    A slope, bias;     // of a normalized context
 
-    GC_DEVICE A of(int n) const { return context[n * args.context_stride]; }
+    GC_DEVICE A of(int n) const {
+      const A value = context[n * args.context_stride];
+      return Args::kNormalized ? slope * value + bias : value;
+    }
   };
-  GC_DEVICE Column column(int c) const { return {args, static_cast<const A*>(args.context) + c}; }
+  GC_DEVICE Column column(int c) const {
+    const A* const context = static_cast<const A*>(args.context) + c;
+    if constexpr (Args::kNormalized) return {args, context, slope_at<T>(args.norm, c), bias_at<T>(args.norm, c)};
+    return {args, context, A(1), A(0)};
+  }
 };
 
 // The last block to have finished a slab of these columns adds up the partial results of all of them, in order of
@@ -300,11 +317,11 @@ GC_DEVICE void add_partial_contexts(const TransformBackwardArgs& args, int colum
   }
 }
 
-template <typename T, int kSteps>
-GC_DEVICE void input_backward(const TransformBackwardArgs& args, const TransformGradients& branch, const Phase& phase,
-                              int first, const TransformBackwardShared<Acc<T>>& shared,
-                              ImageSums<T, kSteps>& image_sums, PreviousPhase& previous) {
-  const InputLayer<T> layer(args, branch, previous);
+template <typename T, int kSteps, typename Args>
+GC_DEVICE void input_backward(const Args& args, const TransformGradients& branch, const Phase& phase, int first,
+                              const TransformBackwardShared<Acc<T>>& shared, ImageSums<T, kSteps>& image_sums,
+                              PreviousPhase& previous) {
+  const InputLayer<T, Args> layer(args, branch, previous);
   const int slabs = slabs_down(layer.rows, kSteps) * slabs_across(layer.columns);
   for (int number = first; number < slabs; number += phase.blocks()) {
     const Slab slab = slab_at<kSteps>(number, layer.rows);
@@ -328,8 +345,8 @@ GC_DEVICE void input_backward(const TransformBackwardArgs& args, const Transform
 
 // ---- the kernel ----
 
-template <typename T, int kSteps, bool kMerging>
-GC_DEVICE void backward_phases(const TransformBackwardArgs& args) {
+template <typename T, int kSteps, bool kMerging, typename Args>
+GC_DEVICE void backward_phases(const Args& args) {
   using A = Acc<T>;
   port::let_next_launch_begin();
   port::SharedArena arena;
@@ -376,6 +393,12 @@ template <typename T, int kSteps>
 GC_KERNEL(kTransformThreads, 2)
 merging_transform_backward(const TransformBackwardArgs args) {
   backward_phases<T, kSteps, true>(args);
+}
+
+template <typename T, int kSteps>
+GC_KERNEL(kTransformThreads, 2)
+normalized_transform_backward(const NormalizedTransformBackwardArgs args) {
+  backward_phases<T, kSteps, false>(args);
 }
 
 }  // namespace gc

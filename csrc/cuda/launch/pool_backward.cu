@@ -16,4 +16,12 @@ cudaError_t launch_pool_backward(const Plan& plan, PoolBackwardArgs args, cudaSt
   });
 }
 
+cudaError_t launch_normalized_pool_backward(const Plan& plan, NormalizedPoolBackwardArgs args, cudaStream_t stream) {
+  return dispatch<NormalizedPoolBackwardTraits>(plan, [&](auto instance) {
+    using I = decltype(instance);
+    return launch(pool_backward<typename I::T, I::kLayout, I::kRows, I::kWidth, typename I::Traits>, plan, args,
+                  stream);
+  });
+}
+
 }  // namespace gc

@@ -34,6 +34,7 @@ Counters::~Counters() {
 
 }  // namespace gc::cuda
 
+extern "C" int gc_launches() { return gc::host::LaunchFiles::launches; }
 extern "C" int gc_early_launches() { return gc::host::LaunchFiles::early_launches; }
 
 // An H100, but for the shared memory: what the harness gives a block.

@@ -15,7 +15,8 @@ struct Variant {
   bool scaled = false;  // kBlock: with channel_mul
   bool grad_x = true;
   bool grad_weight = true;
-  Paths paths = {};  // that the plan takes
+  Paths paths = {};         // that the plan takes
+  bool normalized = false;  // x is that of y, by normalized_pool_backward
 
   bool mask() const { return gradient != PoolGradient::kLogits; }
   bool block() const { return gradient == PoolGradient::kBlock; }
@@ -31,6 +32,8 @@ constexpr Variant kVariants[] = {
     {"block_add_staged", PoolGradient::kBlock, false, true, true, Path::kStagedGrad},
     {"block_mul_staged", PoolGradient::kBlock, true, true, true, Path::kStagedGrad},
     {"block_add_weight_staged", PoolGradient::kBlock, false, false, true, Path::kStagedGrad},
+    {"normalized", PoolGradient::kMask, false, false, true, {}, true},
+    {"normalized_logits", PoolGradient::kMask, false, false, false, {}, true},  // without a gradient of the mask
 };
 
 template <typename T>
@@ -49,11 +52,15 @@ struct Backward {
   SmallVector<T> grad_context{"grad_context", channels_in_all(), wide, Use::kInput};
   SmallVector<T> mask_weight{"mask_weight", static_cast<std::size_t>(on.shape.channels), wide, Use::kInput};
   SmallVector<T> logits{"logits", pixels_in_all(), mask || wide, Use::kInput};
+  SmallVector<T> mean{"mean", static_cast<std::size_t>(on.shape.channels), true, Use::kInput};  // and so on: normalized
+  SmallVector<T> inverse_std{"inverse_std", static_cast<std::size_t>(on.shape.channels), true, Use::kInput};
+  SmallVector<T> norm_weight{"norm_weight", static_cast<std::size_t>(on.shape.channels), !wide, Use::kInput};
   Buffer<A> state{"state", channels_in_all() + 2 * on.shape.images, Use::kInput};
 
   FeatureMap<T> grad_x{"grad_x", on.shape, layout, Use::kOutput, on.misaligned};
   SmallVector<T> grad_logits{"grad_logits", pixels_in_all(), wide, Use::kOutput};
   SmallVector<T> grad_weight{"grad_weight", static_cast<std::size_t>(on.shape.channels), !wide, Use::kOutput};
+  Buffer<A> attention{"attention", pixels_in_all(), Use::kOutput};
 
   Backward(const Variant& variant_, const ShapeCase& on_, Layout layout_, bool wide_)
       : variant(variant_), on(on_), layout(layout_), wide(wide_) {
@@ -64,6 +71,9 @@ struct Backward {
     grad_context.fill(numbers, 1);
     mask_weight.fill(numbers, 1);
     logits.fill(numbers, 2);
+    mean.fill(numbers, 1);
+    norm_weight.fill(numbers, 2);
+    for (int c = 0; c < on.shape.channels; ++c) inverse_std.set(c, 1 + numbers(0.5));
     // Padding: pixels without weight, whose gradient is 0.
     for (int s = 0; s < on.shape.pixels / 8; ++s) logits.set(s, -std::numeric_limits<double>::infinity());
     for (int n = 0; n < on.shape.images; ++n) set_state(n);
@@ -72,6 +82,13 @@ struct Backward {
   std::size_t pixels_in_all() const { return static_cast<std::size_t>(on.shape.images) * on.shape.pixels; }
   std::size_t channels_in_all() const { return static_cast<std::size_t>(on.shape.images) * on.shape.channels; }
   std::size_t state0(int n) const { return static_cast<std::size_t>(n) * (on.shape.channels + 2); }
+
+  // What is pooled, and the gradient of its context.
+  double centred(int n, int c, int s) const { return x(n, c, s) - (variant.normalized ? mean[c] : 0); }
+  double vector(int n, int c) const {
+    const double grad = grad_context[static_cast<std::size_t>(n) * on.shape.channels + c];
+    return variant.normalized ? grad * norm_weight[c] * inverse_std[c] : grad;
+  }
 
   void set_state(int n) {
     const auto [images, channels, pixels] = on.shape;
@@ -83,25 +100,26 @@ struct Backward {
     state[state0(n) + 1] = static_cast<A>(z);
     for (int c = 0; c < channels; ++c) {
       double sum = 0;
-      for (int s = 0; s < pixels; ++s) sum += std::exp(logits[n0 + s] - m) / z * x(n, c, s);
+      for (int s = 0; s < pixels; ++s) sum += std::exp(logits[n0 + s] - m) / z * centred(n, c, s);
       state[state0(n) + 2 + c] = static_cast<A>(sum);
     }
   }
 
   void run(const host::Schedule& schedule, SameBits& bits) {
-    const KernelKind kind = variant.block() ? KernelKind::kPoolBackwardBlock
-                            : mask          ? KernelKind::kPoolBackwardMask
-                                            : KernelKind::kPoolBackwardLogits;
+    const KernelKind kind = variant.normalized ? KernelKind::kPoolBackwardNormalized
+                            : variant.block()  ? KernelKind::kPoolBackwardBlock
+                            : mask             ? KernelKind::kPoolBackwardMask
+                                               : KernelKind::kPoolBackwardLogits;
     const auto plan_of = [&](KernelKind wanted, bool dots_given) {
       return plan_for<T>(wanted, on.shape, layout, on.multiprocessors, dots_given, on.misaligned,
                          variant.paths | paths_under(schedule));
     };
     Plan plan = plan_of(kind, false);
     const bool two_passes = !plan.holds_channels;
-    Buffer<A> dots("dots", two_passes ? pixels_in_all() : 0, Use::kOutput);
-    PoolBackwardArgs args{};
+    Buffer<A> dots("dots", two_passes ? pixels_in_all() : 0, variant.normalized ? Use::kInput : Use::kOutput);
+    NormalizedPoolBackwardArgs args{};
     if (two_passes) {
-      run_pixel_dot(plan_of(KernelKind::kPixelDot, false), dots, schedule);
+      make_dots(plan_of(KernelKind::kPixelDot, false), dots, schedule);
       plan = plan_of(kind, true);
       args.dots = dots.data();
     }
@@ -130,16 +148,34 @@ struct Backward {
     } else {
       args.grad_logits = grad_logits.out();
     }
-    run_launch(plan, schedule, [&] { return launch_pool_backward(plan, args, nullptr); });
+    if (variant.normalized) {
+      args.norm.mean = mean.companion();
+      args.norm.inverse_std = inverse_std.companion();
+      args.norm.weight = norm_weight.companion();
+      args.grad_logits = grad_logits.out();
+      args.attention = attention.data();
+    }
+    run_launch(plan, schedule, [&] {
+      return variant.normalized ? launch_normalized_pool_backward(plan, args, nullptr)
+                                : launch_pool_backward(plan, args, nullptr);
+    });
     tickets.check();
-    require_passes(x.buffer(), two_passes ? 2 : 1, 0);
+    require_passes(x.buffer(), two_passes && !variant.normalized ? 2 : 1, 0);
     require_passes(grad.buffer(), variant.block() && variant.grad_x ? 1 : 0, 0);
     require_passes(grad_x.buffer(), 0, variant.grad_x ? 1 : 0);
     if (variant.grad_x) bits.check(grad_x.buffer());
+    if (variant.normalized) bits.check(grad_logits);
     if (mask && variant.grad_weight) bits.check(partial_weight);
   }
 
-  void run_pixel_dot(const Plan& plan, Buffer<A>& dots, const host::Schedule& schedule) {
+  void make_dots(const Plan& plan, Buffer<A>& dots, const host::Schedule& schedule) {
+    for (std::size_t i = 0; variant.normalized && i < dots.size(); ++i) {  // no launch of this driver's
+      const int n = static_cast<int>(i) / on.shape.pixels, s = static_cast<int>(i) % on.shape.pixels;
+      double dot = 0;
+      for (int c = 0; c < on.shape.channels; ++c) dot += vector(n, c) * (centred(n, c, s) - state[state0(n) + 2 + c]);
+      dots[i] = static_cast<A>(dot);
+    }
+    if (variant.normalized) return;
     PixelDotArgs args{};
     args.x = x.buffer().data();
     args.vector = grad_context.companion();
@@ -158,22 +194,23 @@ struct Backward {
       const std::size_t c0 = static_cast<std::size_t>(n) * channels;
       double context_dot = 0, context_size = 0;
       for (int c = 0; c < channels; ++c) {
-        context_dot += grad_context[c0 + c] * state[state0(n) + 2 + c];
-        context_size += std::abs(grad_context[c0 + c] * state[state0(n) + 2 + c]);
+        context_dot += vector(n, c) * state[state0(n) + 2 + c];
+        context_size += std::abs(vector(n, c) * state[state0(n) + 2 + c]);
       }
       for (int s = 0; s < pixels; ++s) {
         const std::size_t ns = static_cast<std::size_t>(n) * pixels + s;
         double dot = 0, size = context_size;
         for (int c = 0; c < channels; ++c) {
-          dot += grad_context[c0 + c] * x(n, c, s);
-          size += std::abs(grad_context[c0 + c] * x(n, c, s));
+          dot += vector(n, c) * centred(n, c, s);
+          size += std::abs(vector(n, c) * centred(n, c, s));
         }
         const double below = logits[ns] - state[state0(n)];
         const double attention = std::exp(below) / state[state0(n) + 1];
         const double attention_error = attention == 0 ? 0 : attention * roundoff * (6 - 2 * below);
         const double grad_logit = attention * (dot - context_dot);
         const double logit_error = attention * sum_error<T>(channels) * size + attention_error * size;
-        if (!mask) {
+        if (variant.normalized) host::require_close("attention", this->attention[ns], attention, attention_error);
+        if (!mask || variant.normalized) {
           host::require_close("grad_logits", grad_logits[ns], grad_logit,
                               grad_logits.store_error(grad_logit) + logit_error);
         }
@@ -185,9 +222,9 @@ struct Backward {
                                4 * roundoff * (std::abs(direct) + std::abs(through) + std::abs(past));
           const double want = direct + through + past;
           if (variant.grad_x) host::require_close("grad_x", grad_x(n, c, s), want, store_error<T>(want) + error);
-          const double part = grad_logit * x(n, c, s);
+          const double part = grad_logit * centred(n, c, s);
           weight_sum[c] += part;
-          weight_error[c] += std::abs(x(n, c, s)) * logit_error + sum_error<T>(images * pixels) * std::abs(part);
+          weight_error[c] += std::abs(centred(n, c, s)) * logit_error + sum_error<T>(images * pixels) * std::abs(part);
         }
       }
     }

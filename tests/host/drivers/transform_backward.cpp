@@ -16,9 +16,61 @@ constexpr Wanted kWanted[] = {
     {"matrices", TransformDepth::kContext, true, false},
 };
 
+// What normalized_transform_backward takes besides: the norm, and the sums over g that make grad_out. Of one sign, so
+// that no sum of two is smaller than its parts.
+template <typename T>
+struct Normalized {
+  using A = Acc<T>;
+
+  std::size_t channels;
+  SmallVector<T> inverse_std{"inverse_std", channels, true, Use::kInput};
+  SmallVector<T> weight, bias;
+  Buffer<A> sums, product_sums;
+
+  Normalized(const TransformCase& on, bool wide)
+      : channels(static_cast<std::size_t>(on.channels)),
+        weight("norm_weight", channels, wide, Use::kInput),
+        bias("norm_bias", channels, !wide, Use::kInput),
+        sums("sums", on.images * channels, Use::kInput),
+        product_sums("product_sums", on.images * channels, Use::kInput) {
+    Numbers numbers(12);
+    for (std::size_t c = 0; c < channels; ++c) {
+      inverse_std.set(c, 1 + numbers(0.5));
+      weight.set(c, 1 + numbers(0.5));
+      bias.set(c, 1 + numbers(0.5));
+    }
+    for (std::size_t i = 0; i < sums.size(); ++i) {
+      sums[i] = static_cast<A>(numbers(1));
+      product_sums[i] = static_cast<A>(std::copysign(numbers(1), sums[i]));
+    }
+  }
+
+  double slope(std::size_t c) const { return weight[c] * inverse_std[c]; }
+
+  // Sets what the branch's grad_out then is, for its check.
+  void lead_to(Branch<T>& branch, TransformGradients& args) {
+    args.grad_out = sums.data();
+    for (std::size_t i = 0; i < sums.size(); ++i) {
+      const std::size_t c = i % channels;
+      const bool mul = branch.gate != Gate::kNone;
+      branch.grad_out[i] = mul ? static_cast<A>(slope(c) * product_sums[i] + bias[c] * sums[i]) : sums[i];
+    }
+  }
+
+  cudaError_t launch(const TransformPlan& plan, const TransformBackwardArgs& plain) {
+    NormalizedTransformBackwardArgs args{};
+    static_cast<TransformBackwardArgs&>(args) = plain;
+    args.norm.inverse_std = inverse_std.companion();
+    args.norm.weight = weight.companion();
+    args.norm.bias = bias.companion();
+    args.product_sums = product_sums.data();
+    return launch_normalized_transform_backward(plan, args, nullptr);
+  }
+};
+
 template <typename T>
 void run(const Wanted& wanted, const TransformCase& on, bool wide, SameBits& bits, const host::Schedule& schedule,
-         const Left& left = {}) {
+         const Left& left = {}, bool normalized = false) {
   using A = Acc<T>;
   DeviceLimits device = device_of(on, schedule);
   if (left.by_transform) device.paths = device.paths | Path::kLateMerge;
@@ -26,7 +78,9 @@ void run(const Wanted& wanted, const TransformCase& on, bool wide, SameBits& bit
   const int stride = on.channels;
   Buffer<A> context("context", static_cast<std::size_t>(on.images) * stride, Use::kInput);
   Numbers numbers(11);
-  for (std::size_t i = 0; i < context.size(); ++i) context[i] = static_cast<A>(numbers(1) + 0.25);
+  for (std::size_t i = 0; i < context.size(); ++i) context[i] = static_cast<A>(numbers(1) + (normalized ? 1.25 : 0.25));
+  std::optional<Normalized<T>> norm;
+  if (normalized) norm.emplace(on, wide);
   Buffer<A> grad_context("grad_context", static_cast<std::size_t>(on.images) * on.channels, Use::kOutput);
   std::vector<std::unique_ptr<Branch<T>>> branches;
   PhaseCounters counters(plan);
@@ -52,9 +106,14 @@ void run(const Wanted& wanted, const TransformCase& on, bool wide, SameBits& bit
     branches[b]->leave(left);
     if (left.by_transform) args.partial.sums[b] = branches[b]->partial_out->buffer.data();
     args.branch[b] = branches[b]->args();
+    if (norm) norm->lead_to(*branches[b], args.branch[b]);
   }
   host::require(plan.workspace == workspace, "workspace of " + plan.to_string());
-  run_launch(plan, schedule, [&] { return launch_transform_backward(plan, args, nullptr); });
+  run_launch(plan, schedule,
+             [&] { return norm ? norm->launch(plan, args) : launch_transform_backward(plan, args, nullptr); });
+  for (std::size_t i = 0; norm && i < context.size(); ++i) {  // what it has read instead, for the check
+    context[i] = static_cast<A>(norm->slope(i % stride) * context[i] + norm->bias[i % stride]);
+  }
 
   counters.check();
   host::require_close("zero", zero[0], 0, 0);
@@ -287,6 +346,14 @@ std::vector<host::Case> cases() {
          cases_of(wanted.name, wide_first,
                   [=](auto element, const TransformCase& on, bool wide, SameBits& bits,
                       const host::Schedule& schedule) { run<decltype(element)>(wanted, on, wide, bits, schedule); })) {
+      list.push_back(std::move(one));
+    }
+    const std::string name = std::string("normalized_") + wanted.name;
+    for (host::Case& one : cases_of(
+             name.c_str(), wide_first,
+             [=](auto element, const TransformCase& on, bool wide, SameBits& bits, const host::Schedule& schedule) {
+               run<decltype(element)>(wanted, on, wide, bits, schedule, {}, true);
+             })) {
       list.push_back(std::move(one));
     }
   }
