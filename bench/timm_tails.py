@@ -134,6 +134,7 @@ def sweep(names: list[str]) -> Iterator[str]:
     """The lines of the result file."""
     families: dict[str, list[Found]] = defaultdict(list)
     without: Counter[str] = Counter()
+    unserved: Counter[str] = Counter()
     failed: dict[str, str] = {}
     for name in names:
         family = timm.models._registry._model_to_module[name]
@@ -147,6 +148,8 @@ def sweep(names: list[str]) -> Iterator[str]:
             without[family] += 1
         else:
             families[family].append(found)
+            if found.served < found.patterns[TAIL]:
+                unserved[name] = found.patterns[TAIL] - found.served
         print(f"{name}: {found}", file=sys.stderr)
     yield "| family | models | blocks | tails | one operation | left alone | around the other blocks |"
     yield "|---|--:|--:|--:|--:|---|---|"
@@ -165,6 +168,9 @@ def sweep(names: list[str]) -> Iterator[str]:
         )
         yield f"| {family} | {' | '.join(map(str, row))} |"
     yield ""
+    if unserved:
+        yield f"Tails that are not served: {', '.join(f'{n} of {name}' for name, n in unserved.items())}."
+        yield ""
     rest = sorted(set(without) - set(families))
     yield f"Without such a block: {sum(without[one] for one in rest)} models of {', '.join(rest)}."
     if failed:
