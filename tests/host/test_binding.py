@@ -34,8 +34,9 @@ TESTS = (
     "ops/functional_pool",
     "ops/refusals",
 )
-# And of the residual tail, those that name no device.
-TAIL_TESTS = "definition|tiny|many_channels|strides|frozen|zero_weight|not_finite|squares|empty|dtypes"
+# And of the residual tail, those that name no device; not squares that no float holds: only the CPU has them.
+TAIL_TESTS = ("definition", "tiny", "many_channels", "strides", "frozen", "zero_weight", "not_finite")
+TAIL_TESTS += ("(squares and not e+25)", "empty", "dtypes")
 TIMEOUT_S = 900
 
 
@@ -110,16 +111,8 @@ def test_binding(library: Path, test: str, launch_paths: str) -> None:
 
 @pytest.mark.parametrize("launch_paths", ["none", "early_start"])
 def test_binding_of_the_residual_tail(library: Path, launch_paths: str) -> None:
-    pytests = (
-        "-m",
-        "pytest",
-        "-q",
-        "-x",
-        *PLUGINS,
-        "-k",
-        TAIL_TESTS.replace("|", " or "),
-        "tests/ops/test_tail.py",
-    )
+    wanted = " or ".join(TAIL_TESTS)
+    pytests = ("-m", "pytest", "-q", "-x", *PLUGINS, "-k", wanted, "tests/ops/test_tail.py")
     assert " passed" in said_by(library, launch_paths, *pytests)
 
 

@@ -10,7 +10,8 @@
 // first tile is its centre: it adds up the distances to that, and their squares, so that nothing cancels however far
 // the values are from 0. At the end it leaves (mean, squares) of its split, the mean as a sum of two numbers. The last
 // blocks to arrive merge them in order, those of an image in groups, and then all: in double precision, for a few
-// values, where the distances between means are exact enough to be squared.
+// values, where the distances between means are exact enough to be squared. A square that overflows makes the deviation
+// infinite and x 0, as PyTorch has it.
 //
 // Moves: y once (N*C*S elements), 3*C values of a partial result for each split.
 #pragma once
