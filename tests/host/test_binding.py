@@ -117,7 +117,7 @@ def test_binding_of_the_residual_tail(library: Path, launch_paths: str) -> None:
 
 
 def test_launches_of_the_residual_tail(library: Path) -> None:
-    """One for each sweep, one for the transform, and where grad_y needs the norm's gradients one for these."""
+    """One for each sweep, one for the transform, and where grad_y needs the norm's gradients, one more."""
     said = said_by(library, "none", str(BINDING / "tail_launches.py"))
     found = {what: int(number) for what, number in re.findall(r"^(.*) (\d+)$", said, re.MULTILINE)}
     assert found == {
