@@ -106,10 +106,13 @@ compare() { # BEFORE
   "$python" bench/kernel_times.py --compare "$output/kernels-before.json" "$output/kernels-after.json"
 }
 
-# The kernels with each newer path of a launch, between two runs of the measured ones, of which the second counts.
+# The kernels with each newer path of a launch, between two runs of the measured ones, of which the second counts. The
+# residual tail is none of what is timed.
 paths() {
   local path list
-  list=$(GC_CUDA_PATHS=all "$python" -c 'import gc_cuda._C as c; print(c.chosen_paths().replace(",", " "))') || return
+  list=$(GC_CUDA_PATHS=all "$python" -c '
+import gc_cuda._C as c
+print(*(path for path in c.chosen_paths().split(",") if path != "tail"))') || return
   for path in none $list all none; do
     GC_CUDA_PATHS=$path "$python" bench/kernel_times.py --output "$output/kernels-$path.json" || return
   done

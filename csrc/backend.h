@@ -15,15 +15,14 @@
 //   TransformBackward(x, BackwardProblem, context, Unmerged, normalized)
 //                                                             launch(TransformBackwardCall, Lent)
 //
-// And for the residual tail (ops/tail.h), which only the CPU has:
+// And for the residual tail (ops/tail.h):
 //
 //   Statistics(y, of_batch)                                   launch(StatisticsCall, Lent)
 //   PoolForward and PoolBackward, made with normalized        of x = slope (y - mean) + bias, read from y (Norm)
-//   Residual(y)                                               launch(ResidualCall, Lent)
+//   Residual(y, identity, out)                                launch(ResidualCall, Lent)
 //   ResidualSums(y, products, grad, out, grad_in)             launch(ResidualSumsCall, Lent)
 //   TransformBackward, made with normalized                   of a context of y - mean (NormalizedSums)
 //   GradY(y, attention, of_batch, grad, grad_y)               launch(GradYCall, Lent)
-//   static void contexts(y, …)                                a small step of the forward pass
 //   static void norm_gradients(y, NormGradientsCall)          where there is no GradY to do it
 //
 // Where a transform follows, a pool may leave the context in parts, and the sums of the gradient theirs, in their
@@ -61,10 +60,14 @@ struct Unmerged {
 
 // Batch normalization of y, x = weight (y - mean) inverse_std + bias, where the slope is weight * inverse_std. Without a
 // mean there is none, and x is y.
+struct StatisticsCall;
 struct Norm {
   const void* mean = nullptr;         // A [C]
   const void* inverse_std = nullptr;  // A [C]
   Companion weight, bias;             // [C], or absent: 1, 0. A copy of the bias is kept
+  // In the forward pass, where the statistics are not those of the batch: the call that copies what is given to mean,
+  // inverse_std and bias. A device may have left that to the call of Residual, and read what is given.
+  const StatisticsCall* given = nullptr;
 };
 
 struct PoolForwardCall {
@@ -77,6 +80,9 @@ struct PoolForwardCall {
   void* logits = nullptr;   // A [N, S]     kMask
   void* context = nullptr;  // T [N, C]     or null
   void* state = nullptr;    // A [N, C + kStatistics], or null; for the mean (0, S, mean)
+  // A [N, C + kStatistics], where the pass is normalized: beside the state, with the context of x. Its statistics may
+  // be left out.
+  void* state_of_x = nullptr;
 };
 
 struct PoolBackwardCall {
@@ -144,16 +150,19 @@ struct StatisticsCall {
   double eps = 0;
   Companion given_mean, given_variance;  // [C]; not of_batch, or both absent: 0 and 1, exactly
   Companion given_bias;                  // [C], or absent
+  Companion weight;                      // [C], or absent
   // Results.
   void *mean, *inverse_std, *variance;  // A [C]; the variance that is given, or the unbiased one of the batch
   void* bias;                           // A [C]: the same, which may be changed before the backward pass
   void* state = nullptr;                // A [N, C + kStatistics], or null; of_batch: the mean over pixels of y - mean
+  void* state_of_x = nullptr;           // A [N, C + kStatistics], with state: as that of PoolForwardCall
   CompanionOut running_mean, running_variance;  // [C], or absent; of_batch: moved by momentum
   double momentum = 0;
 };
 
 // out = relu(slope (y - mean) scale + (bias scale + term) + identity)
 struct ResidualCall {
+  bool first = true;  // launch of its operator
   Norm norm;
   const void* identity = nullptr;                // T like y, or null
   const void *scale = nullptr, *term = nullptr;  // A [N, C], or null

@@ -134,6 +134,7 @@ class PoolForward {
       }
     };
     with_memory<PoolForwardMemory>(lent, body, x_, weighting_, normalized_, shape_, plan_);
+    if (call.state_of_x != nullptr) contexts(x_, call.norm, call.state, call.state_of_x);
   }
 
  private:
@@ -279,7 +280,6 @@ struct Device {
     static unsigned* get() { return nullptr; }
   };
 
-  static constexpr auto contexts = cpu::contexts;
   static constexpr auto norm_gradients = cpu::norm_gradients;
   static Tensor empty_output(const FeatureMap& x) { return cpu::empty_output(x.tensor().sizes(), x.like()); }
   static void broadcast(const FeatureMap& x, const BroadcastCall& call) {

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <vector>
 
+#include "cpu/contexts.h"
 #include "cpu/maps.h"
 #include "cpu/run.h"
 #include "cpu/scratch.h"
@@ -43,6 +44,9 @@ class Statistics {
       }
     };
     with_memory<StatisticsMemory>(lent, body, y_, of_batch_, shape_, plan_);
+    if (call.state_of_x == nullptr) return;
+    const Norm norm{call.mean, call.inverse_std, call.weight, {call.bias, true}};
+    contexts(y_, norm, call.state, call.state_of_x);
   }
 
  private:

@@ -3,6 +3,7 @@
 
 #include <cmath>
 
+#include "cpu/contexts.h"
 #include "cpu/maps.h"
 #include "cpu/norm.h"
 #include "cpu/run.h"
@@ -24,7 +25,7 @@ struct ResidualMemory {
 
 class Residual {
  public:
-  explicit Residual(const FeatureMap& y) : y_(y) {}
+  Residual(const FeatureMap& y, const void* /*identity*/, const void* /*out*/) : y_(y) {}
   Wanted wanted() const { return wanted_by<ResidualMemory>(y_); }
   void launch(const ResidualCall& call, Lent lent) const {
     const auto body = [&](auto zero, const auto& memory) {
@@ -111,25 +112,6 @@ class ResidualSums {
   Shape shape_;  // planes are taken in small groups
   Plan plan_;
 };
-
-// Calls body(T{}, NormVectors, NormMemory) with memory that it allocates: of a few vectors of the channels.
-template <typename Body>
-void with_norm(const FeatureMap& y, const Norm& norm, const Body& body) {
-  const Wanted wanted = wanted_by<NormMemory>(y);
-  const Tensor memory = y.empty_accumulation({wanted.workspace});
-  const auto step = [&](auto zero, const auto& taken) {
-    body(zero, NormVectors<decltype(zero)>(norm, y.channels(), taken));
-  };
-  with_memory<NormMemory>({memory.data_ptr(), nullptr}, step, y);
-}
-
-// The state of x from that of y - mean: context = slope * context + bias.
-inline void contexts(const FeatureMap& y, const Norm& norm, const void* state, void* of_x) {
-  with_norm(y, norm, [&](auto zero, const auto& vectors) {
-    using A = acc_t<decltype(zero)>;
-    normalize_contexts(vectors, y.images(), y.channels(), static_cast<const A*>(state), static_cast<A*>(of_x));
-  });
-}
 
 // of_bias   = sum_n (scale sums + grad_context)
 // of_weight = sum_n (scale product_sums + grad_context context) inverse_std + mask_weight inverse_std grad_folded

@@ -3,6 +3,7 @@
 // this file and the headers beside it know torch, and launch/ what it asks torch for.
 #include <optional>
 
+#include "cuda/tail.h"
 #include "cuda/tail_backward.h"
 #include "cuda/transform.h"
 #include "ops/operators.h"
@@ -11,14 +12,14 @@ namespace gc::cuda {
 
 namespace {
 
-KernelKind kind_of(Weighting weighting) {
+KernelKind kind_of(Weighting weighting, bool normalized) {
   switch (weighting) {
     case Weighting::kMask:
-      return KernelKind::kPoolMask;
+      return normalized ? KernelKind::kPoolMaskNormalized : KernelKind::kPoolMask;
     case Weighting::kLogits:
-      return KernelKind::kPoolLogits;
+      return normalized ? KernelKind::kPoolLogitsNormalized : KernelKind::kPoolLogits;
     default:
-      return KernelKind::kPoolUniform;
+      return normalized ? KernelKind::kPoolUniformNormalized : KernelKind::kPoolUniform;
   }
 }
 
@@ -35,8 +36,8 @@ KernelKind kind_of(PoolGradient gradient) {
 
 // dots[n, s] = vector . x[:, s] + bias, for maps with more channels than a block can hold; with a state, of x without
 // its context. image_stride: of the vector, 0 where all images share it.
-void launch_dots(const FeatureMap& x, const Plan& plan, Companion vector, int64_t image_stride, Companion bias,
-                 const void* state, void* dots) {
+PixelDotArgs dots_args(const FeatureMap& x, Companion vector, int64_t image_stride, Companion bias, const void* state,
+                       void* dots) {
   PixelDotArgs args{};
   args.x = x.data();
   args.vector = vector;
@@ -45,15 +46,24 @@ void launch_dots(const FeatureMap& x, const Plan& plan, Companion vector, int64_
   args.offset = after(state, kStatistics, x.accumulation_bytes());
   args.offset_stride = x.channels() + kStatistics;
   args.dots = dots;
-  C10_CUDA_CHECK(launch_pixel_dot(plan, args, stream_of(x)));
+  return args;
 }
 
-void launch_pool(const FeatureMap& x, const Plan& plan, PoolForwardArgs args, Lent lent) {
+void launch_dots(const FeatureMap& x, const Plan& plan, const NormalizedPixelDotArgs& args, bool normalized) {
+  C10_CUDA_CHECK(normalized ? launch_normalized_pixel_dot(plan, args, stream_of(x))
+                            : launch_pixel_dot(plan, args, stream_of(x)));
+}
+
+void fill(PoolForwardArgs& args, const FeatureMap& x, const Plan& plan, Lent lent) {
   args.x = x.data();
   args.partial_context = lent.workspace;
   args.partial_stats = after(lent.workspace, x.images() * merged_rows(plan.walk.splits, plan.walk.group) * x.channels(),
                              x.accumulation_bytes());
   args.tickets = lent.counters;
+}
+
+void launch_pool(const FeatureMap& x, const Plan& plan, PoolForwardArgs args, Lent lent) {
+  fill(args, x, plan, lent);
   C10_CUDA_CHECK(launch_pool_forward(plan, args, stream_of(x)));
 }
 
@@ -61,15 +71,15 @@ void launch_pool(const FeatureMap& x, const Plan& plan, PoolForwardArgs args, Le
 
 class PoolForward {
  public:
-  PoolForward(const FeatureMap& x, Weighting weighting, bool transform_follows = false)
-      : x_(x), softmax_(weighting != Weighting::kUniform) {
+  PoolForward(const FeatureMap& x, Weighting weighting, bool transform_follows = false, bool normalized = false)
+      : x_(x), softmax_(weighting != Weighting::kUniform), normalized_(normalized) {
     if (x.images() == 0) return;
     Planning planning;
     if (transform_follows) planning.late_splits = kMostLateSplits;
-    plan_ = plan_for(kind_of(weighting), x, {x.data()}, planning);
+    plan_ = plan_for(kind_of(weighting, normalized), x, {x.data()}, planning);
     if (plan_.holds_channels) return;
-    dots_ = plan_for(KernelKind::kPixelDot, x, {x.data()});
-    plan_ = plan_for(KernelKind::kPoolLogits, x, {x.data()}, planning);
+    dots_ = plan_for(normalized ? KernelKind::kPixelDotNormalized : KernelKind::kPixelDot, x, {x.data()});
+    plan_ = plan_for(kind_of(Weighting::kLogits, normalized), x, {x.data()}, planning);
   }
   Wanted wanted() const { return {plan_.workspace, plan_.tickets}; }
   Unmerged left() const {
@@ -78,9 +88,12 @@ class PoolForward {
   }
   void launch(const PoolForwardCall& call, Lent lent) const {
     if (x_.images() == 0) return;
-    PoolForwardArgs args{};
+    NormalizedPoolArgs args{};
+    args.norm = norm_args(call.norm);
+    args.state_of_x = call.state_of_x;
     if (dots_) {
-      launch_dots(x_, *dots_, call.mask_weight, 0, call.mask_bias, nullptr, call.logits);
+      const PixelDotArgs dots = dots_args(x_, call.mask_weight, 0, call.mask_bias, nullptr, call.logits);
+      launch_dots(x_, *dots_, {dots, args.norm}, normalized_);
       args.given_logits = wide(call.logits);
     } else {
       args.mask_weight = call.mask_weight;
@@ -91,12 +104,14 @@ class PoolForward {
     args.factor = call.factor;
     args.context = {call.context, false};
     args.state = call.state;
-    launch_pool(x_, plan_, args, lent);
+    fill(args, x_, plan_, lent);
+    C10_CUDA_CHECK(normalized_ ? launch_normalized_pool(plan_, args, stream_of(x_))
+                               : launch_pool_forward(plan_, args, stream_of(x_)));
   }
 
  private:
   const FeatureMap& x_;
-  bool softmax_;
+  bool softmax_, normalized_;
   std::optional<Plan> dots_;
   Plan plan_{};
 };
@@ -111,7 +126,7 @@ class PoolBackward {
     const KernelKind kind = normalized ? KernelKind::kPoolBackwardNormalized : kind_of(gradient);
     plan_ = plan_for(kind, x, {x.data(), grad_x, grad});
     if (plan_.holds_channels) return;
-    dots_ = plan_for(KernelKind::kPixelDot, x, {x.data()});
+    dots_ = plan_for(normalized ? KernelKind::kPixelDotNormalized : KernelKind::kPixelDot, x, {x.data()});
     Planning planning;
     planning.dots_given = true;
     plan_ = plan_for(kind, x, {x.data(), grad_x, grad}, planning);
@@ -121,7 +136,10 @@ class PoolBackward {
     if (x_.images() == 0) return;
     NormalizedPoolBackwardArgs args{};
     if (dots_) {
-      launch_dots(x_, *dots_, call.grad_context, x_.channels(), {}, call.state, lent.workspace);
+      NormalizedPixelDotArgs dots{dots_args(x_, call.grad_context, x_.channels(), {}, call.state, lent.workspace),
+                                  norm_args(call.norm)};
+      dots.norm.bias = {};  // the context has it, too
+      launch_dots(x_, *dots_, dots, normalized_);
       args.dots = lent.workspace;
     }
     args.x = x_.data();
@@ -203,6 +221,8 @@ struct Device {
   using BroadcastBackward = cuda::BroadcastBackward;
   using TransformForward = cuda::TransformForward;
   using TransformBackward = cuda::TransformBackward;
+  using Statistics = cuda::Statistics;
+  using Residual = cuda::Residual;
   using ResidualSums = cuda::ResidualSums;
   using GradY = cuda::GradY;
 
@@ -231,5 +251,5 @@ struct Device {
 
 TORCH_LIBRARY_IMPL(gc_cuda, CUDA, m) {
   gc::ops::register_operators<gc::cuda::Device>(m);
-  m.impl("bn_context_add_relu_backward", gc::ops::bn_context_add_relu_backward<gc::cuda::Device>);
+  gc::ops::register_tail<gc::cuda::Device>(m);
 }

@@ -3,18 +3,9 @@
 
 #include <optional>
 
-#include "cuda/tensors.h"
+#include "cuda/tail.h"
 
 namespace gc::cuda {
-
-inline NormArgs norm_args(const Norm& norm) {
-  NormArgs args{};
-  args.mean = wide(norm.mean);
-  args.inverse_std = wide(norm.inverse_std);
-  args.weight = norm.weight;
-  args.bias = norm.bias;
-  return args;
-}
 
 class ResidualSums {
  public:

@@ -30,7 +30,7 @@ void register_operators(torch::Library& library) {
   each_operator<Device>([&](const char* name, auto function) { library.impl(name, function); });
 }
 
-// Those of the residual tail, which only the CPU has.
+// Those of the residual tail.
 template <typename Device, typename Enter>
 void each_tail_operator(const Enter& enter) {
   enter("bn_context_add_relu", bn_context_add_relu<Device>);

@@ -36,21 +36,30 @@ std::tuple<Tensor, Tensor> tail_forward(const FeatureMap& map, const TailProblem
   const bool pools = problem.has_block() && (attention || !of_batch);  // the batch's statistics have the means
 
   const typename Device::Statistics statistics(map, of_batch);
-  const typename Device::PoolForward pool(map, attention ? Weighting::kMask : Weighting::kUniform,
-                                          /*transform_follows=*/true, /*normalized=*/true);
-  const typename Device::TransformForward transform(map, problem.branches, pool.left());
-  const typename Device::Residual residual(map);
+  std::optional<typename Device::PoolForward> pool;
+  std::optional<typename Device::TransformForward> transform;
+  if (pools) {
+    pool.emplace(map, attention ? Weighting::kMask : Weighting::kUniform, /*transform_follows=*/true,
+                 /*normalized=*/true);
+  }
+  if (problem.has_block()) transform.emplace(map, problem.branches, pool ? pool->left() : Unmerged{});
+  const Tensor own_identity = identity.has_value() ? map.in_my_layout(*identity) : Tensor();
+  const typename Device::Residual residual(map, pointer(own_identity), out.data_ptr());
+  const Wanted of_statistics = statistics.wanted(), of_residual = residual.wanted();
+  const Wanted of_pool = pool ? pool->wanted() : Wanted{}, of_transform = transform ? transform->wanted() : Wanted{};
   const int64_t per_channel = map.images() * map.channels();
   Scratch scratch(map);
   void *state, *term, *statistics_workspace, *pool_workspace, *transform_workspace, *residual_workspace;
   scratch.allocate([&] {
     state = problem.has_block() ? scratch.take(per_channel + map.images() * kStatistics) : nullptr;
     term = problem.branches.has(kAdd) ? scratch.take(per_channel) : nullptr;
-    statistics_workspace = scratch.take(statistics.wanted().workspace);
-    pool_workspace = pools ? scratch.take(pool.wanted().workspace) : nullptr;
-    transform_workspace = problem.has_block() ? scratch.take(transform.wanted().workspace) : nullptr;
-    residual_workspace = scratch.take(residual.wanted().workspace);
+    statistics_workspace = scratch.take(of_statistics.workspace);
+    pool_workspace = scratch.take(of_pool.workspace);
+    transform_workspace = scratch.take(of_transform.workspace);
+    residual_workspace = scratch.take(of_residual.workspace);
   });
+  const typename Device::Counters counters(std::max({of_statistics.counters, of_pool.counters, of_transform.counters}),
+                                           map);
 
   StatisticsCall taking;
   taking.eps = source.eps;
@@ -64,13 +73,18 @@ std::tuple<Tensor, Tensor> tail_forward(const FeatureMap& map, const TailProblem
   taking.variance = kept.variance;
   taking.given_bias = map.companion(problem.bias);
   taking.bias = kept.bias;
-  taking.state = problem.has_block() && !pools ? kept.block->state : nullptr;
+  taking.weight = map.companion(problem.weight);
+  if (problem.has_block() && !pool) {
+    taking.state = kept.block->state;
+    taking.state_of_x = state;
+  }
   if (running.mean.has_value()) taking.running_mean = map.companion_out(*running.mean);
   if (running.variance.has_value()) taking.running_variance = map.companion_out(*running.variance);
   taking.momentum = running.momentum;
-  statistics.launch(taking, {statistics_workspace, nullptr});
+  statistics.launch(taking, {statistics_workspace, counters.get()});
 
-  const Norm norm = problem.norm(map, kept);
+  Norm norm = problem.norm(map, kept);
+  if (!of_batch) norm.given = &taking;
   if (problem.has_block()) {
     const Tensor own_weight = contiguous(problem.mask_weight);
     PoolForwardCall pooling;
@@ -83,15 +97,15 @@ std::tuple<Tensor, Tensor> tail_forward(const FeatureMap& map, const TailProblem
       pooling.factor = 1.0 / static_cast<double>(map.pixels());
     }
     pooling.state = kept.block->state;
-    if (pools) pool.launch(pooling, {pool_workspace, nullptr});
-    Device::contexts(map, norm, kept.block->state, state);
+    pooling.state_of_x = state;
+    if (pool) pool->launch(pooling, {pool_workspace, counters.get()});
     KeptParts of_x = *kept.block;
     of_x.set_state(state, map);
     const TransformForwardCall transforming{*problem.kinds, eps, of_x, /*outs=*/{term, of_x.scale}, pooling, nullptr};
-    transform.launch(transforming, {transform_workspace, nullptr});
+    transform->launch(transforming, {transform_workspace, counters.get()});
   }
-  const Tensor own_identity = identity.has_value() ? map.in_my_layout(*identity) : Tensor();
   ResidualCall adding;
+  adding.first = !problem.has_block() && !of_batch;
   adding.norm = norm;
   adding.identity = pointer(own_identity);
   adding.scale = problem.has_block() ? kept.block->scale : nullptr;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -51,8 +52,9 @@ def bn_context_add_relu(
     mean is subtracted from y as it is read.
 
     Reads and writes of y's size on the CPU, with attention and ``add``: 4 forward, 6 backward with given
-    statistics (7 where norm.weight needs a gradient, or with ``mul``), 5 and 8 in training. On other devices
-    the definition, :func:`gc_cuda.reference.bn_context_add_relu`, runs; so it does wherever
+    statistics (7 where norm.weight needs a gradient, or with ``mul``), 5 and 8 in training. On a GPU the
+    definition, :func:`gc_cuda.reference.bn_context_add_relu`, runs, unless its kernels are switched on
+    (docs/newer-paths.md, ``tail``); under the compiler in any case. So it does on other devices, and wherever
     :func:`gc_cuda.global_context` runs its own.
 
     Args:
@@ -118,7 +120,7 @@ def _run(
     relu: bool,
     words: dict[str, Any],
 ) -> Tensor:
-    if not (y.is_cpu or y.is_meta):
+    if not (y.is_cpu or y.is_meta or (y.is_cuda and _by_kernels(y.device))):
         return reference.bn_context_add_relu(
             y, identity, norm, mask_weight, mask_bias, add, mul, relu=relu, **words
         )
@@ -152,6 +154,19 @@ def _run(
                 of_batch = kept[start : start + channels]
                 running_one.copy_(policy.momentum * of_batch + (1 - policy.momentum) * running_one)
     return out
+
+
+def _by_kernels(device: torch.device) -> bool:
+    """Whether the kernels of this GPU serve the tail: a newer path, which is off at first."""
+    if torch.compiler.is_compiling() or not _extension.has_cuda():
+        return False
+    return bool(_extension.compiled_module().tail_on(_capability(device)))
+
+
+@functools.cache
+def _capability(device: torch.device) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 def _in_a_row(norm: BatchNorm) -> bool:

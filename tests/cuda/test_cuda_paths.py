@@ -17,7 +17,7 @@ extension = importlib.import_module("gc_cuda._C")
 plan = extension.plan
 
 SM_75 = {"multiprocessors": 40, "shared_bytes": 65536}
-NAMES = ("staged_grad", "tiles_ahead", "late_merge", "early_start", "full_machine", "neighbours")
+NAMES = ("staged_grad", "tiles_ahead", "late_merge", "early_start", "full_machine", "neighbours", "tail")
 
 
 @pytest.fixture(autouse=True)
@@ -64,6 +64,12 @@ class TestSwitch:
         assert extension.chosen_paths() is None
         with pytest.raises(ValueError, match=r"paths must be all, none, or some of .* got sideways"):
             extension.choose_paths("sideways")
+
+    def test_the_tail_is_off_until_it_is_asked_for(self) -> None:
+        assert not extension.tail_on(90)
+        for paths, on in (("tail", True), ("all", True), ("staged_grad", False), ("none", False)):
+            extension.choose_paths(paths)
+            assert extension.tail_on(75) == extension.tail_on(120) == on, paths
 
     def test_plans_are_the_measured_ones_unless_asked(self) -> None:
         for kernel in ("pool_mask", "pool_uniform", "pool_backward_block", "broadcast"):

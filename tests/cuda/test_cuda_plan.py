@@ -24,13 +24,23 @@ KERNELS = (
     "pixel_dot",
     "broadcast",
     "broadcast_mul_backward",
+    "pool_mask_normalized",
+    "pool_logits_normalized",
+    "pool_uniform_normalized",
+    "pixel_dot_normalized",
+    "residual",
+    "statistics",
     "residual_sums",
     "grad_y",
     "pool_backward_normalized",
 )
+# These walk over all channels of a pixel; and these merge nothing.
+PIXEL_DOTS = ("pixel_dot", "pixel_dot_normalized")
+MERGELESS = (*PIXEL_DOTS, "broadcast", "residual", "grad_y")
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
 WHOLE_CHANNELS = {
     "pool_mask",
+    "pool_mask_normalized",
     "pool_backward_mask",
     "pool_backward_logits",
     "pool_backward_block",
@@ -76,7 +86,7 @@ def test_every_element_is_covered_once_within_the_limits_of_a_launch(kernel, pro
         assert last_split_begins < extent, f"an empty split: {p}"
         if p.flat:
             continue
-        if p.holds_channels and kernel != "pixel_dot":
+        if p.holds_channels and kernel not in PIXEL_DOTS:
             assert p.chunks * p.tile_channels >= channels > (p.chunks - 1) * p.tile_channels, p
 
         extent = channels if layout == "NHWC" else pixels
@@ -305,9 +315,27 @@ def test_many_partial_results_are_merged_in_two_rounds(parts):
     assert p.tickets == (0 if parts == 1 else groups + 1 if groups > 1 else 1), p
 
 
+@pytest.mark.parametrize(
+    ("images", "splits", "group", "rows", "tickets"),
+    [
+        (1, 1, 1, 1, 1),  # nothing to merge
+        (2, 8, 1, 16, 1),  # one round
+        (2, 9, 8, 18 + 4, 5),  # groups within an image: 9 is 8 and 1
+        (1, 132, 12, 132 + 11, 12),
+        (32, 4, 4, 128 + 32, 33),  # an image is a group
+        (500, 1, 1, 500, 1),
+    ],
+)
+def test_statistics_are_merged_by_image_first(images, splits, group, rows, tickets):
+    slots = images * splits
+    p = plan("statistics", images, 8, 4096 * splits, multiprocessors=-(-slots // 2))
+    assert (p.splits, p.group) == (splits, group), p
+    assert (p.workspace, p.tickets) == (3 * 8 * rows, tickets), p
+
+
 @pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
 @pytest.mark.parametrize("images", [1, 7, 64, 1000])
-@pytest.mark.parametrize("kernel", [name for name in KERNELS if name not in ("broadcast", "pixel_dot")])
+@pytest.mark.parametrize("kernel", [name for name in KERNELS if name not in MERGELESS])
 def test_no_thread_adds_up_more_than_64_tiles(kernel, images, layout):
     """Or rounding errors would grow with the number of pixels and images."""
     for channels, pixels in ((1, 1 << 24), (64, 1 << 22), (512, 1 << 20), (2048, 1 << 19)):
@@ -389,7 +417,10 @@ def test_the_backward_pass_leaves_fewer_splits_to_its_transform(kernel):
     assert {plan(kernel, 1, 256, 1 << 16, "NHWC", multiprocessors=n).group for n in range(2, 64)} == {8}
 
 
-@pytest.mark.parametrize("kernel", ["pool_backward_mask", "pool_backward_block", "pixel_dot", "broadcast"])
+OTHERS = ("pool_backward_mask", "pool_backward_block", "pool_mask_normalized", "statistics", *MERGELESS)
+
+
+@pytest.mark.parametrize("kernel", OTHERS)
 def test_other_kernels_merge_as_before(kernel):
     assert str(plan(kernel, 2, 512, 16800, paths="late_merge")) == str(plan(kernel, 2, 512, 16800))
 
@@ -414,7 +445,7 @@ def test_a_transform_that_merges_late_has_a_phase_before(problem):
 def test_launches_that_follow_another_of_their_operator_can_begin_early():
     for kernel in KERNELS:
         p = plan(kernel, 2, 512, 16800, paths="early_start")
-        early = kernel in {"broadcast", "pool_backward_block"}
+        early = kernel in {"broadcast", "pool_backward_block", "residual"}
         assert p.paths == ("early_start" if early else "none"), p
         assert str(p).endswith("; early_start") == early
         assert str(p).removesuffix("; early_start") == str(plan(kernel, 2, 512, 16800))

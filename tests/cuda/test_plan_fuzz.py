@@ -10,7 +10,17 @@ from __future__ import annotations
 import os
 
 import pytest
-from test_cuda_plan import BYTES, H200, KERNELS, V100, WHOLE_CHANNELS, plan, transform_plan
+from test_cuda_plan import (
+    BYTES,
+    H200,
+    KERNELS,
+    MERGELESS,
+    PIXEL_DOTS,
+    V100,
+    WHOLE_CHANNELS,
+    plan,
+    transform_plan,
+)
 
 pytest.importorskip("hypothesis", reason="hypothesis is not installed")
 from hypothesis import HealthCheck, assume, example, given, settings
@@ -88,7 +98,8 @@ def test_kernels(kernel, size, layout, dtype, alignment, device, paths):
         return
     if not p.holds_channels:
         assert kernel in WHOLE_CHANNELS
-        assert planned("pixel_dot", size, device, **options) is not None, "the products come first"
+        dots = "pixel_dot_normalized" if kernel.endswith("_normalized") else "pixel_dot"
+        assert planned(dots, size, device, **options) is not None, "the products come first"
         p = planned(kernel, size, device, **options, dots_given=True)
         if p is None:
             return
@@ -103,6 +114,12 @@ def check_limits(p, device):
     assert p.holds_channels and 0 <= p.shared_bytes <= device["shared_bytes"], p
     # 65536 registers; the kernels are compiled for at most 128 a thread at 512 threads
     assert p.threads * 128 <= 65536, p
+
+
+MERGED_BY_IMAGE = (
+    *("pool_mask", "pool_logits", "pool_uniform", "broadcast_mul_backward"),
+    *("pool_mask_normalized", "pool_logits_normalized", "pool_uniform_normalized", "residual_sums"),
+)
 
 
 def merged(parts, group):
@@ -127,7 +144,7 @@ def check_coverage(p, kernel, size, layout, dtype, alignment):
     elements = 16 // BYTES[dtype]
     assert p.grid == (images * p.splits, p.chunks), p
     if p.flat:
-        assert kernel == "broadcast" and layout == "NCHW" and pixels % elements, p
+        assert kernel in ("broadcast", "residual") and layout == "NCHW" and pixels % elements, p
         assert p.width == elements and channels * pixels % elements == 0 and alignment % 16 == 0, p
         tile = p.threads * p.rows * elements
         check_splits(p, -(-channels * pixels // tile))
@@ -139,7 +156,7 @@ def check_coverage(p, kernel, size, layout, dtype, alignment):
     tiles = -(-pixels // p.tile_pixels)
     check_splits(p, tiles)
     # The chunks are ranges of channels, likewise; pixel_dot walks over the channels by itself.
-    if kernel == "pixel_dot":
+    if kernel in PIXEL_DOTS:
         assert p.chunks == 1, p
     else:
         assert (p.chunks - 1) * p.tile_channels < channels <= p.chunks * p.tile_channels, p
@@ -152,15 +169,20 @@ def check_coverage(p, kernel, size, layout, dtype, alignment):
     assert (channels - 1) * pixels + over_pixels <= INT and (pixels - 1) * channels + over_channels <= INT, p
     # What is merged has room, and a counter for each merge.
     of_all = ("pool_backward_mask", "pool_backward_block", "pool_backward_normalized")
-    of_image = ("pool_mask", "pool_logits", "pool_uniform", "broadcast_mul_backward", "residual_sums")
     merges = p.splits > 1 or kernel in of_all
-    if kernel in of_image and p.splits > 1:
+    if kernel == "statistics":
+        groups = -(-p.splits // p.group)
+        rows, tickets = (p.splits + groups, images * groups + 1) if p.group > 1 else (p.splits, 1)
+        assert p.workspace == 3 * images * rows * channels and p.tickets == tickets * p.chunks, p
+        # Neither round is longer than the other needs.
+        assert p.group <= p.splits and (p.group > 1 or images * p.splits <= 16 or p.splits == 1), p
+    elif kernel in MERGED_BY_IMAGE and p.splits > 1:
         rows, tickets = (p.splits, 0) if "late_merge" in p.paths else merged(p.splits, p.group)
         assert p.workspace >= images * rows * channels and p.tickets == images * p.chunks * tickets, p
     elif kernel in of_all:
         rows, tickets = merged(images * p.splits, p.group)
         assert p.workspace == rows * channels and p.tickets == tickets * p.chunks, p
-    elif not merges or kernel in ("pool_backward_logits", "pixel_dot", "broadcast", "grad_y"):
+    elif not merges or kernel in ("pool_backward_logits", *MERGELESS):
         assert p.workspace == p.tickets == 0, p
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import conv1d, layer_norm, linear, silu
+from torch.nn.functional import batch_norm, conv1d, layer_norm, linear, silu
 
 MASK = 0xFFFFFFFF
 
@@ -86,6 +86,14 @@ def transform_backward(name: str, n: int, c: int, p: int, one_sign: bool) -> Non
     print(f"{name}: " + ", ".join(f"{one} {found[names.index(one)]:.1f}" for one in ("w2", "b2", *names[:4])))
 
 
+def statistics(name: str, shape: tuple[int, int, int], mean: float) -> None:
+    y = 4 * pattern(1, 10, *shape) + mean
+    assert torch.equal(y, y.float().double()), "y is exact"
+    found = [batch_norm(y.to(dtype), None, None, training=True) for dtype in (torch.float32, torch.float64)]
+    error = (found[0].double() - found[1]).abs().max() / found[1].abs().max() * 2**24
+    print(f"{name}: {float(error):.1f}")
+
+
 def main() -> None:
     torch.set_num_threads(1)
     pool_backward("peaked", (2, 64, 400), 10, 16)
@@ -97,6 +105,10 @@ def main() -> None:
     transform_backward("many_images", 8192, 64, 64, one_sign=False)
     transform_backward("very_many_images", 65536, 32, 32, one_sign=False)
     transform_backward("very_many_images_one_sign", 65536, 32, 32, one_sign=True)
+    statistics("statistics", (2, 16, 3000), 0)
+    statistics("statistics_far_from_zero", (2, 16, 3000), 100)
+    statistics("statistics_farther", (2, 16, 3000), 4096)
+    statistics("statistics_many_images", (300, 8, 49), 100)
 
 
 if __name__ == "__main__":

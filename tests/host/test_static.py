@@ -46,7 +46,7 @@ def moves_vectors(kernel: str) -> bool:
     """
     if "transform_" in kernel or "norm_gradients" in kernel:
         return False
-    flat = re.search(r"broadcast_flat<(\w+),", kernel)
+    flat = re.search(r"_flat<(\w+),", kernel)
     if flat is not None:
         return flat[1] in ELEMENT_BYTES
     match = re.search(r"<(\w+), \(gc::Layout\)\d, \d+, (\d+)", kernel)

@@ -62,6 +62,17 @@ def test_tiny_maps(random, tail, shape_of, layout):
         assert error < 1e-9, name
 
 
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_many_channels(random, mode, layout):
+    """More than a block of a GPU's kernels holds."""
+    size = (2, 9000, 1, 3)
+    tail = Tail(Configuration("att", ("add",)), mode)
+    inputs = draw_tail(random, tail, size, layout=layout)
+    grad = random(*size, layout=layout)
+    ours, theirs = (run_tail(library, tail, inputs, grad) for library in (gc_cuda, reference))
+    assert all(error < FLOAT64 for error in errors(ours, theirs).values())
+
+
 @pytest.mark.parametrize("identity", ["channels_last", "nchw", "expanded", "cropped", "transposed"])
 @pytest.mark.parametrize("tail", [GC_TRAIN, Tail(NO_BLOCK, "eval")], ids=str)
 def test_strides_of_identity_and_gradient(random, tail, identity, layout):

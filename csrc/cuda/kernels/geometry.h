@@ -122,6 +122,16 @@ GC_BOTH int merged_at_most(int partials, int group) {  // in one round
 }
 GC_BOTH int merge_tickets(int partials, int group) { return partials > group ? groups_of(partials, group) + 1 : 1; }
 
+// The same where no group has splits of two images: each image's are merged in groups, and then all that this leaves.
+// With groups of one, the first round is left out.
+GC_BOTH int groups_by_image(int images, int splits, int group) { return images * groups_of(splits, group); }
+GC_BOTH int rows_by_image(int images, int splits, int group) {
+  return images * splits + (group > 1 ? groups_by_image(images, splits, group) : 0);
+}
+GC_BOTH int tickets_by_image(int images, int splits, int group) {
+  return group > 1 ? groups_by_image(images, splits, group) + 1 : 1;
+}
+
 // Elements of shared memory that a thread takes for `vectors` interleaved vectors over its channels. Several vectors
 // are followed by a gap of 16 bytes: without it, those of neighbouring threads would begin in the same banks.
 GC_BOTH int staged_elements(int channels, int vectors, int element_bytes) {

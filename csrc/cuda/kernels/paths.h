@@ -13,8 +13,9 @@ enum class Path : unsigned {
   kEarlyStart = 1 << 3,   // a launch begins while the one before it ends
   kFullMachine = 1 << 4,  // pool_forward without weights: as many blocks as are resident at once
   kNeighbours = 1 << 5,   // the same: neighbouring threads read neighbouring pieces of a row of narrow loads
+  kTail = 1 << 6,         // the residual tail by kernels, and not by PyTorch's operators
 };
-inline constexpr int kPathCount = 6;
+inline constexpr int kPathCount = 7;
 
 // A set of them.
 struct Paths {

@@ -6,6 +6,8 @@
 // attention, with the context as the offset. Both do so only for feature maps with too many channels for a block's
 // registers: the pooling kernels then take the dot products as given.
 //
+// With a norm (normalized_pool.h) it is vector[n] . (slope * (x[n, :, s] - mean - offset[n]) + norm_bias) + bias.
+//
 // vector [N or 1, C], offset [N, C], x [N, C, S] or [N, S, C].
 //
 // Decomposition: block image * splits + split walks the tiles of its split, and for each tile the chunks of channels.
@@ -19,6 +21,7 @@
 namespace gc {
 
 struct PixelDotTraits : KernelTraits {
+  using Args = PixelDotArgs;
   static constexpr KernelKind kKind = KernelKind::kPixelDot;
   static constexpr const char* kName = "pixel_dot";
   static constexpr bool kWalksChunks = true;
@@ -33,18 +36,19 @@ struct PixelDotTraits : KernelTraits {
 }  // namespace gc
 
 #if defined(GC_DEVICE_CODE)
+#include "norm.h"
 #include "tile.h"
 
 namespace gc {
 
-template <typename T, Layout kLayout, int kRows, int kWidth>
+template <typename T, Layout kLayout, int kRows, int kWidth, typename Traits>
 GC_KERNEL(kMaxThreads, 1)
-pixel_dot(const PixelDotArgs args) {
+pixel_dot(const typename Traits::Args args) {
   using A = Acc<T>;
   using TileT = Tile<T, kLayout, kRows, kWidth>;
   constexpr int kChannels = TileT::kChannels;
   constexpr int kPixels = TileT::kPixels;
-  static_assert(has_tile<PixelDotTraits>(kRows, kLayout, sizeof(T)), "no plan has such tiles");
+  static_assert(has_tile<Traits>(kRows, kLayout, sizeof(T)), "no plan has such tiles");
 
   typename TileT::Map map(args.walk);
   const T* const x = static_cast<const T*>(args.x) + map.image0();
@@ -71,10 +75,25 @@ pixel_dot(const PixelDotArgs args) {
       GC_UNROLL
       for (int c = 0; c < kChannels; ++c) {
         const bool inside = map.channel(c) < map.channels;
-        const A weight = inside ? read<T>(args.vector, vector0 + map.channel(c)) : A(0);
+        A weight = inside ? read<T>(args.vector, vector0 + map.channel(c)) : A(0);
+        [[maybe_unused]] A mean = 0;
+        [[maybe_unused]] A shift = 0;
+        if constexpr (Traits::kNormalized) {
+          if (inside) {
+            shift = weight * bias_at<T>(args.norm, map.channel(c));
+            weight *= slope_at<T>(args.norm, map.channel(c));
+            mean = mean_at<T>(args.norm, map.channel(c));
+          }
+        }
         const A zero = inside && offset != nullptr ? offset[map.channel(c)] : A(0);
         GC_UNROLL
-        for (int p = 0; p < kPixels; ++p) chunk_dot[p] += weight * (tile(c, p) - zero);
+        for (int p = 0; p < kPixels; ++p) {
+          if constexpr (Traits::kNormalized) {
+            chunk_dot[p] += weight * (tile(c, p) - mean - zero) + shift;
+          } else {
+            chunk_dot[p] += weight * (tile(c, p) - zero);
+          }
+        }
       }
       GC_UNROLL
       for (int p = 0; p < kPixels; ++p) dot[p] += chunk_dot[p];

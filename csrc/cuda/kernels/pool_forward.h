@@ -18,6 +18,8 @@
 // With Path::kTilesAhead (and a mask), a tile comes through shared memory: the next one is on the way while the block
 // works on this one, the first while the mask weights are fetched. Otherwise it waits for each.
 //
+// With a norm (normalized_pool.h), what is pooled is y - mean, and the logits are those of x.
+//
 // Moves: x once (N*C*S elements), logits once (N*S accumulation type, read or written), N*splits*(C + 2) values of
 // partial results.
 #pragma once
@@ -27,9 +29,24 @@
 
 namespace gc {
 
+// Takes what pool_forward takes of shared memory.
+template <typename Traits, typename A>
+GC_BOTH void take_pool_shared(CountingArena& arena, const BlockTile& tile, const Walk& walk) {
+  const int staged = staged_elements(tile.thread_channels, Traits::kNormalized ? 2 : 1, sizeof(A));
+  if (Traits::kMask) arena.take<A>(staged * channel_threads(tile.layout, tile.shape));  // the mask weights
+  if (Traits::kMask) arena.take<A>(2 * tile.over_channels(tile.thread_pixels));         // dots
+  if (Traits::kTilesAhead) arena.take<VectorPlace>(tile.rows() * tile.threads());       // places
+  if (Traits::kSoftmax) arena.take<A>(tile.over_pixels(1));                             // max_scratch
+  arena.take<A>(tile.over_pixels(tile.thread_channels + 1));                            // sum_scratch
+  if (walk.splits == 1 || walk.merged_later) return;
+  arena.take<int>(1);  // flag
+  if (Traits::kSoftmax) arena.take<A>(3 * merged_at_most(walk.splits, walk.group));
+}
+
 // The kinds. Their partial results are the sums over pixels, and for a softmax m and z. kNewer: the newer paths.
 template <Weighting kWeighting_, Path... kNewer>
 struct PoolForwardTraits : KernelTraits {
+  using Args = PoolForwardArgs;
   static constexpr Paths kPaths = Paths(kNewer...);
   static constexpr Weighting kWeighting = kWeighting_;
   static constexpr bool kMask = kWeighting == Weighting::kMask;
@@ -73,20 +90,14 @@ struct PoolForwardTraits : KernelTraits {
 
   template <typename A>
   static GC_BOTH void take_shared(CountingArena& arena, const BlockTile& tile, const Walk& walk, bool /*dots_given*/) {
-    if (kMask) arena.take<A>(tile.channels());                               // the mask weights
-    if (kMask) arena.take<A>(2 * tile.over_channels(tile.thread_pixels));    // dots
-    if (kTilesAhead) arena.take<VectorPlace>(tile.rows() * tile.threads());  // places
-    if (kSoftmax) arena.take<A>(tile.over_pixels(1));                        // max_scratch
-    arena.take<A>(tile.over_pixels(tile.thread_channels + 1));               // sum_scratch
-    if (walk.splits == 1 || walk.merged_later) return;
-    arena.take<int>(1);  // flag
-    if (kSoftmax) arena.take<A>(3 * merged_at_most(walk.splits, walk.group));
+    take_pool_shared<PoolForwardTraits, A>(arena, tile, walk);
   }
 };
 
 }  // namespace gc
 
 #if defined(GC_DEVICE_CODE)
+#include "norm.h"
 #include "softmax.h"
 #include "split_merge.h"
 #include "tile.h"
@@ -111,7 +122,8 @@ GC_DEVICE void write_stats(const PoolForwardArgs& args, const Map& map, Acc<T> m
 // Merges the partial results first .. first + count of the block's image and chunk into number `to` or the result: each
 // thread some channels, each channel in the order of the partial results. shared: 3 values for each of them.
 template <typename Traits, typename T, typename Map>
-GC_DEVICE void merge_splits(const PoolForwardArgs& args, const Map& map, int first, int count, int to, Acc<T>* shared) {
+GC_DEVICE void merge_splits(const typename Traits::Args& args, const Map& map, int first, int count, int to,
+                            Acc<T>* shared) {
   using A = Acc<T>;
   constexpr Weighting kWeighting = Traits::kWeighting;
   const int rows = merged_rows(args.walk.splits, args.walk.group);
@@ -155,7 +167,7 @@ GC_DEVICE void merge_splits(const PoolForwardArgs& args, const Map& map, int fir
 
 template <typename T, Layout kLayout, int kRows, int kWidth, typename Traits>
 GC_KERNEL(Traits::kMostThreads, (resident_blocks(Traits::kMostThreads, Traits::registers(sizeof(T)))))
-pool_forward(const PoolForwardArgs args) {
+pool_forward(const typename Traits::Args args) {
   using A = Acc<T>;
   using TileT = TileOf<Traits, T, kLayout, kRows, kWidth>;
   constexpr int kChannels = TileT::kChannels;
@@ -173,17 +185,42 @@ pool_forward(const PoolForwardArgs args) {
   ScratchInTurn<A> dots{nullptr, over_channels_scratch(kLayout, map.shape, kPixels)};
   typename TileT::Place* places = nullptr;
   A bias = 0;
+  // With a norm the mean lies beside the mask's weight, or in registers; shift is the thread's part of mask_weight . bias.
+  constexpr int kStaged = Traits::kNormalized ? 2 : 1;
+  constexpr int kOwnStaged = staged_elements(kChannels, kStaged, sizeof(A));
+  [[maybe_unused]] A mean[kChannels];
+  A shift = 0;
+  if constexpr (Traits::kNormalized) {
+    GC_UNROLL
+    for (int c = 0; c < kChannels; ++c) {
+      const int channel = map.channel(c);
+      const bool inside = channel < map.channels;
+      if constexpr (Traits::kMask) {
+        if (inside) shift += read<T>(args.mask_weight, channel) * bias_at<T>(args.norm, channel);
+      } else {
+        mean[c] = inside ? mean_at<T>(args.norm, channel) : A(0);
+      }
+    }
+  }
   if constexpr (Traits::kMask) {
-    weight = arena.take<A>(map.tile_channels());
+    weight = arena.take<A>(kOwnStaged * channel_threads(kLayout, map.shape));
     dots.areas = arena.take<A>(2 * dots.count);
     if constexpr (Traits::kTilesAhead) {
       places = arena.take<typename TileT::Place>(TileT::places());
       TileT::stage(places, x, map, map.first_tile * map.tile_pixels());
     }
-    stage_channels(map, weight, [&](int channel) { return read<T>(args.mask_weight, channel); });
+    if constexpr (Traits::kNormalized) {
+      stage_channels<kStaged>(map, weight, [&](int channel) {
+        return read<T>(args.mask_weight, channel) * slope_at<T>(args.norm, channel);
+      });
+      stage_channels<kStaged>(map, weight + 1, [&](int channel) { return mean_at<T>(args.norm, channel); });
+    } else {
+      stage_channels(map, weight, [&](int channel) { return read<T>(args.mask_weight, channel); });
+    }
     if (args.mask_bias.data != nullptr) bias = read<T>(args.mask_bias, 0);
+    if (Traits::kNormalized && map.channel_thread() == 0) shift += bias;
     port::sync_block<kSyncStaged>();
-    weight += map.channel_thread() * kChannels;
+    weight += map.channel_thread() * kOwnStaged;
   }
 
   A m = minus_infinity<A>();
@@ -201,23 +238,43 @@ pool_forward(const PoolForwardArgs args) {
     } else {
       tile.load(x, map, pixel0);
     }
+    // The tile's registers take y - mean, unless it would have to be rounded for them.
+    constexpr bool kCentred = sizeof(T) == sizeof(A);
+    [[maybe_unused]] const auto mean_of = [&](int c) {
+      if constexpr (Traits::kMask) return weight[c * kStaged + 1];
+      return mean[c];
+    };
+    if constexpr (Traits::kNormalized && kCentred) {
+      GC_UNROLL
+      for (int c = 0; c < kChannels; ++c) {
+        const A own_mean = mean_of(c);
+        GC_UNROLL
+        for (int p = 0; p < kPixels; ++p) tile.set(c, p, tile(c, p) - own_mean);
+      }
+    }
+    const auto value = [&](int c, int p) {
+      if constexpr (Traits::kNormalized && !kCentred) return tile(c, p) - mean_of(c);
+      return tile(c, p);
+    };
 
     A a[kPixels];  // logits, then attention relative to m
     if constexpr (Traits::kMask) {
       GC_UNROLL
-      for (int p = 0; p < kPixels; ++p) a[p] = 0;
+      for (int p = 0; p < kPixels; ++p) a[p] = Traits::kNormalized ? shift : A(0);
       GC_UNROLL
       for (int c = 0; c < kChannels; ++c) {
         GC_UNROLL
-        for (int p = 0; p < kPixels; ++p) a[p] += weight[c] * tile(c, p);
+        for (int p = 0; p < kPixels; ++p) a[p] += weight[c * kStaged] * value(c, p);
       }
       A* const scratch = dots.of_tile(tile_index);
       OverChannels<kLayout, kPixels>::publish(map, a, scratch);
       tile.keep_packed();
       port::sync_block<kSyncDot>();
       OverChannels<kLayout, kPixels>::collect(map, a, scratch);
-      GC_UNROLL
-      for (int p = 0; p < kPixels; ++p) a[p] += bias;
+      if constexpr (!Traits::kNormalized) {
+        GC_UNROLL
+        for (int p = 0; p < kPixels; ++p) a[p] += bias;
+      }
       if (map.channel_thread() == 0) {
         GC_UNROLL
         for (int p = 0; p < kPixels; ++p) {
@@ -235,7 +292,11 @@ pool_forward(const PoolForwardArgs args) {
 
     if constexpr (!Traits::kSoftmax) {
       GC_UNROLL
-      for (int p = 0; p < kPixels; ++p) a[p] = 1;
+      for (int p = 0; p < kPixels; ++p) {
+        a[p] = 1;
+        // Outside of the image y is 0, but y - mean is not.
+        if constexpr (Traits::kNormalized) a[p] = map.pixel(pixel0, p) < map.pixels ? A(1) : A(0);
+      }
     } else {
       A m_new = m;
       GC_UNROLL
@@ -257,7 +318,7 @@ pool_forward(const PoolForwardArgs args) {
     for (int c = 0; c < kChannels; ++c) {
       A tile_sum = 0;
       GC_UNROLL
-      for (int p = 0; p < kPixels; ++p) tile_sum += a[p] * tile(c, p);
+      for (int p = 0; p < kPixels; ++p) tile_sum += a[p] * value(c, p);
       sums[c] += tile_sum;
     }
   }

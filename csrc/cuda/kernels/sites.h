@@ -17,6 +17,8 @@ enum Site : int {
   kAwaitGrad,          // pool_backward: the tile's rows of grad are in shared memory
   kSyncWeightSum,      // pool_backward: every warp's values of the weight gradient is in scratch
   kSyncPixelDot,       // pixel_dot: every warp's values of the dot products is in scratch
+  kSyncCentre,         // statistics: every warp's sums of the first tile are in scratch
+  kSyncMoments,        // statistics: every warp's sums over pixels are in scratch
   kSyncGradSum,        // broadcast_mul_backward: every warp's values of the sums over pixels is in scratch
   kSyncResidualSum,    // residual_sums: the same
   kSyncBeforeTicket,   // arrive_last: the whole block has written its partial results
@@ -45,6 +47,8 @@ enum Site : int {
   kWaitPoolBackward,
   kWaitTransformForward,
   kWaitTransformBackward,
+  kWaitResidual,
+  kWaitResidualFlat,
   kSiteCount
 };
 

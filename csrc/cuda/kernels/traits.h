@@ -17,17 +17,25 @@ enum class KernelKind : int {
   kPixelDot,
   kBroadcast,
   kBroadcastMulBackward,
+  // Of the residual tail. The first four take x = slope (y - mean) + bias from y.
+  kPoolMaskNormalized,
+  kPoolLogitsNormalized,
+  kPoolUniformNormalized,
+  kPixelDotNormalized,
+  kResidual,
+  kStatistics,
   kResidualSums,
   kGradY,
   kPoolBackwardNormalized,  // pool_backward with a mask, of a map that batch normalization is still to come over
 };
-inline constexpr int kKernelKinds = 12;
+inline constexpr int kKernelKinds = 18;
 
 // Whose partial results a kernel merges, see split_merge.h.
 enum class Merge : int {
   kNone,
-  kImage,  // those of the splits of an image, where it has several
-  kAll,    // those of the splits of all images
+  kImage,    // those of the splits of an image, where it has several
+  kAll,      // those of the splits of all images
+  kByImage,  // the same, but first those of an image
 };
 
 // With Path::kLateMerge, so many splits at most leave their partial results to the forward pass's transform, and to the
@@ -115,6 +123,8 @@ struct KernelTraits {
   static constexpr bool kFullMachine = false;
   // The same of Path::kNeighbours, which only loads of less than a vector can take.
   static constexpr bool kNeighbours = false;
+  // It takes a map x = slope (y - mean) + bias from y (tail_args.h).
+  static constexpr bool kNormalized = false;
   // Takes what the kernel takes of shared memory: in the same order, and with the same counts. Every launch of the host
   // tests compares the two sums. A: the accumulation type. dots_given: by pixel_dot.
   template <typename A>

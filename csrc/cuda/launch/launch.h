@@ -16,6 +16,10 @@ cudaError_t launch_pool_backward(const Plan& plan, PoolBackwardArgs args, cudaSt
 cudaError_t launch_pixel_dot(const Plan& plan, PixelDotArgs args, cudaStream_t stream);
 cudaError_t launch_broadcast(const Plan& plan, BroadcastArgs args, cudaStream_t stream);
 cudaError_t launch_broadcast_mul_backward(const Plan& plan, BroadcastMulBackwardArgs args, cudaStream_t stream);
+cudaError_t launch_normalized_pool(const Plan& plan, NormalizedPoolArgs args, cudaStream_t stream);
+cudaError_t launch_normalized_pixel_dot(const Plan& plan, NormalizedPixelDotArgs args, cudaStream_t stream);
+cudaError_t launch_statistics(const Plan& plan, StatisticsArgs args, cudaStream_t stream);
+cudaError_t launch_residual(const Plan& plan, ResidualArgs args, cudaStream_t stream);
 cudaError_t launch_residual_sums(const Plan& plan, ResidualSumsArgs args, cudaStream_t stream);
 cudaError_t launch_normalized_pool_backward(const Plan& plan, NormalizedPoolBackwardArgs args, cudaStream_t stream);
 cudaError_t launch_grad_y(const Plan& plan, GradYArgs args, cudaStream_t stream);

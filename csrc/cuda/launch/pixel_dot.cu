@@ -7,7 +7,7 @@ namespace gc {
 cudaError_t launch_pixel_dot(const Plan& plan, PixelDotArgs args, cudaStream_t stream) {
   return dispatch<PixelDotTraits>(plan, [&](auto instance) {
     using I = decltype(instance);
-    return launch(pixel_dot<typename I::T, I::kLayout, I::kRows, I::kWidth>, plan, args, stream);
+    return launch(pixel_dot<typename I::T, I::kLayout, I::kRows, I::kWidth, PixelDotTraits>, plan, args, stream);
   });
 }
 

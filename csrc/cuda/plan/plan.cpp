@@ -6,10 +6,11 @@
 
 #include "cuda/kernels/broadcast.h"
 #include "cuda/kernels/grad_y.h"
-#include "cuda/kernels/pixel_dot.h"
+#include "cuda/kernels/normalized_pool.h"
 #include "cuda/kernels/pool_backward.h"
-#include "cuda/kernels/pool_forward.h"
+#include "cuda/kernels/residual.h"
 #include "cuda/kernels/residual_sums.h"
+#include "cuda/kernels/statistics.h"
 
 namespace gc {
 namespace {
@@ -185,6 +186,16 @@ int64_t splits_for(const Plan& plan, const Problem& p, const DeviceLimits& devic
 // The workspace and tickets of a merge.
 template <typename Traits>
 void set_merge(Plan& plan, const DeviceLimits& device) {
+  if constexpr (Traits::kMerge == Merge::kByImage) {
+    const int images = plan.walk.images, splits = plan.walk.splits;
+    const int group = group_for(int64_t{images} * splits, Traits::kMergedAtOnce);
+    // One round is enough for twice as many as are merged at once.
+    plan.walk.group = int64_t{images} * splits <= 2 * Traits::kMergedAtOnce ? 1 : std::min(splits, group);
+    plan.workspace =
+        int64_t{Traits::kPartialVectors} * plan.walk.channels * rows_by_image(images, splits, plan.walk.group);
+    plan.tickets = int64_t{plan.chunks} * tickets_by_image(images, splits, plan.walk.group);
+    return;
+  }
   const bool all = Traits::kMerge == Merge::kAll;
   const int partials = all ? plan.walk.images * plan.walk.splits : plan.walk.splits;
   plan.walk.group = group_for(partials, Traits::kMergedAtOnce);
@@ -313,6 +324,12 @@ constexpr Kernel kKernels[] = {
     kernel<PixelDotTraits>(),
     kernel<BroadcastTraits<Path::kFullMachine>, BroadcastTraits<>>(),
     kernel<BroadcastMulBackwardTraits>(),
+    kernel<NormalizedPoolTraits<Weighting::kMask>>(),
+    kernel<NormalizedPoolTraits<Weighting::kLogits>>(),
+    kernel<NormalizedPoolTraits<Weighting::kUniform>>(),
+    kernel<NormalizedPixelDotTraits>(),
+    kernel<ResidualTraits>(),
+    kernel<StatisticsTraits>(),
     kernel<ResidualSumsTraits>(),
     kernel<GradYTraits>(),
     kernel<NormalizedPoolBackwardTraits>()};

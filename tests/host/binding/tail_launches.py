@@ -30,7 +30,9 @@ def count(what: str, tail: Tail, without: tuple[str, ...] = ()) -> None:
     inputs = draw_tail(random, tail, (2, 64, 12, 12))
     statistics = {name: inputs.pop(name) for name in RUNNING if name in inputs}
     leaves = {name: tensor.requires_grad_(name not in without) for name, tensor in inputs.items()}
+    before = library.gc_launches()
     out = tail_of(gc_cuda, tail, leaves, statistics)(*leaves.values())
+    print(what, "forward", library.gc_launches() - before)
     before = library.gc_launches()
     out.sum().backward()
     print(what, "backward", library.gc_launches() - before)
