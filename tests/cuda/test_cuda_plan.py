@@ -327,10 +327,9 @@ def test_many_partial_results_are_merged_in_two_rounds(parts):
     ],
 )
 def test_statistics_are_merged_by_image_first(images, splits, group, rows, tickets):
-    slots = images * splits
-    p = plan("statistics", images, 8, 4096 * splits, multiprocessors=-(-slots // 2))
+    p = plan("statistics", images, 64, 128 * splits, multiprocessors=-(-images * splits // 2))
     assert (p.splits, p.group) == (splits, group), p
-    assert (p.workspace, p.tickets) == (3 * 8 * rows, tickets), p
+    assert (p.workspace, p.tickets) == (3 * 64 * rows, tickets), p
 
 
 @pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
