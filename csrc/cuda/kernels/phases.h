@@ -68,4 +68,20 @@ class Phase {
   int block_ = 0;
 };
 
+// Waits for the previous phase as late as may be: a weight matrix, and the gradient that is given, can be fetched
+// before.
+class PreviousPhase {
+ public:
+  GC_DEVICE explicit PreviousPhase(const Phase& phase) : phase_(phase) {}
+
+  GC_DEVICE void await() {
+    if (!awaited_) phase_.await_previous();
+    awaited_ = true;
+  }
+
+ private:
+  const Phase& phase_;
+  bool awaited_ = false;
+};
+
 }  // namespace gc

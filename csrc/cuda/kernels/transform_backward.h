@@ -50,22 +50,6 @@ struct TransformBackwardShared {
 
 namespace gc {
 
-// Waits for the previous phase as late as may be: a weight matrix, and the gradient that is given, can be fetched
-// before.
-class PreviousPhase {
- public:
-  GC_DEVICE explicit PreviousPhase(const Phase& phase) : phase_(phase) {}
-
-  GC_DEVICE void await() {
-    if (!awaited_) phase_.await_previous();
-    awaited_ = true;
-  }
-
- private:
-  const Phase& phase_;
-  bool awaited_ = false;
-};
-
 // ---- the first phase: out = gate(W2 . y + b2) ----
 
 // Of the partial sums that make a value of grad_out, the loads in flight. 0 where it is complete.

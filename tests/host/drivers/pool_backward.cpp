@@ -22,6 +22,7 @@ struct Variant {
   bool block() const { return gradient == PoolGradient::kBlock; }
 };
 
+constexpr Variant kNormalized = {"normalized", PoolGradient::kMask, false, false, true, {}, true};
 constexpr Variant kVariants[] = {
     {"mask", PoolGradient::kMask},
     {"logits", PoolGradient::kLogits},
@@ -32,7 +33,7 @@ constexpr Variant kVariants[] = {
     {"block_add_staged", PoolGradient::kBlock, false, true, true, Path::kStagedGrad},
     {"block_mul_staged", PoolGradient::kBlock, true, true, true, Path::kStagedGrad},
     {"block_add_weight_staged", PoolGradient::kBlock, false, false, true, Path::kStagedGrad},
-    {"normalized", PoolGradient::kMask, false, false, true, {}, true},
+    kNormalized,
     {"normalized_logits", PoolGradient::kMask, false, false, false, {}, true},  // without a gradient of the mask
 };
 
@@ -116,10 +117,11 @@ struct Backward {
     };
     Plan plan = plan_of(kind, false);
     const bool two_passes = !plan.holds_channels;
-    Buffer<A> dots("dots", two_passes ? pixels_in_all() : 0, variant.normalized ? Use::kInput : Use::kOutput);
+    Buffer<A> dots("dots", two_passes ? pixels_in_all() : 0, Use::kOutput);
     NormalizedPoolBackwardArgs args{};
     if (two_passes) {
-      make_dots(plan_of(KernelKind::kPixelDot, false), dots, schedule);
+      const KernelKind dot = variant.normalized ? KernelKind::kPixelDotNormalized : KernelKind::kPixelDot;
+      run_pixel_dot(plan_of(dot, false), dots, schedule);
       plan = plan_of(kind, true);
       args.dots = dots.data();
     }
@@ -149,9 +151,7 @@ struct Backward {
       args.grad_logits = grad_logits.out();
     }
     if (variant.normalized) {
-      args.norm.mean = mean.companion();
-      args.norm.inverse_std = inverse_std.companion();
-      args.norm.weight = norm_weight.companion();
+      args.norm = norm();
       args.grad_logits = grad_logits.out();
       args.attention = attention.data();
     }
@@ -160,7 +160,7 @@ struct Backward {
                                 : launch_pool_backward(plan, args, nullptr);
     });
     tickets.check();
-    require_passes(x.buffer(), two_passes && !variant.normalized ? 2 : 1, 0);
+    require_passes(x.buffer(), two_passes ? 2 : 1, 0);
     require_passes(grad.buffer(), variant.block() && variant.grad_x ? 1 : 0, 0);
     require_passes(grad_x.buffer(), 0, variant.grad_x ? 1 : 0);
     if (variant.grad_x) bits.check(grad_x.buffer());
@@ -168,22 +168,27 @@ struct Backward {
     if (mask && variant.grad_weight) bits.check(partial_weight);
   }
 
-  void make_dots(const Plan& plan, Buffer<A>& dots, const host::Schedule& schedule) {
-    for (std::size_t i = 0; variant.normalized && i < dots.size(); ++i) {  // no launch of this driver's
-      const int n = static_cast<int>(i) / on.shape.pixels, s = static_cast<int>(i) % on.shape.pixels;
-      double dot = 0;
-      for (int c = 0; c < on.shape.channels; ++c) dot += vector(n, c) * (centred(n, c, s) - state[state0(n) + 2 + c]);
-      dots[i] = static_cast<A>(dot);
-    }
-    if (variant.normalized) return;
-    PixelDotArgs args{};
+  NormArgs norm() {
+    NormArgs norm{};
+    norm.mean = mean.companion();
+    norm.inverse_std = inverse_std.companion();
+    norm.weight = norm_weight.companion();
+    return norm;
+  }
+
+  void run_pixel_dot(const Plan& plan, Buffer<A>& dots, const host::Schedule& schedule) {
+    NormalizedPixelDotArgs args{};
+    args.norm = norm();
     args.x = x.buffer().data();
     args.vector = grad_context.companion();
     args.image_stride = on.shape.channels;
     args.offset = state.data() + 2;
     args.offset_stride = on.shape.channels + 2;
     args.dots = dots.data();
-    run_launch(plan, schedule, [&] { return launch_pixel_dot(plan, args, nullptr); });
+    run_launch(plan, schedule, [&] {
+      return variant.normalized ? launch_normalized_pixel_dot(plan, args, nullptr)
+                                : launch_pixel_dot(plan, args, nullptr);
+    });
   }
 
   void check() const {
@@ -269,7 +274,12 @@ void run_accuracy(const AccuracyCase& on, const Variant& variant, Layout layout,
   const auto vector = [&](int n, int c) {
     return grad_context(static_cast<std::size_t>(on.alike ? 0 : n) * channels + c);
   };
-  for (int c = 0; c < channels; ++c) backward.mask_weight.set(c, on.weights * weight(c));
+  for (int c = 0; c < channels; ++c) {
+    backward.mask_weight.set(c, on.weights * weight(c));
+    backward.mean.set(c, on.mean);  // and a slope of 1: the gradients are those without a norm
+    backward.inverse_std.set(c, 0.25);
+    backward.norm_weight.set(c, 4);
+  }
   std::vector<double> contexts, attentions;
   for (int n = 0; n < images; ++n) {
     std::vector<double> logit(pixels, 0);
@@ -309,12 +319,12 @@ void run_accuracy(const AccuracyCase& on, const Variant& variant, Layout layout,
       const double* const context = &contexts[static_cast<std::size_t>(n) * channels];
       double grad_logit = 0;
       for (int c = 0; c < channels; ++c) grad_logit += attentions[ns] * vector(n, c) * (at(n, c, s) - context[c]);
-      if (!variant.mask()) logit_error.add(backward.grad_logits[ns], grad_logit);
+      if (!variant.mask() || variant.normalized) logit_error.add(backward.grad_logits[ns], grad_logit);
       for (int c = 0; c < channels; ++c) {
         double want = attentions[ns] * vector(n, c);
         if (variant.mask()) want += grad_logit * on.weights * weight(c);
         if (variant.block()) want += grad((static_cast<std::size_t>(n) * channels + c) * pixels + s);
-        x_error.add(backward.grad_x(n, c, s), want);
+        if (variant.grad_x) x_error.add(backward.grad_x(n, c, s), want);
         weight_sum[c] += grad_logit * (at(n, c, s) - context[c]);
       }
     }
@@ -350,7 +360,7 @@ std::vector<host::Case> cases() {
   }
   for (const AccuracyCase& on : kAccuracyCases) {
     for (const Layout layout : kLayouts) {
-      for (const Variant& variant : {kVariants[0], kVariants[1], kVariants[2]}) {
+      for (const Variant& variant : {kVariants[0], kVariants[1], kVariants[2], kNormalized}) {
         list.push_back(
             accuracy_case(std::string(on.name) + "-" + variant.name + "-" + gc::name_of(layout), on.reason,
                           [=](const host::Schedule& schedule) { run_accuracy(on, variant, layout, schedule); }));
