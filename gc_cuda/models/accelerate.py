@@ -9,7 +9,7 @@ from torch import nn
 
 from gc_cuda import _extension, _values
 from gc_cuda.blocks._fused import Read, recipe_of, run
-from gc_cuda.blocks._parts import Unserved
+from gc_cuda.blocks._parts import Unserved, left_to_the_compiler
 from gc_cuda.models import kinds, swap
 from gc_cuda.models import tails as tail_kinds
 
@@ -19,6 +19,7 @@ ACCELERATED = "accelerated"
 ALREADY = "accelerated before"
 LEFT_ALONE = "left alone"
 
+OWN_FORWARD = "its own forward"  # under torch.compile
 
 BLOCK, TAIL = "block", "tail"
 
@@ -31,6 +32,7 @@ class Entry(NamedTuple):
     action: str  # ACCELERATED, ALREADY or LEFT_ALONE
     reason: str  # why it was left alone
     part: str = BLOCK  # or TAIL
+    compiled: str = ""  # what runs under torch.compile, if something else
 
 
 class Report(NamedTuple):
@@ -58,14 +60,21 @@ class Report(NamedTuple):
         """The names of the other bottlenecks with a block in their tail, and why."""
         return {entry.name: entry.reason for entry in self._all(TAIL) if entry.action == LEFT_ALONE}
 
+    @property
+    def left_to_the_compiler(self) -> list[str]:
+        """The names of the accelerated blocks that run their own forward under torch.compile."""
+        return [entry.name for entry in self.entries if entry.compiled]
+
     def _all(self, part: str) -> list[Entry]:
         return [entry for entry in self.entries if entry.part == part]
 
     def __str__(self) -> str:
         if not self.entries:
             return "gc_cuda: no global context or squeeze-and-excitation block that it knows"
-        rows = [("name", "class", "what was done", "reason"), *map(_row, self.entries)]
-        widths = [max(len(row[i]) for row in rows) for i in range(4)]
+        rows = [("name", "class", "what was done", "reason", "under torch.compile"), *map(_row, self.entries)]
+        if not self.left_to_the_compiler:
+            rows = [row[:-1] for row in rows]
+        widths = [max(map(len, column)) for column in zip(*rows)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
         totals = [
             f"{len(served)} of {len(self._all(part))} {part}s run fused"
@@ -77,7 +86,7 @@ class Report(NamedTuple):
 
 def _row(entry: Entry) -> tuple[str, ...]:
     kind = entry.kind if entry.part == BLOCK else f"tail of {entry.kind}"
-    return entry.name, kind, entry.action, entry.reason
+    return entry.name, kind, entry.action, entry.reason, entry.compiled
 
 
 def accelerate(model: nn.Module, *, tails: bool = True) -> Report:
@@ -106,6 +115,11 @@ def accelerate(model: nn.Module, *, tails: bool = True) -> Report:
     forward-mode AD, for subclasses of Tensor such as DTensor, and for inputs that the operators do not take,
     as on other devices.
 
+    Under ``torch.compile`` a block that pools by the mean and scales (squeeze-and-excitation) runs its own
+    forward, too, unless it is part of a tail: the compiler would have to keep the operator's input. So does
+    one that pools by the mean and adds, on the CPU, where the operator is slower. The report names them;
+    docs/torch-compile.md has the numbers. Blocks with attention, and tails, stay operators.
+
     So a model traced by ``torch.jit.trace``, ``torch.fx.symbolic_trace`` or torchvision's
     ``create_feature_extractor`` holds PyTorch's own operators and is not accelerated. To keep the blocks in
     an FX graph, name their classes as leaves: ``create_feature_extractor(model, nodes,
@@ -132,7 +146,9 @@ def accelerate(model: nn.Module, *, tails: bool = True) -> Report:
     entries = []
     for name, module, kind, part in found:
         action, reason = (_accelerate if part == BLOCK else _accelerate_tail)(module, kind)
-        entries.append(Entry(name, kinds.full_name(swap.innermost(type(module))), action, reason, part))
+        own_name = kinds.full_name(swap.innermost(type(module)))
+        by_compiler = part == BLOCK and action != LEFT_ALONE and _compiler_takes(module, kind)
+        entries.append(Entry(name, own_name, action, reason, part, OWN_FORWARD if by_compiler else ""))
     return Report(tuple(entries))
 
 
@@ -198,6 +214,18 @@ def _accelerate(block: nn.Module, found: kinds.Found) -> tuple[str, str]:
         return LEFT_ALONE, f"it is built differently: {error}"
     block.__class__ = swap.derive(swap.Derivation(type(block), PREFIX, fused_forward, (kind.read,)))
     return ACCELERATED, ""
+
+
+def _compiler_takes(block: nn.Module, found: kinds.Found) -> bool:
+    try:
+        recipe = recipe_of(block, kinds.OTHERS[found.name].read)
+    except (Unserved, AttributeError):  # changed since it was accelerated
+        return False
+    return left_to_the_compiler(
+        attends=recipe.mask is not None,
+        scales=recipe.mul is not None,
+        on_cuda=any(parameter.is_cuda for parameter in block.parameters()),
+    )
 
 
 def _accelerate_tail(bottleneck: nn.Module, found: kinds.Found) -> tuple[str, str]:
