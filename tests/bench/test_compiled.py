@@ -30,6 +30,15 @@ def test_what_is_missed(compiled):
     assert "slower forward |" in compiled.table([row], ["training", "forward"])
 
 
+def test_of_several_runs_the_quietest_counts(compiled):
+    maps, few, many = {"PyTorch": 1.0, "operator": 1.0}, {"PyTorch": 1.0}, {"PyTorch": 9.0}
+    rows = [
+        compiled.Row("SE", "silu", "PyTorch", maps, {"training": one, "forward": other})
+        for one, other in ((few, many), (many, few))
+    ]
+    assert compiled.quietest(rows) == [rows[0]._replace(ms={"training": few, "forward": few})]
+
+
 def test_a_run(compiled, monkeypatch, tmp_path, capsys):
     """Eager stands for the compiler: it takes no time to compile, and keeps x for both."""
     monkeypatch.setattr(compiled, "SIZES", dict.fromkeys(compiled.SIZES, (32, 4, 4)))
