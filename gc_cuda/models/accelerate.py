@@ -10,7 +10,7 @@ from torch import nn
 from gc_cuda import _extension, _values
 from gc_cuda.blocks._fused import Read, recipe_of, run
 from gc_cuda.blocks._parts import Unserved, left_to_the_compiler
-from gc_cuda.models import kinds, swap
+from gc_cuda.models import kinds, middles, swap
 from gc_cuda.models import tails as tail_kinds
 
 PREFIX = "Accelerated"  # of the names of the classes that are made
@@ -21,17 +21,18 @@ LEFT_ALONE = "left alone"
 
 OWN_FORWARD = "its own forward"  # under torch.compile
 
-BLOCK, TAIL = "block", "tail"
+BLOCK, TAIL, MIDDLE = "block", "tail", "middle"
+_DONE = {BLOCK: "run fused", TAIL: "run fused", MIDDLE: "are computed again"}
 
 
 class Entry(NamedTuple):
-    """A block of the model, or a tail: the end of a bottleneck."""
+    """A block of the model; a tail: the end of a bottleneck; or a middle of a residual block."""
 
-    name: str  # its path in the model; of a tail, that of the bottleneck
+    name: str  # its path in the model; of a tail, that of the bottleneck; of a middle, of the residual block
     kind: str  # the class, by its full name
     action: str  # ACCELERATED, ALREADY or LEFT_ALONE
     reason: str  # why it was left alone
-    part: str = BLOCK  # or TAIL
+    part: str = BLOCK  # or TAIL, or MIDDLE
     compiled: str = ""  # what runs under torch.compile, if something else
 
 
@@ -61,6 +62,16 @@ class Report(NamedTuple):
         return {entry.name: entry.reason for entry in self._all(TAIL) if entry.action == LEFT_ALONE}
 
     @property
+    def middles(self) -> list[str]:
+        """The names of the residual blocks whose middle is computed again in the backward pass."""
+        return [entry.name for entry in self._all(MIDDLE) if entry.action != LEFT_ALONE]
+
+    @property
+    def middles_left_alone(self) -> dict[str, str]:
+        """The names of the other residual blocks with a block in their middle, and why."""
+        return {entry.name: entry.reason for entry in self._all(MIDDLE) if entry.action == LEFT_ALONE}
+
+    @property
     def left_to_the_compiler(self) -> list[str]:
         """The names of the accelerated blocks that run their own forward under torch.compile."""
         return [entry.name for entry in self.entries if entry.compiled]
@@ -77,19 +88,19 @@ class Report(NamedTuple):
         widths = [max(map(len, column)) for column in zip(*rows)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
         totals = [
-            f"{len(served)} of {len(self._all(part))} {part}s run fused"
-            for part, served in ((BLOCK, self.accelerated), (TAIL, self.tails))
+            f"{len(served)} of {len(self._all(part))} {part}s {_DONE[part]}"
+            for part, served in ((BLOCK, self.accelerated), (TAIL, self.tails), (MIDDLE, self.middles))
             if self._all(part)
         ]
         return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:], *totals])
 
 
 def _row(entry: Entry) -> tuple[str, ...]:
-    kind = entry.kind if entry.part == BLOCK else f"tail of {entry.kind}"
+    kind = entry.kind if entry.part == BLOCK else f"{entry.part} of {entry.kind}"
     return entry.name, kind, entry.action, entry.reason, entry.compiled
 
 
-def accelerate(model: nn.Module, *, tails: bool = True) -> Report:
+def accelerate(model: nn.Module, *, tails: bool = True, recompute: bool = False) -> Report:
     """Let the model's blocks run through the fused operation, in place, and the tails that they stand in.
 
     Served are GCNet's and mmcv's ``ContextBlock``, timm's ``GlobalContext``, ``SEModule`` and
@@ -104,6 +115,13 @@ def accelerate(model: nn.Module, *, tails: bool = True) -> Report:
     running statistics and a momentum, with another activation, or with a hook on one of its modules is left
     alone. Running statistics, ``num_batches_tracked`` and mmdetection's ``with_cp`` are as they were. On CUDA
     the bottleneck's own forward runs, with its block fused.
+
+    A middle is a batch norm, an activation and a block between two convolutions, as in MobileNetV3,
+    EfficientNet, RegNet and timm's gcresnets. With ``recompute`` its training keeps nothing but the first
+    convolution's output: what follows is computed again in the backward pass. That is one map less with ReLU
+    and two with SiLU or Hardswish, and takes no longer with ReLU, some with the others (docs/middles.md).
+    Served are blocks of timm's and torchvision's models with ``nn.BatchNorm2d`` or timm's ``BatchNormAct2d``,
+    in float32 and float64 on the CPU; elsewhere, and under autocast, their own forwards run.
 
     The modules stay the same objects with the same parameters, ``state_dict``, hooks, device, dtype and
     training mode; only their class becomes a subclass of what it was. Copies and pickles stay accelerated
@@ -129,6 +147,7 @@ def accelerate(model: nn.Module, *, tails: bool = True) -> Report:
     Args:
         model: a block, or a module that has blocks anywhere inside.
         tails: False leaves the bottlenecks as they are; the blocks inside of them run fused by themselves.
+        recompute: True lets training keep less of the middles, for more time with some activations.
 
     Returns:
         The blocks and tails by name, what was done with each, and why nothing was; print it.
@@ -140,12 +159,12 @@ def accelerate(model: nn.Module, *, tails: bool = True) -> Report:
     """
     _values.module(model, "model")
     _extension.require()
-    found = list(_found(model, tails))
+    found = list(_found(model, tails, recompute))
     if any(p.is_cuda for one in found if one.part == BLOCK for p in one.module.parameters()):
         _extension.require_cuda()
     entries = []
     for name, module, kind, part in found:
-        action, reason = (_accelerate if part == BLOCK else _accelerate_tail)(module, kind)
+        action, reason = _ACCELERATE[part](module, kind)
         own_name = kinds.full_name(swap.innermost(type(module)))
         by_compiler = part == BLOCK and action != LEFT_ALONE and _compiler_takes(module, kind)
         entries.append(Entry(name, own_name, action, reason, part, OWN_FORWARD if by_compiler else ""))
@@ -178,8 +197,13 @@ def tail_forward(kind: str) -> swap.Forward:
     return tail_kinds.forward_of(tail_kinds.TAILS[kind])
 
 
+def middle_forward(kind: str) -> swap.Forward:
+    """The forward of a residual block whose middle is computed again, which pickles name."""
+    return middles.forward_of(middles.MIDDLES[kind])
+
+
 class _Part(NamedTuple):
-    """A block or a bottleneck of a class that is served or derives from one."""
+    """A block, a bottleneck or a residual block of a class that is served or derives from one."""
 
     name: str
     module: nn.Module
@@ -187,7 +211,7 @@ class _Part(NamedTuple):
     part: str
 
 
-def _found(model: nn.Module, tails: bool) -> Iterator[_Part]:
+def _found(model: nn.Module, tails: bool, recompute: bool) -> Iterator[_Part]:
     for name, module in model.named_modules():
         block = kinds.find(module, kinds.OTHERS)
         if block is not None:
@@ -195,6 +219,9 @@ def _found(model: nn.Module, tails: bool) -> Iterator[_Part]:
         bottleneck = tail_kinds.find(module) if tails else None
         if bottleneck is not None:
             yield _Part(name, module, bottleneck, TAIL)
+        residual = middles.find(module) if recompute else None
+        if residual is not None:
+            yield _Part(name, module, residual, MIDDLE)
 
 
 def _accelerate(block: nn.Module, found: kinds.Found) -> tuple[str, str]:
@@ -236,6 +263,19 @@ def _accelerate_tail(bottleneck: nn.Module, found: kinds.Found) -> tuple[str, st
         return LEFT_ALONE, reason
     bottleneck.__class__ = swap.derive(swap.Derivation(type(bottleneck), PREFIX, tail_forward, (found.name,)))
     return ACCELERATED, ""
+
+
+def _accelerate_middle(residual: nn.Module, found: kinds.Found) -> tuple[str, str]:
+    if _is_accelerated(residual):
+        return ALREADY, ""
+    reason = middles.why_not(residual, found)
+    if reason:
+        return LEFT_ALONE, reason
+    residual.__class__ = swap.derive(swap.Derivation(type(residual), PREFIX, middle_forward, (found.name,)))
+    return ACCELERATED, ""
+
+
+_ACCELERATE = {BLOCK: _accelerate, TAIL: _accelerate_tail, MIDDLE: _accelerate_middle}
 
 
 def _is_accelerated(module: nn.Module) -> bool:
