@@ -36,7 +36,8 @@ from gc_cuda import reference
 
 PLAIN, BLOCK, FUSED, BARE = "as it is", "block only", "accelerated", "without blocks"
 RECOMPUTED = "recomputed"
-ORDER = (PLAIN, BLOCK, FUSED, RECOMPUTED, BARE)
+ORDER = (PLAIN, BLOCK, FUSED, BARE)
+EVERY = (PLAIN, BLOCK, FUSED, RECOMPUTED, BARE)  # with --recompute
 FORWARD, TRAINING = "forward", "training"
 DIRECTIONS = (FORWARD, TRAINING)
 COMPILED = ", torch.compile"  # after the name of a direction
@@ -103,7 +104,7 @@ class Row(NamedTuple):
 
 
 def variants(model: nn.Module, recompute: bool = False) -> tuple[dict[str, nn.Module], int]:
-    """Those of ORDER, with parameters of their own, and how many blocks there are; BLOCK where tails are,
+    """Those of EVERY, with parameters of their own, and how many blocks there are; BLOCK where tails are,
     RECOMPUTED where middles are, if it is wanted.
     """
     for module in model.modules():
@@ -130,7 +131,7 @@ def variants(model: nn.Module, recompute: bool = False) -> tuple[dict[str, nn.Mo
     for name in [*blocks, *inserted]:
         bare.set_submodule(name, nn.Identity())
     made |= {PLAIN: model, BARE: bare}
-    return {name: made[name] for name in ORDER if name in made}, len(blocks) + len(inserted)
+    return {name: made[name] for name in EVERY if name in made}, len(blocks) + len(inserted)
 
 
 def forward_call(model: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], object]:
@@ -218,8 +219,8 @@ def rows(name: str, options: argparse.Namespace) -> list[Row]:
     ]
 
 
-def line(row: Row) -> str:
-    times = " | ".join(f"{row.milliseconds[kind]:.2f}" if kind in row.milliseconds else "–" for kind in ORDER)
+def line(row: Row, order: tuple[str, ...] = ORDER) -> str:
+    times = " | ".join(f"{row.milliseconds[kind]:.2f}" if kind in row.milliseconds else "–" for kind in order)
     held = "" if row.line is None else f" (≤ {row.line:g})" + " MISSED" * (row.of_bare > row.line)
     return (
         f"| {row.model} | {row.blocks} | {row.direction} | {times} | {row.speed_up:.2f}× "
@@ -316,9 +317,10 @@ def main(arguments: list[str] | None = None) -> int:
     size = "×".join(map(str, options.size))
     setting = f"batch {options.batch}, {size}, {options.layout}, float32"
     print(f"{device}, torch {torch.__version__}, {torch.get_num_threads()} threads; {setting}\n")
-    titles = [f"ms {kind}" for kind in ORDER] + ["faster", "blocks' share", "accelerated / without blocks"]
+    order = EVERY if options.recompute else ORDER
+    titles = [f"ms {kind}" for kind in order] + ["faster", "blocks' share", "accelerated / without blocks"]
     print("| model | blocks | | " + " | ".join(titles) + " |")
-    print("|---|---:|---|" + "---:|" * (len(ORDER) + 1) + "---|---|")
+    print("|---|---:|---|" + "---:|" * (len(order) + 1) + "---|---|")
     found = []
     for name in options.chosen:
         try:
@@ -327,12 +329,12 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"| {name} | left out: {error} |")
             continue
         found += of_model
-        print(*map(line, of_model), sep="\n", flush=True)
+        print(*(line(row, order) for row in of_model), sep="\n", flush=True)
     counted = [one for name in dict.fromkeys(row.model for row in found) for one in memory(name, options)]
     if counted:
-        print("\n| model | MiB | " + " | ".join(ORDER) + " |\n|---|---|" + "---:|" * len(ORDER))
+        print("\n| model | MiB | " + " | ".join(order) + " |\n|---|---|" + "---:|" * len(order))
     for one in counted:
-        cells = [f"{one.mib[kind]:.0f}" if kind in one.mib else "–" for kind in ORDER]
+        cells = [f"{one.mib[kind]:.0f}" if kind in one.mib else "–" for kind in order]
         print(f"| {one.model} | {one.what} | " + " | ".join(cells) + " |")
     if options.json:
         content = {"device": device, "torch": torch.__version__, "setting": setting}
