@@ -1,10 +1,10 @@
 """Whole models with and without accelerate in one run: forward pass, training step, and the blocks' share.
 
 The variants of a model are timed in turn: as its framework made it, accelerated, and with its blocks passed
-over; where accelerate takes tails, with the blocks alone accelerated, too. What the blocks take is the
-difference to the last one. Outputs are compared before anything is timed. With --compile each variant runs
-under torch.compile besides, in the same turns. The models are timm's and torchvision's; without a framework
-its models are left out.
+over; where accelerate takes tails, with the blocks alone accelerated, too; with --recompute, accelerated with
+recompute=True where that changes anything. What the blocks take is the difference to the last one. Outputs
+are compared before anything is timed. With --compile each variant runs under torch.compile besides, in the
+same turns. The models are timm's and torchvision's; without a framework its models are left out.
 
 --kept adds what autograd holds on to in a training step's forward pass (bench/kept.py), --peak the resident
 memory that a training step takes at most, in a process of its own (bench/peak.py).
@@ -35,7 +35,9 @@ import gc_cuda
 from gc_cuda import reference
 
 PLAIN, BLOCK, FUSED, BARE = "as it is", "block only", "accelerated", "without blocks"
+RECOMPUTED = "recomputed"
 ORDER = (PLAIN, BLOCK, FUSED, BARE)
+EVERY = (PLAIN, BLOCK, FUSED, RECOMPUTED, BARE)  # with --recompute
 FORWARD, TRAINING = "forward", "training"
 DIRECTIONS = (FORWARD, TRAINING)
 COMPILED = ", torch.compile"  # after the name of a direction
@@ -101,8 +103,10 @@ class Row(NamedTuple):
         return LINES[COMPILED if self.direction.endswith(COMPILED) else ""]
 
 
-def variants(model: nn.Module) -> tuple[dict[str, nn.Module], int]:
-    """Those of ORDER, with parameters of their own, and how many blocks there are; BLOCK where tails are."""
+def variants(model: nn.Module, recompute: bool = False) -> tuple[dict[str, nn.Module], int]:
+    """Those of EVERY, with parameters of their own, and how many blocks there are; BLOCK where tails are,
+    RECOMPUTED where middles are, if it is wanted.
+    """
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):  # some begin with zero, which would hide every branch
             nn.init.uniform_(module.weight, 0.5, 1.5)
@@ -113,6 +117,10 @@ def variants(model: nn.Module) -> tuple[dict[str, nn.Module], int]:
     if getattr(report, "tails", None):
         made[BLOCK] = copy.deepcopy(model)
         gc_cuda.accelerate(made[BLOCK], tails=False)
+    if recompute:
+        again = copy.deepcopy(model)
+        if gc_cuda.accelerate(again, recompute=True).middles:
+            made[RECOMPUTED] = again
     inserted = [name for name, module in model.named_modules() if isinstance(module, gc_cuda.ContextBlock)]
     for name in inserted:  # the eager form of what was inserted
         ours = model.get_submodule(name)
@@ -123,7 +131,7 @@ def variants(model: nn.Module) -> tuple[dict[str, nn.Module], int]:
     for name in [*blocks, *inserted]:
         bare.set_submodule(name, nn.Identity())
     made |= {PLAIN: model, BARE: bare}
-    return {name: made[name] for name in ORDER if name in made}, len(blocks) + len(inserted)
+    return {name: made[name] for name in EVERY if name in made}, len(blocks) + len(inserted)
 
 
 def forward_call(model: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], object]:
@@ -161,7 +169,7 @@ def prepared(name: str, options: argparse.Namespace) -> Prepared:
     torch.manual_seed(0)
     layout = LAYOUTS[options.layout]
     model = MODELS[name]().to(options.device, memory_format=layout)
-    made, blocks = variants(model)
+    made, blocks = variants(model, options.recompute)
     height, width = sides(options.size)
     x = torch.randn(options.batch, 3, height, width, device=options.device)
     return Prepared(made, blocks, x.contiguous(memory_format=layout))
@@ -211,8 +219,8 @@ def rows(name: str, options: argparse.Namespace) -> list[Row]:
     ]
 
 
-def line(row: Row) -> str:
-    times = " | ".join(f"{row.milliseconds[kind]:.2f}" if kind in row.milliseconds else "–" for kind in ORDER)
+def line(row: Row, order: tuple[str, ...] = ORDER) -> str:
+    times = " | ".join(f"{row.milliseconds[kind]:.2f}" if kind in row.milliseconds else "–" for kind in order)
     held = "" if row.line is None else f" (≤ {row.line:g})" + " MISSED" * (row.of_bare > row.line)
     return (
         f"| {row.model} | {row.blocks} | {row.direction} | {times} | {row.speed_up:.2f}× "
@@ -289,6 +297,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--compile", action="store_true", help="each variant under torch.compile, too")
     parser.add_argument("--kept", action="store_true", help="what autograd keeps in training")
     parser.add_argument("--peak", action="store_true", help="the peak of a training step; CPU, Linux")
+    parser.add_argument("--recompute", action="store_true", help="accelerated with recompute, too")
     parser.add_argument("--reuse-pages", action="store_true", help="CPU: the process keeps freed memory")
     parser.add_argument("--json", type=Path, help="a file for the results")
     options = parser.parse_args(arguments)
@@ -308,9 +317,10 @@ def main(arguments: list[str] | None = None) -> int:
     size = "×".join(map(str, options.size))
     setting = f"batch {options.batch}, {size}, {options.layout}, float32"
     print(f"{device}, torch {torch.__version__}, {torch.get_num_threads()} threads; {setting}\n")
-    titles = [f"ms {kind}" for kind in ORDER] + ["faster", "blocks' share", "accelerated / without blocks"]
+    order = EVERY if options.recompute else ORDER
+    titles = [f"ms {kind}" for kind in order] + ["faster", "blocks' share", "accelerated / without blocks"]
     print("| model | blocks | | " + " | ".join(titles) + " |")
-    print("|---|---:|---|" + "---:|" * (len(ORDER) + 1) + "---|---|")
+    print("|---|---:|---|" + "---:|" * (len(order) + 1) + "---|---|")
     found = []
     for name in options.chosen:
         try:
@@ -319,12 +329,12 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"| {name} | left out: {error} |")
             continue
         found += of_model
-        print(*map(line, of_model), sep="\n", flush=True)
+        print(*(line(row, order) for row in of_model), sep="\n", flush=True)
     counted = [one for name in dict.fromkeys(row.model for row in found) for one in memory(name, options)]
     if counted:
-        print("\n| model | MiB | " + " | ".join(ORDER) + " |\n|---|---|" + "---:|" * len(ORDER))
+        print("\n| model | MiB | " + " | ".join(order) + " |\n|---|---|" + "---:|" * len(order))
     for one in counted:
-        cells = [f"{one.mib[kind]:.0f}" if kind in one.mib else "–" for kind in ORDER]
+        cells = [f"{one.mib[kind]:.0f}" if kind in one.mib else "–" for kind in order]
         print(f"| {one.model} | {one.what} | " + " | ".join(cells) + " |")
     if options.json:
         content = {"device": device, "torch": torch.__version__, "setting": setting}

@@ -46,13 +46,14 @@ def peak_of(call: Callable[[], object]) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--model", required=True, choices=models.MODELS)
-    parser.add_argument("--variant", required=True, choices=models.ORDER)
+    parser.add_argument("--variant", required=True, choices=models.EVERY)
     parser.add_argument("--batch", type=int, required=True)
     parser.add_argument("--size", type=models.size_of, required=True)
     parser.add_argument("--layout", choices=LAYOUTS, required=True)
     parser.add_argument("--compile", action="store_true")
     options = parser.parse_args()
     options.device = "cpu"
+    options.recompute = options.variant == models.RECOMPUTED
     if not ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, MAPPED_FROM):
         sys.exit("bench/peak.py needs glibc's mallopt")
     made, _, x = models.prepared(options.model, options)

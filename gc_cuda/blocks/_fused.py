@@ -35,6 +35,7 @@ def run(block: Any, read: Read, own_forward: Callable[..., Any], x: Any, *, stri
     """The output of ``block``, whose forward without us is ``own_forward(block, x)``.
 
     strict: an x that does not fit the parameters is an error in our words, and not left to ``own_forward``.
+    Under torch.compile some kinds of blocks run ``own_forward`` after the checks.
     """
     if plain_pytorch_wanted() or is_foreign(x):
         return own_forward(block, x)
@@ -59,6 +60,8 @@ def run(block: Any, read: Read, own_forward: Callable[..., Any], x: Any, *, stri
     weight, bias = mask or (None, None)
     if compiled:  # a check costs no run time then
         checks.operands(x, weight, bias, add, mul, policy.eps)
+        if _parts.left_to_the_compiler(attends=bool(mask), scales=bool(mul), on_cuda=x.is_cuda):
+            return own_forward(block, given)
         return whole_block(x, weight, bias, add, mul, policy)
     try:
         # What fits is a plain tensor; what was made to fit may be a wrapper.

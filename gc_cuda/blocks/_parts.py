@@ -51,6 +51,17 @@ class Recipe(NamedTuple):
         return mask, _names(self.add), _names(self.mul)
 
 
+def left_to_the_compiler(*, attends: bool, scales: bool, on_cuda: bool) -> bool:
+    """Whether torch.compile sees PyTorch's own operations in place of the operator: docs/torch-compile.md.
+
+    So it is with the mean over the pixels. Where that scales x, the compiler computes x again in the backward
+    pass from what it keeps for a batch norm before, while an operator's input has to be kept, on every
+    device. Where it is added alone, neither keeps x, and the operator is slower on the CPU; on CUDA nobody
+    has measured it.
+    """
+    return not attends and (scales or not on_cuda)
+
+
 # Modules, and the name of a parameter in each.
 Names = tuple[tuple[nn.Module, str], ...]
 

@@ -21,7 +21,8 @@ class ContextBlock(reference.ContextBlock):
 
     The fused operation runs while calling the parts would do nothing but their classes' forwards. With a hook
     on a part (on ``softmax`` to see the attention, say), another activation, norm or convolution in its
-    place, pruning, an adapter and the like, the block runs as its definition does and calls its parts.
+    place, pruning, an adapter and the like, the block runs as its definition does and calls its parts. So
+    does a block with average pooling under ``torch.compile`` (docs/torch-compile.md).
 
     Args:
         in_channels: C, the channels of the feature map.

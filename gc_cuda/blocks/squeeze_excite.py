@@ -16,8 +16,8 @@ class SEBlock(nn.Module):
 
     out = x * gate(W2 act(W1 mean(x) + b1) + b2). The parameters are ``fc1`` and ``fc2``, as in timm's
     ``SEModule`` and torchvision's ``SqueezeExcitation``, so that a ``state_dict`` passes strictly both ways.
-    The fused operation runs while calling the parts would do nothing but their classes' forwards; else the
-    block calls them.
+    The fused operation runs while calling the parts would do nothing but their classes' forwards; else, and
+    under ``torch.compile`` (docs/torch-compile.md), the block calls them.
 
     Args:
         channels: C, the channels of the feature map.

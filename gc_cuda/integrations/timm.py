@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from gc_cuda.blocks._middle import Middle, MiddleKind
 from gc_cuda.blocks._parts import (
     Branch,
     Kind,
@@ -156,4 +157,76 @@ TAILS = {
         lambda block, x: block.conv2.conv(block.conv1(x)),
         in_place=False,
     ),
+}
+
+
+def _present(*modules: Any) -> tuple[Any, ...]:
+    return tuple(module for module in modules if module is not None)
+
+
+def _space_to_depth(residual: Any, x: Tensor) -> Tensor:
+    if getattr(residual, "conv_s2d", None) is None:  # which old versions lack
+        return x
+    return residual.bn_s2d(residual.conv_s2d(x))
+
+
+def _with_skip(residual: Any, out: Tensor, x: Tensor) -> Tensor:
+    return residual.drop_path(out) + x if residual.has_skip else out
+
+
+def _before_inverted(residual: Any, x: Tensor) -> Tensor:
+    return residual.conv_dw(residual.bn1(residual.conv_pw(_space_to_depth(residual, x))))
+
+
+_INVERTED = MiddleKind(
+    lambda residual: Middle(residual.bn2, None, _present(residual.aa), residual.se),
+    _before_inverted,
+    lambda residual, out, x: _with_skip(residual, residual.bn3(residual.conv_pwl(out)), x),
+)
+_SEPARABLE = MiddleKind(
+    lambda residual: Middle(residual.bn1, None, _present(residual.aa), residual.se),
+    lambda residual, x: residual.conv_dw(_space_to_depth(residual, x)),
+    lambda residual, out, x: _with_skip(residual, residual.bn2(residual.conv_pw(out)), x),
+)
+
+
+def _after_regnet(residual: Any, out: Tensor, x: Tensor) -> Tensor:
+    out = residual.conv3(out)
+    if residual.downsample is not None:
+        out = residual.drop_path(out) + residual.downsample(x)
+    return residual.act3(out)
+
+
+_REGNET = MiddleKind(
+    lambda residual: Middle(residual.conv2.bn, None, _present(residual.conv2.aa), residual.se),
+    lambda residual, x: residual.conv2.conv(residual.conv1(x)),
+    _after_regnet,
+    lambda residual: (residual.conv2,),
+)
+
+
+def _after_byob(residual: Any, out: Tensor, x: Tensor) -> Tensor:
+    out = residual.drop_path(residual.attn_last(residual.conv3_1x1(out)))
+    if residual.shortcut is not None:
+        out = out + residual.shortcut(x)
+    return residual.act(out)
+
+
+_BYOB = MiddleKind(
+    lambda residual: Middle(
+        residual.conv2_kxk.bn,
+        None,
+        _present(residual.conv2_kxk.aa, residual.conv2b_kxk),
+        residual.attn,
+    ),
+    lambda residual, x: residual.conv2_kxk.conv(residual.conv1_1x1(x)),
+    _after_byob,
+    lambda residual: (residual.conv2_kxk,),
+)
+
+MIDDLES = {
+    "timm.models._efficientnet_blocks.InvertedResidual": _INVERTED,
+    "timm.models._efficientnet_blocks.DepthwiseSeparableConv": _SEPARABLE,
+    "timm.models.regnet.Bottleneck": _REGNET,
+    "timm.models.byobnet.BottleneckBlock": _BYOB,
 }

@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from gc_cuda.blocks._parts import Kind, Look, Recipe, mean_over_pixels, squeeze_excite
+from gc_cuda.blocks._middle import Middle, MiddleKind
+from gc_cuda.blocks._parts import Kind, Look, Recipe, Unserved, mean_over_pixels, name_of, squeeze_excite
 from gc_cuda.blocks._tail import Places, TailKind
 
 
@@ -50,4 +51,62 @@ TAILS = {
     "torchvision.models.resnet.Bottleneck": TailKind(
         lambda bottleneck: Places("bn3", (SLOT,)), _stem, inserted=True
     )
+}
+
+_CONV_NORM_ACT = ("torchvision.ops.misc", "Conv2dNormActivation")
+
+
+def _is_block(module: Any) -> bool:
+    derived = getattr(type(module), "_gc_derivation", None)  # gc_cuda.models.swap, which imports this file
+    kind = type(module) if derived is None else derived.original
+    return f"{kind.__module__}.{kind.__qualname__}" in KINDS
+
+
+def _in_a_row(row: Callable[[Any], Any], add: Callable[[Any, Tensor, Tensor], Tensor]) -> MiddleKind:
+    """The kind of what calls the modules of a Sequential in turn, one of them the block."""
+
+    def split(residual: Any) -> tuple[list[Any], Any, Any, list[Any]]:
+        """What is before; convolution, norm and activation in one; the block; what is after."""
+        modules = list(row(residual))
+        place = next((i for i, one in enumerate(modules) if _is_block(one)), 0)
+        if place == 0 or name_of(modules[place - 1]) != _CONV_NORM_ACT or len(modules[place - 1]) != 3:
+            raise Unserved("there is no convolution with norm and activation before the block")
+        return modules[: place - 1], modules[place - 1], modules[place], modules[place + 1 :]
+
+    def middle(residual: Any) -> Middle:
+        _, (_, norm, act), block, _ = split(residual)
+        return Middle(norm, act, (), block)
+
+    def before(residual: Any, x: Tensor) -> Tensor:
+        modules, (convolution, _, _), _, _ = split(residual)
+        for module in modules:
+            x = module(x)
+        return convolution(x)
+
+    def after(residual: Any, out: Tensor, x: Tensor) -> Tensor:
+        for module in split(residual)[-1]:
+            out = module(out)
+        return add(residual, out, x)
+
+    def containers(residual: Any) -> tuple[Any, ...]:
+        inside = () if row(residual) is residual else (row(residual),)
+        return *inside, split(residual)[1]
+
+    return MiddleKind(middle, before, after, containers)
+
+
+def _res_connect(residual: Any, out: Tensor, x: Tensor) -> Tensor:
+    if residual.use_res_connect:
+        out += x
+    return out
+
+
+def _stochastic(residual: Any, out: Tensor, x: Tensor) -> Tensor:
+    return _res_connect(residual, residual.stochastic_depth(out) if residual.use_res_connect else out, x)
+
+
+MIDDLES = {
+    "torchvision.models.mobilenetv3.InvertedResidual": _in_a_row(lambda one: one.block, _res_connect),
+    "torchvision.models.efficientnet.MBConv": _in_a_row(lambda one: one.block, _stochastic),
+    "torchvision.models.regnet.BottleneckTransform": _in_a_row(lambda one: one, lambda _, out, x: out),
 }

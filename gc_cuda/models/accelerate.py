@@ -9,8 +9,8 @@ from torch import nn
 
 from gc_cuda import _extension, _values
 from gc_cuda.blocks._fused import Read, recipe_of, run
-from gc_cuda.blocks._parts import Unserved
-from gc_cuda.models import kinds, swap
+from gc_cuda.blocks._parts import Unserved, left_to_the_compiler
+from gc_cuda.models import kinds, middles, swap
 from gc_cuda.models import tails as tail_kinds
 
 PREFIX = "Accelerated"  # of the names of the classes that are made
@@ -19,18 +19,21 @@ ACCELERATED = "accelerated"
 ALREADY = "accelerated before"
 LEFT_ALONE = "left alone"
 
+OWN_FORWARD = "its own forward"  # under torch.compile
 
-BLOCK, TAIL = "block", "tail"
+BLOCK, TAIL, MIDDLE = "block", "tail", "middle"
+_DONE = {BLOCK: "run fused", TAIL: "run fused", MIDDLE: "are computed again"}
 
 
 class Entry(NamedTuple):
-    """A block of the model, or a tail: the end of a bottleneck."""
+    """A block of the model; a tail: the end of a bottleneck; or a middle of a residual block."""
 
-    name: str  # its path in the model; of a tail, that of the bottleneck
+    name: str  # its path in the model; of a tail, that of the bottleneck; of a middle, of the residual block
     kind: str  # the class, by its full name
     action: str  # ACCELERATED, ALREADY or LEFT_ALONE
     reason: str  # why it was left alone
-    part: str = BLOCK  # or TAIL
+    part: str = BLOCK  # or TAIL, or MIDDLE
+    compiled: str = ""  # what runs under torch.compile, if something else
 
 
 class Report(NamedTuple):
@@ -58,29 +61,46 @@ class Report(NamedTuple):
         """The names of the other bottlenecks with a block in their tail, and why."""
         return {entry.name: entry.reason for entry in self._all(TAIL) if entry.action == LEFT_ALONE}
 
+    @property
+    def middles(self) -> list[str]:
+        """The names of the residual blocks whose middle is computed again in the backward pass."""
+        return [entry.name for entry in self._all(MIDDLE) if entry.action != LEFT_ALONE]
+
+    @property
+    def middles_left_alone(self) -> dict[str, str]:
+        """The names of the other residual blocks with a block in their middle, and why."""
+        return {entry.name: entry.reason for entry in self._all(MIDDLE) if entry.action == LEFT_ALONE}
+
+    @property
+    def left_to_the_compiler(self) -> list[str]:
+        """The names of the accelerated blocks that run their own forward under torch.compile."""
+        return [entry.name for entry in self.entries if entry.compiled]
+
     def _all(self, part: str) -> list[Entry]:
         return [entry for entry in self.entries if entry.part == part]
 
     def __str__(self) -> str:
         if not self.entries:
             return "gc_cuda: no global context or squeeze-and-excitation block that it knows"
-        rows = [("name", "class", "what was done", "reason"), *map(_row, self.entries)]
-        widths = [max(len(row[i]) for row in rows) for i in range(4)]
+        rows = [("name", "class", "what was done", "reason", "under torch.compile"), *map(_row, self.entries)]
+        if not self.left_to_the_compiler:
+            rows = [row[:-1] for row in rows]
+        widths = [max(map(len, column)) for column in zip(*rows)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
         totals = [
-            f"{len(served)} of {len(self._all(part))} {part}s run fused"
-            for part, served in ((BLOCK, self.accelerated), (TAIL, self.tails))
+            f"{len(served)} of {len(self._all(part))} {part}s {_DONE[part]}"
+            for part, served in ((BLOCK, self.accelerated), (TAIL, self.tails), (MIDDLE, self.middles))
             if self._all(part)
         ]
         return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:], *totals])
 
 
 def _row(entry: Entry) -> tuple[str, ...]:
-    kind = entry.kind if entry.part == BLOCK else f"tail of {entry.kind}"
-    return entry.name, kind, entry.action, entry.reason
+    kind = entry.kind if entry.part == BLOCK else f"{entry.part} of {entry.kind}"
+    return entry.name, kind, entry.action, entry.reason, entry.compiled
 
 
-def accelerate(model: nn.Module, *, tails: bool | None = None) -> Report:
+def accelerate(model: nn.Module, *, tails: bool | None = None, recompute: bool = False) -> Report:
     """Let the model's blocks run through the fused operation, in place, and the tails that they stand in.
 
     Served are GCNet's and mmcv's ``ContextBlock``, timm's ``GlobalContext``, ``SEModule`` and
@@ -100,6 +120,13 @@ def accelerate(model: nn.Module, *, tails: bool | None = None) -> Report:
     exchanges with in eager PyTorch, and refuses CPU tensors as there; models may be converted to it before or
     after.
 
+    A middle is a batch norm, an activation and a block between two convolutions, as in MobileNetV3,
+    EfficientNet, RegNet and timm's gcresnets. With ``recompute`` its training keeps nothing but the first
+    convolution's output: what follows is computed again in the backward pass. That is one map less with ReLU
+    and two with SiLU or Hardswish, and takes no longer with ReLU, some with the others (docs/middles.md).
+    Served are blocks of timm's and torchvision's models with ``nn.BatchNorm2d`` or timm's ``BatchNormAct2d``,
+    in float32 and float64 on the CPU; elsewhere, and under autocast, their own forwards run.
+
     The modules stay the same objects with the same parameters, ``state_dict``, hooks, device, dtype and
     training mode; only their class becomes a subclass of what it was. Copies and pickles stay accelerated
     (loading one needs gc_cuda); accelerating twice is the same as once; :func:`restore` undoes it.
@@ -109,6 +136,11 @@ def accelerate(model: nn.Module, *, tails: bool | None = None) -> Report:
     which calls its parts. That also runs while a graph is traced, under the transforms of ``torch.func`` and
     forward-mode AD, for subclasses of Tensor such as DTensor, and for inputs that the operators do not take,
     as on other devices.
+
+    Under ``torch.compile`` a block that pools by the mean and scales (squeeze-and-excitation) runs its own
+    forward, too, unless it is part of a tail: the compiler would have to keep the operator's input. So does
+    one that pools by the mean and adds, on the CPU, where the operator is slower. The report names them;
+    docs/torch-compile.md has the numbers. Blocks with attention, and tails, stay operators.
 
     So a model traced by ``torch.jit.trace``, ``torch.fx.symbolic_trace`` or torchvision's
     ``create_feature_extractor`` holds PyTorch's own operators and is not accelerated. To keep the blocks in
@@ -122,6 +154,7 @@ def accelerate(model: nn.Module, *, tails: bool | None = None) -> Report:
             own forward runs, with its block fused. True: on CUDA, too, also in a model that was accelerated
             before. False leaves the bottlenecks as they are; the blocks inside of them run fused by
             themselves.
+        recompute: True lets training keep less of the middles, for more time with some activations.
 
     Returns:
         The blocks and tails by name, what was done with each, and why nothing was; print it.
@@ -135,16 +168,18 @@ def accelerate(model: nn.Module, *, tails: bool | None = None) -> Report:
     if tails is not None and not isinstance(tails, bool):
         raise TypeError(f"tails must be True, False or None, got {type(tails).__name__}")
     _extension.require()
-    found = list(_found(model, tails is not False))
+    found = list(_found(model, tails is not False, recompute))
     if any(p.is_cuda for one in found if one.part == BLOCK for p in one.module.parameters()):
         _extension.require_cuda()
     entries = []
     for name, module, kind, part in found:
-        if part == BLOCK:
-            action, reason = _accelerate(module, kind)
-        else:
+        if part == TAIL:
             action, reason = _accelerate_tail(module, kind, on_cuda=tails is True)
-        entries.append(Entry(name, kinds.full_name(swap.innermost(type(module))), action, reason, part))
+        else:
+            action, reason = _ACCELERATE[part](module, kind)
+        own_name = kinds.full_name(swap.innermost(type(module)))
+        by_compiler = part == BLOCK and action != LEFT_ALONE and _compiler_takes(module, kind)
+        entries.append(Entry(name, own_name, action, reason, part, OWN_FORWARD if by_compiler else ""))
     return Report(tuple(entries))
 
 
@@ -174,8 +209,13 @@ def tail_forward(kind: str, on_cuda: bool = False) -> swap.Forward:
     return tail_kinds.forward_of(tail_kinds.TAILS[kind], on_cuda)
 
 
+def middle_forward(kind: str) -> swap.Forward:
+    """The forward of a residual block whose middle is computed again, which pickles name."""
+    return middles.forward_of(middles.MIDDLES[kind])
+
+
 class _Part(NamedTuple):
-    """A block or a bottleneck of a class that is served or derives from one."""
+    """A block, a bottleneck or a residual block of a class that is served or derives from one."""
 
     name: str
     module: nn.Module
@@ -183,7 +223,7 @@ class _Part(NamedTuple):
     part: str
 
 
-def _found(model: nn.Module, tails: bool) -> Iterator[_Part]:
+def _found(model: nn.Module, tails: bool, recompute: bool) -> Iterator[_Part]:
     for name, module in model.named_modules():
         block = kinds.find(module, kinds.OTHERS)
         if block is not None:
@@ -191,6 +231,9 @@ def _found(model: nn.Module, tails: bool) -> Iterator[_Part]:
         bottleneck = tail_kinds.find(module) if tails else None
         if bottleneck is not None:
             yield _Part(name, module, bottleneck, TAIL)
+        residual = middles.find(module) if recompute else None
+        if residual is not None:
+            yield _Part(name, module, residual, MIDDLE)
 
 
 def _accelerate(block: nn.Module, found: kinds.Found) -> tuple[str, str]:
@@ -212,6 +255,18 @@ def _accelerate(block: nn.Module, found: kinds.Found) -> tuple[str, str]:
     return ACCELERATED, ""
 
 
+def _compiler_takes(block: nn.Module, found: kinds.Found) -> bool:
+    try:
+        recipe = recipe_of(block, kinds.OTHERS[found.name].read)
+    except (Unserved, AttributeError):  # changed since it was accelerated
+        return False
+    return left_to_the_compiler(
+        attends=recipe.mask is not None,
+        scales=recipe.mul is not None,
+        on_cuda=any(parameter.is_cuda for parameter in block.parameters()),
+    )
+
+
 def _accelerate_tail(bottleneck: nn.Module, found: kinds.Found, *, on_cuda: bool) -> tuple[str, str]:
     arguments = (found.name, True) if on_cuda else (found.name,)
     own_class, action = type(bottleneck), ACCELERATED
@@ -223,6 +278,19 @@ def _accelerate_tail(bottleneck: nn.Module, found: kinds.Found, *, on_cuda: bool
         return LEFT_ALONE, reason
     bottleneck.__class__ = swap.derive(swap.Derivation(own_class, PREFIX, tail_forward, arguments))
     return action, ""
+
+
+def _accelerate_middle(residual: nn.Module, found: kinds.Found) -> tuple[str, str]:
+    if _is_accelerated(residual):
+        return ALREADY, ""
+    reason = middles.why_not(residual, found)
+    if reason:
+        return LEFT_ALONE, reason
+    residual.__class__ = swap.derive(swap.Derivation(type(residual), PREFIX, middle_forward, (found.name,)))
+    return ACCELERATED, ""
+
+
+_ACCELERATE = {BLOCK: _accelerate, MIDDLE: _accelerate_middle}
 
 
 def _is_accelerated(module: nn.Module) -> bool:

@@ -340,6 +340,13 @@ def _fused(
     grad: Tensor, out: Tensor | None, operands: _Operands, policy: TailPolicy, needed: Sequence[bool]
 ) -> list[Tensor | None]:
     y, weight, bias, mask_weight, mask_bias, add, mul, kept, image_factor = operands
+    if out is not None and torch.compiler.is_compiling():
+        # In the compiler's sight: where nothing else keeps out it keeps a byte for each element, and it masks
+        # grad as it makes it.
+        grad_in = _past_relu(grad, out)
+        of_y, of_identity, *others = needed
+        gradients = _fused(grad_in, None, operands, policy, [of_y, False, *others])
+        return [gradients[0], grad_in if of_identity else None, *gradients[2:]]
     block = mask_weight, mask_bias, add, mul, kept, policy.block.activation, policy.block.gate
     *first, of_mask, of_mask_bias = needed[: _BRANCHES - _Y]
     of_add = needed[_BRANCHES - _Y :][: policy.add_count]
@@ -350,6 +357,10 @@ def _fused(
         run(grad, y, out, weight, bias, policy.kind, *block, answers, *policy.exchange, image_factor)
     )
     return [next(gradients) if wanted else None for wanted in needed]
+
+
+def _past_relu(grad: Tensor, out: Tensor) -> Tensor:
+    return torch.where(out <= 0, torch.zeros_like(grad), grad)
 
 
 def _differentiable(
@@ -379,7 +390,7 @@ def _differentiable(
         )
 
     # The ReLU's gradient does not depend on its input, and identity gets it as it is.
-    grad_in = grad if out is None else torch.where(out <= 0, torch.zeros_like(grad), grad)
+    grad_in = grad if out is None else _past_relu(grad, out)
     _, needs_identity, *_ = needed
     of_y, of_weight, of_bias, of_mask, *of_branches = differentiable_gradients(
         definition, grad_in, y, weight, bias, mask_weight, *add, *mul

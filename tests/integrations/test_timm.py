@@ -10,6 +10,8 @@ import copy
 
 import pytest
 import torch
+from block_cases import Spy
+from small_steps import assert_same_steps, steps
 from torch import nn
 from whole_models import (
     FLOAT32_CONSTANT,
@@ -142,3 +144,20 @@ def test_copies(random):
     twin, x = copy.deepcopy(model), random(1, 3, 64, 64)
     assert_runs_fused(twin.stages[0][0].attn)
     assert_same(step(twin, x), step(model, x), 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "middles"),
+    [("mobilenetv3_small_100", 9), ("regnety_002", 13), ("gcresnext26ts", 8), ("seresnext26ts", 8)],
+)
+def test_middles_are_computed_again(random, name, middles):
+    """Outputs, gradients and running statistics of a training step are those of eager."""
+    plain = awake(timm.create_model(name, num_classes=5, drop_rate=0).train())
+    ours = copy.deepcopy(plain)
+    report = gc_cuda.accelerate(ours, recompute=True)
+    assert len(report.middles) == middles and not report.middles_left_alone
+    x = random(4, 3, 64, 64)
+    with Spy() as spy:
+        actual = steps(ours, x, 1)
+    assert spy.names().count("gc_cuda::global_context_kept") == middles
+    assert_same_steps(actual, steps(plain, x, 1), FLOAT32_CONSTANT)

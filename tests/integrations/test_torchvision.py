@@ -10,6 +10,7 @@ import io
 
 import pytest
 import torch
+from block_cases import Spy
 from small_steps import assert_same_steps, steps
 from torch import nn
 from whole_models import (
@@ -174,3 +175,22 @@ def test_feature_extractor_of_a_model_with_tails(random):
     for options in ({}, {"tracer_kwargs": {"leaf_modules": leaves}}):
         actual = create_feature_extractor(model, ["layer4"], **options)(x)
         torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("name", "middles"), [("mobilenet_v3_small", 9), ("regnet_y_400mf", 16), ("efficientnet_b0", 16)]
+)
+def test_middles_are_computed_again(random, name, middles):
+    """Outputs, gradients and running statistics of a training step are those of eager."""
+    plain = awake(torchvision.models.get_model(name, num_classes=5).train())
+    for module in plain.modules():
+        if isinstance(module, (nn.Dropout, torchvision.ops.StochasticDepth)):
+            module.p = 0.0
+    ours = copy.deepcopy(plain)
+    report = gc_cuda.accelerate(ours, recompute=True)
+    assert len(report.middles) == middles and not report.middles_left_alone
+    x = random(4, 3, 64, 64)
+    with Spy() as spy:
+        actual = steps(ours, x, 1)
+    assert spy.names().count("gc_cuda::global_context_kept") == middles
+    assert_same_steps(actual, steps(plain, x, 1), FLOAT32_CONSTANT)

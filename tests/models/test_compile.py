@@ -164,7 +164,8 @@ def test_a_model_compiles_as_one_graph(random, backend, training, dynamic, pooli
     assert_nothing_more_is_compiled(counter, [partial(compare, size) for size in sizes])
     if not training:  # elsewhere it stands in the subgraphs of an autograd function
         ours = [target for target in operators_of(counter.graphs) if "gc_cuda" in target]
-        assert ours == ["gc_cuda.global_context.default"]
+        left = pooling_type == "avg" and device.type == "cpu"  # test_left_to_the_compiler.py
+        assert ours == ([] if left else ["gc_cuda.global_context.default"])
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["forward", "training"])
