@@ -158,7 +158,7 @@ CASES = [Case(kind, place) for place in SIZES for kind in (KINDS if place != "ha
 
 
 class Row(NamedTuple):
-    """A case, by VARIANTS: maps that are kept, and medians in milliseconds by direction."""
+    """A case, by VARIANTS: maps that are kept (counted in training), and medians in ms by direction."""
 
     kind: str
     place: str
@@ -170,7 +170,7 @@ class Row(NamedTuple):
     def missed(self) -> list[str]:
         """In what the served variant loses to PyTorch's."""
         found = []
-        if self.maps[self.served] > self.maps[PYTORCH] + SAME:
+        if self.maps and self.maps[self.served] > self.maps[PYTORCH] + SAME:
             found.append("keeps more")
         for direction, ms in self.ms.items():
             if ms[self.served] > LINE * ms[PYTORCH]:

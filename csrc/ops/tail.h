@@ -206,6 +206,9 @@ std::vector<Tensor> bn_context_add_relu_backward(const Tensor& grad, const Optio
   const bool with_mul = needs.of_block().branch(problem.branches, kMul);
   const bool transforms = with_add || with_mul;
   const bool pools = transforms && problem.attention() && needs.pooling();
+  // The softmax does not feel it. Where a transform runs, that writes it.
+  Tensor& of_mask_bias = grads.of_block[Needs::kMaskBias];
+  if (!transforms && of_mask_bias.defined()) of_mask_bias.zero_();
   const bool products = needs.products(with_mul);
   // Without a ReLU, a block and gradients of the norm, grad is all there is to know.
   const bool sums_grad = masks || transforms || needs.norm();

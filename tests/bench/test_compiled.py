@@ -27,6 +27,7 @@ def test_what_is_missed(compiled):
     row = compiled.Row("GC att add", "relu", "operator", maps, {"training": times, "forward": times})
     assert row.missed == ["keeps more", "slower training", "slower forward"]
     assert row._replace(served="PyTorch").missed == []
+    assert row._replace(maps={}).missed == ["slower training", "slower forward"]
     assert "slower forward |" in compiled.table([row], ["training", "forward"])
 
 

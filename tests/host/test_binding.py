@@ -36,7 +36,7 @@ TESTS = (
 )
 # And of the residual tail, those that name no device; not squares that no float holds: only the CPU has them.
 TAIL_TESTS = ("definition", "tiny", "many_channels", "strides", "frozen", "zero_weight", "not_finite")
-TAIL_TESTS += ("(squares and not e+25)", "empty", "dtypes")
+TAIL_TESTS += ("(squares and not e+25)", "empty", "dtypes", "(does_not_grow and float32 and 1000)")
 TIMEOUT_S = 900
 
 

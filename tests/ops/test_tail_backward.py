@@ -21,12 +21,12 @@ NAMES = ["y", "identity", "weight", "bias", "mask_weight", "mask_bias", *PARAMET
 def on(device, value):
     """Tensors and lists of them, moved."""
     if isinstance(value, list):
-        return [one.to(device) for one in value]
+        return [on(device, one) for one in value]
     return value.to(device) if isinstance(value, torch.Tensor) else value
 
 
-def gradients_on(device, tail, inputs, grad, needs=None):
-    """By name; the forward operator runs on the CPU."""
+def gradients_on(device, tail, inputs, grad, needs=None, activation=0):
+    """By name; the forward operator runs on the CPU. activation: 0 ReLU, 1 SiLU."""
     branches = [
         [inputs[f"{branch}.{name}"] for name in Transform._fields if f"{branch}.{name}" in inputs]
         for branch in ("add", "mul")
@@ -36,10 +36,10 @@ def gradients_on(device, tail, inputs, grad, needs=None):
     given = [inputs[name] for name in RUNNING] if tail.mode == "eval" else [None, None]
     kind = MODES.index(tail.mode)
     y, identity = inputs["y"], inputs.get("identity")
-    arguments = y, identity, *norm, *given, kind, 1e-5, *block, 1e-5, 0, 0, tail.relu
+    arguments = y, identity, *norm, *given, kind, 1e-5, *block, 1e-5, activation, 0, tail.relu
     out, kept = torch.ops.gc_cuda.bn_context_add_relu(*arguments)
     needed = [name in inputs and (needs is None or name in needs) for name in NAMES]
-    backward = grad, y, out if tail.relu else None, *norm, kind, *block, kept, 0, 0, needed
+    backward = grad, y, out if tail.relu else None, *norm, kind, *block, kept, activation, 0, needed
     found = torch.ops.gc_cuda.bn_context_add_relu_backward(*(on(device, one) for one in backward))
     return dict(zip([name for name, wanted in zip(NAMES, needed) if wanted], found))
 
@@ -74,16 +74,21 @@ def test_equals_the_definition(random, tail, size, layout, device):
 @pytest.mark.parametrize("mode", MODES[1:])
 @pytest.mark.parametrize("block", CONFIGURATIONS, ids=str)
 def test_float32_far_from_zero(random, block, mode, mean, layout, device):
-    tail = Tail(block, mode)
-    size = (2, 64, 13, 21)
-    inputs = draw_tail(random, tail, size, dtype=torch.float32, layout=layout, mean=mean)
-    inputs = away_from_zero(reference, tail, inputs)
-    grad = random(*size, dtype=torch.float32, layout=layout)
-    truth = run_tail(reference, tail, inputs, grad, torch.float64).results
-    theirs = run_tail(reference, tail, inputs, grad).results
-    eager = largest_errors({name: theirs[name] for name in theirs if name in NAMES}, truth)
-    for name, error in largest_errors(gradients_on(device, tail, inputs, grad), truth).items():
-        assert error <= 2 * eager[name] + 16 * 2.0**-24, name
+    """Largest errors over several draws: PyTorch's of a single one may be luck."""
+    tail, worst, eager = Tail(block, mode), {}, {}
+    for size in ((2, 64, 13, 21), (1, 67, 31, 37), (2, 128, 7, 7)) * 2:
+        inputs = draw_tail(random, tail, size, dtype=torch.float32, layout=layout, mean=mean)
+        inputs = away_from_zero(reference, tail, inputs, activation="silu")
+        grad = random(*size, dtype=torch.float32, layout=layout)
+        truth = run_tail(reference, tail, inputs, grad, torch.float64, activation="silu").results
+        theirs = run_tail(reference, tail, inputs, grad, activation="silu").results
+        ours = gradients_on(device, tail, inputs, grad, activation=1)
+        for found, largest in ((ours, worst), ({name: theirs[name] for name in ours}, eager)):
+            for name, error in largest_errors(found, truth).items():
+                largest[name] = max(largest.get(name, 0.0), error)
+    for name, error in worst.items():
+        # A sum of numbers that cancel is small beside its terms, and the transform has a chain of these.
+        assert error <= 2 * eager[name] + (64 if "." in name else 16) * 2.0**-24, name
 
 
 @pytest.mark.parametrize("mode", MODES)
