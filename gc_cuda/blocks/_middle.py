@@ -44,7 +44,10 @@ def norm_and_act(look: Look, middle: Middle) -> tuple[NormOptions, str]:
         look.plain(module, "what stands before the block", nn.Identity)
     norm = middle.norm
     if middle.act is not None:
-        return batch_norm(look, norm, "norm"), activation(look, middle.act, "act")
+        options = batch_norm(look, norm, "norm")
+        if options.syncs:
+            raise Unserved("norm has statistics of several processes")
+        return options, activation(look, middle.act, "act")
     if name_of(norm) not in _BATCH_NORM_ACT:
         raise Unserved(f"norm {type(norm).__name__}")
     look.plain(norm, "norm")

@@ -143,6 +143,7 @@ OWN_FORWARD = {
     "hook on a part of the block": _with_hook("2.fc1"),
     "another activation": lambda net: net[1][1].__setitem__(2, nn.GELU()),
     "another norm": lambda net: net[1][1].__setitem__(1, nn.GroupNorm(2, 6).double()),
+    "statistics of several processes": lambda net: net[1][1].__setitem__(1, nn.SyncBatchNorm(6).double()),
     "no running statistics": lambda net: setattr(net[1][1][1], "track_running_stats", False),
     "no momentum": lambda net: setattr(net[1][1][1], "momentum", None),
     "another block": lambda net: net[1].__setitem__(2, nn.Identity()),
