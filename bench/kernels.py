@@ -34,11 +34,20 @@ PASSES = {
     "pixel_dot": 1,
     "broadcast_mul_backward": 1,
     "pool_backward": 3,
+    # A tail's, with statistics of the batch, identity and ReLU.
+    "statistics": 1,
+    "residual": 3,
+    "residual_flat": 3,
+    "residual_sums": 4,
+    "grad_y": 3,
     **dict.fromkeys(POOLINGS.values(), 1),
 }
 SCALED = ("broadcast_mul_backward",)
 MATRICES = {"transform_forward": 1, "transform_backward": 2}
 MATRICES |= {f"merging_{name}": matrices for name, matrices in MATRICES.items()}
+MATRICES["normalized_transform_backward"] = MATRICES["transform_backward"]
+# Vectors of the channels, in the accumulation type: of each image, and of all.
+VECTORS = {"norm_gradients": (5, 10)}
 KERNEL = re.compile(r"\bgc::(\w+)<")
 WEIGHTING = re.compile(r"\(gc::Weighting\)(\d)")
 
@@ -114,6 +123,9 @@ def bytes_of(name: str, case: Case) -> int | None:
     if name in MATRICES:
         channels = case.size[0]
         return MATRICES[name] * 2 * channels * int(channels * case.ratio) * branches * itemsize
+    if name in VECTORS:
+        of_image, of_all = VECTORS[name]
+        return (of_image * case.shape[0] + of_all) * case.size[0] * max(itemsize, 4)
     if name not in PASSES:
         return None
     passes = PASSES[name] + (name in SCALED and case.fusion != "add")

@@ -51,6 +51,8 @@ def test_bytes_of_kernels(bench):
     assert kernels.bytes_of("pool_forward (uniform)", case) == x
     assert kernels.bytes_of("broadcast_mul_backward", case) == 2 * x
     assert kernels.bytes_of("transform_backward", case) == 2 * 2 * 16 * 4 * 2
+    assert kernels.bytes_of("residual_sums", case) == 4 * x
+    assert kernels.bytes_of("norm_gradients", case) == (5 * 3 + 10) * 16 * 4
     assert kernels.bytes_of("something new", case) is None
 
 
