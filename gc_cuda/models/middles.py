@@ -92,7 +92,9 @@ def _middle(residual: Any, kind: MiddleKind, y: Any) -> Any:
     if options.training and tracked is not None:
         tracked.add_(1)
     block = policy_of(recipe.activation, recipe.gate, recipe.eps)
-    of_norm = reference.BatchNorm(*norm, options.training, options.momentum, options.eps)
+    of_norm = reference.BatchNorm(*norm)._replace(
+        training=options.training, momentum=options.momentum, eps=options.eps
+    )
     return bn_act_context(y, of_norm, act, mask_weight, mask_bias, add, mul, block)
 
 
