@@ -118,8 +118,8 @@ def test_error_does_not_grow_with_the_mean(random, tail, dtype, mean):
                 worst[key] = max(worst.get(key, 0.0), error)
     for name in {name for name, _ in worst}:
         ours, theirs = worst[name, gc_cuda], worst[name, reference]
-        # A sum of numbers that cancel is small beside its terms: the gradient of the mask, and the transform has
-        # a chain of these.
+        # A sum of numbers that cancel is small beside its terms: the gradient of the mask is one, and the
+        # transform has a chain of them.
         units = 4 * UNITS if "." in name or name == "mask_weight" else UNITS
         assert ours <= FACTOR * theirs + units * 2.0**-24, f"{name}: {ours:.3g}, PyTorch's {theirs:.3g}"
 
