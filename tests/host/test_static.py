@@ -68,6 +68,12 @@ TALL_NORMALIZED = "gc::pool_forward<float, (gc::Layout)0, 16, 4, gc::NormalizedP
 KNOWN_SPILLS = {
     (TALL_TILES_AHEAD, "sm_70"): 48,
     (TALL_NORMALIZED, "sm_70"): 104,
+    ("gc::normalized_transform_backward<float, 4>", "sm_70"): 12,
+    **{
+        (f"gc::normalized_transform_backward<{half}, {images}>", "sm_70"): spilled
+        for half in ("__half", "__nv_bfloat16")
+        for images, spilled in ((2, 48), (4, 40))
+    },
     (STAGED_HALVES.format("__half"), "sm_100"): 8,
     (STAGED_HALVES.format("__nv_bfloat16"), "sm_100"): 8,
     ("gc::transform_forward<__half, 2>", "sm_120"): 32,
