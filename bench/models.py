@@ -103,7 +103,9 @@ class Row(NamedTuple):
         return LINES[COMPILED if self.direction.endswith(COMPILED) else ""]
 
 
-def variants(model: nn.Module, recompute: bool = False) -> tuple[dict[str, nn.Module], int]:
+def variants(
+    model: nn.Module, recompute: bool = False, tails: bool | None = None
+) -> tuple[dict[str, nn.Module], int]:
     """Those of EVERY, with parameters of their own, and how many blocks there are; BLOCK where tails are,
     RECOMPUTED where middles are, if it is wanted.
     """
@@ -111,7 +113,7 @@ def variants(model: nn.Module, recompute: bool = False) -> tuple[dict[str, nn.Mo
         if isinstance(module, nn.BatchNorm2d):  # some begin with zero, which would hide every branch
             nn.init.uniform_(module.weight, 0.5, 1.5)
     fused = copy.deepcopy(model)
-    report = gc_cuda.accelerate(fused)
+    report = gc_cuda.accelerate(fused, tails=tails)
     blocks = report.accelerated
     made = {FUSED: fused}
     if getattr(report, "tails", None):
@@ -169,7 +171,7 @@ def prepared(name: str, options: argparse.Namespace) -> Prepared:
     torch.manual_seed(0)
     layout = LAYOUTS[options.layout]
     model = MODELS[name]().to(options.device, memory_format=layout)
-    made, blocks = variants(model, options.recompute)
+    made, blocks = variants(model, options.recompute, True if options.tails else None)
     height, width = sides(options.size)
     x = torch.randn(options.batch, 3, height, width, device=options.device)
     return Prepared(made, blocks, x.contiguous(memory_format=layout))
@@ -297,6 +299,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--compile", action="store_true", help="each variant under torch.compile, too")
     parser.add_argument("--kept", action="store_true", help="what autograd keeps in training")
     parser.add_argument("--peak", action="store_true", help="the peak of a training step; CPU, Linux")
+    parser.add_argument("--tails", action="store_true", help="tails on CUDA, too: with GC_CUDA_PATHS=tail")
     parser.add_argument("--recompute", action="store_true", help="accelerated with recompute, too")
     parser.add_argument("--reuse-pages", action="store_true", help="CPU: the process keeps freed memory")
     parser.add_argument("--json", type=Path, help="a file for the results")

@@ -53,7 +53,7 @@ def main() -> int:
     parser.add_argument("--compile", action="store_true")
     options = parser.parse_args()
     options.device = "cpu"
-    options.recompute = options.variant == models.RECOMPUTED
+    options.recompute, options.tails = options.variant == models.RECOMPUTED, False
     if not ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, MAPPED_FROM):
         sys.exit("bench/peak.py needs glibc's mallopt")
     made, _, x = models.prepared(options.model, options)

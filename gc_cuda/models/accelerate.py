@@ -152,7 +152,8 @@ def accelerate(model: nn.Module, *, tails: bool | None = None, recompute: bool =
     Args:
         model: a block, or a module that has blocks anywhere inside.
         tails: None: a tail is one operation for tensors on the CPU, while for those on CUDA the bottleneck's
-            own forward runs, with its block fused. True: on CUDA, too, also in a model that was accelerated
+            own forward runs, with its block fused. True: on CUDA, too, where the kernels for it are switched
+            on (``GC_CUDA_PATHS=tail``; they have not run on a GPU yet), also in a model that was accelerated
             before. False leaves the bottlenecks as they are; the blocks inside of them run fused by
             themselves.
         recompute: True lets training keep less of the middles, for more time.

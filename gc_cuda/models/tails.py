@@ -36,7 +36,7 @@ from gc_cuda.models import kinds, swap
 from gc_cuda.ops import checks
 from gc_cuda.ops.contexts import is_foreign, plain_pytorch_wanted
 from gc_cuda.ops.operands import ACCUMULATION, transform_of
-from gc_cuda.ops.tail import bn_context_add_relu
+from gc_cuda.ops.tail import bn_context_add_relu, by_kernels
 
 TAILS: dict[str, TailKind] = {**torchvision.TAILS, **mmdet.TAILS, **timm.TAILS}
 
@@ -65,12 +65,7 @@ def forward_of(kind: TailKind, on_cuda: bool) -> swap.Forward:
     """The forward of an accelerated bottleneck of that kind; on_cuda: on CUDA, too."""
 
     def forward(bottleneck: Any, own_forward: Callable[..., Any], x: Any) -> Any:
-        if (
-            plain_pytorch_wanted()
-            or not isinstance(x, Tensor)
-            or is_foreign(x)
-            or (x.is_cuda and not on_cuda)
-        ):
+        if plain_pytorch_wanted() or not isinstance(x, Tensor) or is_foreign(x) or _is_left(x, on_cuda):
             return own_forward(bottleneck, x)
         if _see(bottleneck, kind, x) is None:
             return own_forward(bottleneck, x)
@@ -79,6 +74,11 @@ def forward_of(kind: TailKind, on_cuda: bool) -> swap.Forward:
         return _run(bottleneck, kind, on_cuda, x)
 
     return forward
+
+
+def _is_left(tensor: Tensor, on_cuda: bool) -> bool:
+    """Whether it is on CUDA without kernels for the tail: the fused block beats the tail's definition."""
+    return tensor.is_cuda and not (on_cuda and by_kernels(tensor.device))
 
 
 def why_not(bottleneck: nn.Module, found: kinds.Found, on_cuda: bool) -> str:
@@ -118,7 +118,7 @@ def _run(bottleneck: Any, kind: TailKind, on_cuda: bool, x: Tensor) -> Tensor:
     if seen is None:  # a hook of the stem changed the tail
         return _each_module(bottleneck, kind, y, x)
     fits, groups, tail = seen
-    fitting = None if y.is_cuda and not on_cuda else _fitted(y, groups, fits)
+    fitting = None if _is_left(y, on_cuda) else _fitted(y, groups, fits)
     if fitting is None:
         return _each_module(bottleneck, kind, y, x)
     try:

@@ -131,7 +131,7 @@ def _run(
     words: dict[str, Any],
 ) -> Tensor:
     arguments = y, identity, norm, mask_weight, mask_bias, add, mul
-    if not (y.is_cpu or y.is_meta or (y.is_cuda and _by_kernels(y.device))):
+    if not (y.is_cpu or y.is_meta or (y.is_cuda and by_kernels(y.device))):
         return reference.bn_context_add_relu(*arguments, image_factor=image_factor, relu=relu, **words)
     if norm is not None and norm.training and not _in_a_row(norm):
         return _with_strided_statistics(
@@ -165,7 +165,7 @@ def _run(
     return out
 
 
-def _by_kernels(device: torch.device) -> bool:
+def by_kernels(device: torch.device) -> bool:
     """Whether the kernels of this GPU serve the tail: a newer path, which is off at first."""
     if torch.compiler.is_compiling() or not _extension.has_cuda():
         return False
@@ -305,7 +305,7 @@ class _Tail(Function):
         out = kept_tensors.pop(0) if policy.relu else None
         needed = ctx.needs_input_grad[_Y:]
         if only_identity:
-            of_identity = grad if out is None else grad * (out > 0)
+            of_identity = grad if out is None else _past_relu(grad, out)
             return *[None] * _IDENTITY, of_identity, *[None] * (len(needed) - 2)
         y = kept_tensors.pop(0)
         weight, mask_weight, image_factor = (kept_tensors.pop(0) if given else None for given in ctx.given)

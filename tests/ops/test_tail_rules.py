@@ -382,3 +382,14 @@ def test_flops_are_the_blocks(random):
         counted.append(counter.get_total_flops())
     pooling, transform = 4 * 2 * 8 * 30, 4 * 2 * 8 * 7
     assert counted == [3 * (pooling + transform), 0]
+
+
+def test_a_gradient_for_identity_alone_is_that_of_the_relu(random):
+    """0 where out is not above 0, whatever comes in there; where out is NaN, what comes in."""
+    y, identity = random(2, 3, 4, 5), random(2, 3, 4, 5, grad=True)
+    y.view(-1)[:2] = torch.tensor([float("nan"), -1e3])
+    grad = random(2, 3, 4, 5)
+    grad.view(-1)[1] = float("inf")
+    (found,) = torch.autograd.grad(gc_cuda.bn_context_add_relu(y, identity), identity, grad)
+    (expected,) = torch.autograd.grad(torch.relu(y + identity), identity, grad)
+    assert torch.equal(found, expected)
