@@ -58,9 +58,10 @@ struct Unmerged {
   int chunks = 0;  // of channels, each with statistics of its own; 0: without a softmax there are none
 };
 
+struct StatisticsCall;
+
 // Batch normalization of y, x = weight (y - mean) inverse_std + bias, where the slope is weight * inverse_std. Without a
 // mean there is none, and x is y.
-struct StatisticsCall;
 struct Norm {
   const void* mean = nullptr;         // A [C]
   const void* inverse_std = nullptr;  // A [C]

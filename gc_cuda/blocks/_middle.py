@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from gc_cuda.blocks._parts import Look, Unserved, activation, name_of
-from gc_cuda.blocks._tail import NormOptions, batch_norm
+from gc_cuda.blocks._tail import NormOptions, batch_norm, moving_average
 
 _BATCH_NORM_ACT = (
     ("timm.layers.norm_act", "BatchNormAct2d"),
@@ -53,6 +53,4 @@ def norm_and_act(look: Look, middle: Middle) -> tuple[NormOptions, str]:
     look.plain(norm, "norm")
     look.plain(look.child(norm, "drop"), "norm.drop", nn.Identity)
     act = activation(look, look.child(norm, "act"), "norm.act")
-    if not look.attribute(norm, "track_running_stats") or look.attribute(norm, "momentum") is None:
-        raise Unserved("norm has no moving average of its statistics")
-    return NormOptions(norm.training, norm.momentum, norm.eps), act
+    return moving_average(look, norm, "norm"), act

@@ -95,15 +95,20 @@ def batch_norm(look: Look, module: Any, where: str) -> NormOptions:
         if type(part) is not nn.Identity:
             raise Unserved(f"{where}.{name} is a {type(part).__name__}")
         look.plain(part, f"{where}.{name}", nn.Identity)
+    options = moving_average(look, module, where)
+    if not kind.syncs:
+        return options
+    return options._replace(group=look.attribute(module, "process_group"), syncs=True)
+
+
+def moving_average(look: Look, module: Any, where: str) -> NormOptions:
+    """Demand that a batch norm, of whatever class, keeps running statistics as a moving average."""
     if not look.attribute(module, "track_running_stats"):
         raise Unserved(f"{where} tracks no running statistics")
     momentum = look.attribute(module, "momentum")
     if momentum is None:
         raise Unserved(f"{where} averages its statistics over all batches (momentum=None)")
-    options = look.attribute(module, "training"), momentum, look.attribute(module, "eps")
-    if not kind.syncs:
-        return NormOptions(*options)
-    return NormOptions(*options, look.attribute(module, "process_group"), syncs=True)
+    return NormOptions(look.attribute(module, "training"), momentum, look.attribute(module, "eps"))
 
 
 class DropPath(NamedTuple):

@@ -142,7 +142,13 @@ def bn_context_add_relu(
     mask_bias: Tensor | None,
     add: Tensors,
     mul: Tensors,
-    *policy: Any,
+    eps: float,
+    activation: int,
+    gate: int,
+    relu: bool,
+    group_name: str = "",
+    group_size: int = 1,
+    image_factor: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     given = norm_kind == 1
     norm = BatchNorm(weight, bias, mean, variance, not given, 0.0, norm_eps) if norm_kind else None
@@ -156,11 +162,11 @@ def bn_context_add_relu(
         mask_bias,
         add_transform,
         mul_transform,
-        policy[6] if len(policy) > 6 else None,
+        image_factor,
         names,
         "relu",
         "sigmoid",
-        policy[0],
+        eps,
     )
     kept = TAIL_VECTORS * y.shape[1]
     if add or mul:
