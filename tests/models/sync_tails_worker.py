@@ -10,6 +10,7 @@ torchrun --nproc-per-node 2 tests/models/sync_tails_worker.py cpu
 from __future__ import annotations
 
 import copy
+import importlib
 import sys
 
 import torch
@@ -94,6 +95,7 @@ def main() -> None:
     device = torch.device(kind, dist.get_rank() if several else 0) if kind == "cuda" else torch.device("cpu")
     if kind == "cuda":
         torch.cuda.set_device(device)
+        importlib.import_module("gc_cuda._C").choose_paths("tail")
     else:
         NormOptions.now = with_group  # type: ignore[method-assign]
     calls, operation = [], tails.bn_context_add_relu

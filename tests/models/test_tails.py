@@ -137,16 +137,19 @@ class OnCuda(torch.Tensor):
     is_cuda = True
 
 
-def test_tails_on_cuda_only_where_they_are_asked_for(random, operations):
+def test_tails_on_cuda_only_where_they_are_asked_for(random, operations, monkeypatch):
+    """And where kernels serve them: their definition would be slower than the fused block."""
     x = random(2, 8, 7, 6)
     ours = copy.deepcopy(net := new_net())[1]
     expected = net[1](x)
     for tails, count in ((None, 0), (True, 2), (None, 2), (False, 2)):
-        operations.count = 0
         gc_cuda.accelerate(ours, tails=tails)
-        found = ours(x.as_subclass(OnCuda))
-        assert operations.count == count, tails
-        assert torch.allclose(found.as_subclass(torch.Tensor), expected)
+        for kernels in (False, True):
+            monkeypatch.setattr("gc_cuda.models.tails.by_kernels", lambda _, there=kernels: there)
+            operations.count = 0
+            found = ours(x.as_subclass(OnCuda))
+            assert operations.count == count * kernels, tails
+            assert torch.allclose(found.as_subclass(torch.Tensor), expected)
         twin = pickle.loads(pickle.dumps(ours))
         assert [type(part) for part in twin] == [type(part) for part in ours]
     gc_cuda.restore(ours)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -18,7 +17,6 @@ from torch.nn.utils import parametrize
 
 import gc_cuda
 from gc_cuda import reference
-from gc_cuda.models import tails
 
 pytestmark = pytest.mark.usefixtures("frameworks")
 
@@ -433,13 +431,3 @@ def test_float_norms_in_a_half_model(random, operations):
             net(random(*SIZE))
         messages.append(str(error.value))
     assert messages[0] == messages[1]
-
-
-@pytest.mark.parametrize(("on_cuda", "kernels"), [(False, True), (True, False), (True, True)])
-def test_on_cuda_a_tail_needs_its_kernels(monkeypatch, on_cuda, kernels):
-    """Without them the operation would run its definition, which is slower than the fused block."""
-    monkeypatch.setattr(tails, "by_kernels", lambda device: kernels)
-    assert tails._is_left(SimpleNamespace(is_cuda=True, device="cuda"), on_cuda) == (
-        not (on_cuda and kernels)
-    )
-    assert not tails._is_left(SimpleNamespace(is_cuda=False, device="cpu"), on_cuda)
