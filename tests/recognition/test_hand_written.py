@@ -9,7 +9,8 @@ import pickle
 import pytest
 import torch
 from block_cases import Spy
-from hand_written import AROUND, BLOCKS, FUSED, NEAR_MISSES, ConvSE, Residual
+from hand_written import AROUND, BLOCKS, FUSED, ConvSE, Residual
+from near_misses import NEAR_MISSES
 from small_steps import assert_same_steps, steps
 from torch import nn
 from whole_models import FLOAT32_CONSTANT, assert_same, awake, step

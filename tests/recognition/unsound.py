@@ -1,4 +1,4 @@
-"""Modules that compute a block's formula when they are looked at, but depend on what no look at them shows."""
+"""Modules that compute a block's formula when looked at, but depend on what no look at them shows."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import random
 
 import torch
 import torch.nn.functional as F
-from hand_written import TwoConvs
+from near_misses import TwoConvs
 
 FACTOR = 1.0
 CALLS = 0
