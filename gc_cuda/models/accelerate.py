@@ -15,6 +15,8 @@ from gc_cuda.models import tails as tail_kinds
 from gc_cuda.models.report import ACCELERATED, ALREADY, BLOCK, LEFT_ALONE, MIDDLE, TAIL, Entry, Report
 from gc_cuda.recognition import blocks as recognition
 
+Entry.__module__ = Report.__module__ = __name__  # public here, in a file of their own
+
 PREFIX = "Accelerated"  # of the names of the classes that are made
 
 

@@ -22,10 +22,11 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from gc_cuda import _extension
-from gc_cuda.ops import checks
+from gc_cuda import _extension, reference
+from gc_cuda.ops import checks, functional
 from gc_cuda.ops.contexts import differentiable_wanted, is_foreign, plain_pytorch_wanted
 from gc_cuda.ops.operands import ACCUMULATION
+from gc_cuda.ops.tail import capability
 
 # context [N, C] -> (scale, term), each [N, C] or [N, C, 1, 1], or None
 Middle = Callable[[Tensor], "tuple[Tensor | None, Tensor | None]"]
@@ -33,8 +34,10 @@ Middle = Callable[[Tensor], "tuple[Tensor | None, Tensor | None]"]
 _DEVICES = ("cpu", "cuda", "meta")
 
 
-def around(x: Tensor, middle: Middle) -> Tensor:
+def around(x: Tensor, middle: Middle, mask: tuple[Tensor, Tensor | None] | None = None) -> Tensor:
     """out = x * scale + term with (scale, term) = middle(context), context[n, c] = mean_s x[n, c, s].
+
+    With a mask the context is :func:`gc_cuda.attention_pool`'s, and both gradients of x are made, and added.
 
     What the operators do not serve is computed by plain PyTorch, with the same results: an x that is not a
     dense [N, C, H, W], contiguous or channels_last, of float32, float16, bfloat16 or float64; a scale or term
@@ -44,6 +47,7 @@ def around(x: Tensor, middle: Middle) -> Tensor:
     Args:
         x: [N, C, H, W].
         middle: of the context, [N, C] in x's dtype. It is called once, and autograd records what it does.
+        mask: weight and bias of the 1x1 convolution that gives the logits of attention pooling; None: the mean.
 
     Returns:
         out, [N, C, H, W]; it may be changed in place.
@@ -53,9 +57,12 @@ def around(x: Tensor, middle: Middle) -> Tensor:
         ImportError: where the extension is missing or lacks CUDA; it says what to run.
     """
     if plain_pytorch_wanted() or torch.compiler.is_compiling() or not _is_served(x):
-        return _plain_broadcast(x, *_of_middle(middle, x.mean((2, 3))))
+        pooled = reference.average_pool(x) if mask is None else reference.attention_pool(x, *mask)
+        return _plain_broadcast(x, *_of_middle(middle, pooled))
     _extension.require()
     checks.feature_map(x)
+    if mask is not None:
+        return _around_attention(x, middle, mask)
     if not torch.is_grad_enabled():
         scale, term = _of_middle(middle, torch.ops.gc_cuda.pixel_sum.default(x, True))
         if not _fit(x, scale, term):
@@ -66,6 +73,22 @@ def around(x: Tensor, middle: Middle) -> Tensor:
     if not _fit(x, scale, term):
         return _plain_broadcast(x, scale, term)
     return _Broadcast.apply(x, map_token, vector_token, _like(x, scale), _like(x, term))
+
+
+def by_kernels(device: torch.device) -> bool:
+    """Whether a GPU takes this way: a newer path (docs/newer-paths.md), which is off at first."""
+    return _extension.has_cuda() and bool(_extension.compiled_module().around_on(capability(device)))
+
+
+def _around_attention(x: Tensor, middle: Middle, mask: tuple[Tensor, Tensor | None]) -> Tensor:
+    scale, term = _of_middle(middle, functional.attention_pool(x, *mask))
+    if not _fit(x, scale, term):
+        return _plain_broadcast(x, scale, term)
+    scale, term = _like(x, scale), _like(x, term)
+    if scale is None:
+        assert term is not None
+        return functional.broadcast_add(x, term)
+    return functional.broadcast_mul(x, scale) if term is None else functional.broadcast_mul_add(x, scale, term)
 
 
 def _is_served(x: Any) -> bool:
