@@ -43,4 +43,18 @@ std::tuple<Tensor, Tensor, Tensor> broadcast_mul_backward(const Tensor& grad, co
   return {std::move(grad_x), std::move(grad_scale), std::move(grad_term)};
 }
 
+template <typename Device>
+std::tuple<Tensor, Tensor> broadcast_sums(const Tensor& grad, const Tensor& x) {
+  const FeatureMap map(x, "x");
+  check_like(grad, "grad", x);
+  const FeatureMap own_grad(map.in_my_layout(grad), "grad");
+  Tensor grad_scale = map.empty({map.images(), map.channels()});
+  Tensor grad_term = map.empty({map.images(), map.channels()});
+  BroadcastBackwardCall call;
+  call.grad_scale = map.companion_out(grad_scale);
+  call.grad_term = map.companion_out(grad_term);
+  launch_alone<Device>(map, typename Device::BroadcastBackward(map, own_grad, true, nullptr), call);
+  return {std::move(grad_scale), std::move(grad_term)};
+}
+
 }  // namespace gc::ops

@@ -20,6 +20,7 @@ void each_operator(const Enter& enter) {
   enter("pixel_sum", pixel_sum<Device>);
   enter("broadcast", broadcast<Device>);
   enter("broadcast_mul_backward", broadcast_mul_backward<Device>);
+  enter("broadcast_sums", broadcast_sums<Device>);
   enter("global_context", global_context<Device>);
   enter("global_context_kept", global_context_kept<Device>);
   enter("global_context_backward", global_context_backward<Device>);

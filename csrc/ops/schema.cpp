@@ -41,6 +41,8 @@ TORCH_LIBRARY(gc_cuda, m) {
   m.def(
       "broadcast_mul_backward(Tensor grad, Tensor x, Tensor scale) -> "
       "(Tensor grad_x, Tensor grad_scale, Tensor grad_term)");
+  // The same without grad_x, which takes no scale: both sums from one read of grad and x.
+  m.def("broadcast_sums(Tensor grad, Tensor x) -> (Tensor grad_scale, Tensor grad_term)");
 
   // The whole block: pooling (the mean without mask_weight), the transforms t of the branches, out = x * gate(t_mul) +
   // t_add. add and mul are empty, or (w1, b1, norm_weight, norm_bias, w2, b2), or the same without a norm. activation:

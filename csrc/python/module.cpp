@@ -126,6 +126,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       "tail_on", [](int compute_capability) { return gc::paths_on(compute_capability).has(gc::Path::kTail); },
       "Whether the residual tail runs by kernels on such a GPU.", py::arg("compute_capability"));
   m.def(
+      "around_on", [](int compute_capability) { return gc::paths_on(compute_capability).has(gc::Path::kAround); },
+      "Whether blocks with a middle of their own run around it on such a GPU.", py::arg("compute_capability"));
+  m.def(
       "paths_on", [](int compute_capability) { return gc::names_of(gc::paths_on(compute_capability)); },
       "Which newer paths the launches of this process go on such a GPU.", py::arg("compute_capability"));
 }

@@ -165,6 +165,12 @@ class Reading {
   // A dictionary that was empty.
   void empty(const py::dict& dict) { empty_.push_back(dict); }
 
+  // What a dictionary holds under a name, perhaps nothing.
+  void entry(const py::dict& dict, const py::str& name) {
+    PyObject* const key = interned(name);
+    entries_.push_back({dict, key, py::reinterpret_borrow<py::object>(item(dict.ptr(), key))});
+  }
+
   // The parameters, in the order in which current() returns them, and the group that each is of.
   void parameter(const py::object& module, const py::str& name, int group) {
     TORCH_CHECK(group >= 0 && group < kGroups, "group must be one of 0 to ", kGroups - 1, ", got ", group);
@@ -178,6 +184,9 @@ class Reading {
   py::object current(const py::object& x) const {
     for (const py::object& dict : empty_) {
       if (PyDict_Size(dict.ptr()) != 0) return py::none();
+    }
+    for (const Entry& entry : entries_) {
+      if (item(entry.dict.ptr(), entry.key) != entry.value.ptr()) return py::none();
     }
     for (const Seen& one : seen_) {
       if (!holds(one)) return py::none();
@@ -206,6 +215,12 @@ class Reading {
     PyObject* module;
     PyObject* name;
     int group;
+  };
+
+  struct Entry {
+    py::dict dict;
+    PyObject* key;
+    py::object value;  // null where there was none
   };
 
   // An interned string lives as long as the process here: there are few names.
@@ -241,6 +256,7 @@ class Reading {
   }
 
   std::vector<py::object> empty_;
+  std::vector<Entry> entries_;
   std::vector<Seen> seen_;
   std::vector<Wanted> parameters_;
   Py_ssize_t counts_[kGroups] = {};
@@ -256,6 +272,7 @@ void bind_reading(pybind11::module_& module) {
       .def("child", &Reading::child, "The module's child of that name was looked at, which may be absent.")
       .def("all_children", &Reading::all_children, "The module's children were looked at, all, in their order.")
       .def("empty", &Reading::empty, "The dictionary was found empty.")
+      .def("entry", &Reading::entry, "What the dictionary holds under that name was looked at; it may be absent.")
       .def("parameter", &Reading::parameter, "A parameter that the block computes with, and its group.")
       .def("current", &Reading::current,
            "None if anything has changed; else (whether x and the parameters fit, and the parameters, by groups).");

@@ -14,8 +14,8 @@ from gc_cuda.blocks import _parts  # whose classes are looked up in it: a reload
 from gc_cuda.blocks._parts import Look, Recipe, Weights
 from gc_cuda.ops import checks
 from gc_cuda.ops.contexts import is_foreign, plain_pytorch_wanted
-from gc_cuda.ops.operands import ACCUMULATION
-from gc_cuda.ops.whole_block import Policy, policy_of, whole_block
+from gc_cuda.ops.operands import ACCUMULATION, filled
+from gc_cuda.ops.whole_block import Policy, PolicyWithoutBias, policy_of, whole_block
 
 Read = Callable[[Look, Any], Any]  # a Recipe, or Weights
 Groups = Sequence[Sequence[Any]]  # the parameters of the mask, of add and of mul
@@ -25,7 +25,7 @@ class _Known(NamedTuple):
     """What is known of a block after its reader has seen it."""
 
     notes: Any  # a gc_cuda._C.Reading
-    policy: Policy | None  # None of Weights
+    policy: Any  # a Policy; None of Weights; or what has a run of its own (gc_cuda.recognition.plan.Around)
 
 
 _known: MutableMapping[nn.Module, _Known] = WeakKeyDictionary()
@@ -51,6 +51,8 @@ def run(block: Any, read: Read, own_forward: Callable[..., Any], x: Any, *, stri
     if seen is None:
         return own_forward(block, given)
     fits, groups, policy = seen
+    if not isinstance(policy, Policy):
+        return policy.run(block, own_forward, given, groups[0])
     if not fits:
         fitting = fitted(x, groups, strict=strict)
         if fitting is None:
@@ -58,6 +60,8 @@ def run(block: Any, read: Read, own_forward: Callable[..., Any], x: Any, *, stri
         groups = fitting
     mask, add, mul = groups
     weight, bias = mask or (None, None)
+    if policy.lacks_bias:
+        add, mul = filled(add), filled(mul)
     if compiled:  # a check costs no run time then
         checks.operands(x, weight, bias, add, mul, policy.eps)
         if _parts.left_to_the_compiler(attends=bool(mask), scales=bool(mul), on_cuda=x.is_cuda):
@@ -129,7 +133,16 @@ def _look(block: Any, read: Read) -> _Known:
     for group, names in enumerate(recipe.parameters()):
         for part, name in names:
             notes.parameter(part, name, group)
-    return _Known(notes, _policy(recipe))
+    policy = _policy(recipe)
+    if isinstance(policy, Policy) and _lacks_a_bias(recipe):
+        policy = PolicyWithoutBias(*policy)
+    return _Known(notes, policy)
+
+
+def _lacks_a_bias(recipe: Recipe) -> bool:
+    """Whether a bias of add or mul is absent now; one that goes later makes an error, and the own forward runs."""
+    _, *branches = recipe.parameters()
+    return any(part._parameters.get(name, part) is None for names in branches for part, name in names)
 
 
 def _see_compiled(block: Any, read: Read, x: Any) -> tuple[bool, Groups, Any] | None:
@@ -141,12 +154,16 @@ def _see_compiled(block: Any, read: Read, x: Any) -> tuple[bool, Groups, Any] | 
     except (_parts.Unserved, AttributeError):
         return None
     groups = [[getattr(part, name) for part, name in names] for names in recipe.parameters()]
-    return False, groups, _policy(recipe)
+    policy = _policy(recipe)
+    return False, groups, None if policy is None else PolicyWithoutBias(*policy)
 
 
-def _policy(recipe: Recipe | Weights) -> Policy | None:
+def _policy(recipe: Any) -> Any:
     if isinstance(recipe, _parts.Weights):
         return None
+    plan = getattr(recipe, "plan", None)
+    if plan is not None:
+        return plan
     return policy_of(recipe.activation, recipe.gate, recipe.eps)
 
 

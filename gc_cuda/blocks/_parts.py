@@ -106,6 +106,16 @@ class Look:
             self.notes.child(module, name)
         return getattr(module, name)
 
+    def noted(self, module: Any, name: str) -> None:
+        """Take a note of an attribute in the module's own dictionary, which may be absent."""
+        if self.notes is not None:
+            self.notes.attribute(module, name)
+
+    def entry(self, dictionary: dict[str, Any], name: str) -> None:
+        """Take a note of what a dictionary holds, such as a global; it may be absent."""
+        if self.notes is not None:
+            self.notes.entry(dictionary, name)
+
     def children(self, module: nn.Module) -> list[Any]:
         """Every part, in order."""
         if self.notes is not None:
@@ -168,8 +178,8 @@ _METHODS: dict[type, dict[str, Any]] = {
 _METHODS[nn.Conv2d] = {"forward": nn.Conv2d.forward, "_conv_forward": nn.Conv2d._conv_forward}
 
 
-def convolution(look: Look, module: Any, where: str, *, bias: bool = True) -> nn.Module:
-    """Demand a 1x1 convolution, with a bias unless that is not needed."""
+def convolution(look: Look, module: Any, where: str) -> nn.Module:
+    """Demand a 1x1 convolution, with or without a bias."""
     look.plain(module, where, nn.Conv2d)
     if (
         look.attribute(module, "kernel_size") != (1, 1)
@@ -178,8 +188,6 @@ def convolution(look: Look, module: Any, where: str, *, bias: bool = True) -> nn
         or look.attribute(module, "groups") != 1
     ):
         raise Unserved(f"{where} is no plain 1x1 convolution")
-    if bias and not _has(module, "bias"):
-        raise Unserved(f"{where} has no bias")
     return module
 
 
@@ -285,7 +293,7 @@ def context_block(look: Look, block: Any, *, attends: bool) -> Recipe:
     """The recipe of a block that has GCNet's parts: with attention pooling, or the mean of the pixels."""
     mask = None
     if attends:
-        mask = convolution(look, look.child(block, "conv_mask"), "conv_mask", bias=False)
+        mask = convolution(look, look.child(block, "conv_mask"), "conv_mask")
         softmax(look, look.child(block, "softmax"), "softmax", dim=2)
     else:
         mean_over_pixels(look, look.child(block, "avg_pool"), "avg_pool")

@@ -138,7 +138,7 @@ def _read_projection(look: Look, block: Any) -> Weights:
     parts = look.children(project)
     if len(parts) != 1:
         raise Unserved("concat_project is more than a convolution")
-    conv = convolution(look, parts[0], "concat_project.conv", bias=False)
+    conv = convolution(look, parts[0], "concat_project.conv")
     return Weights(((conv, "weight"), (conv, "bias")))
 
 
@@ -178,6 +178,6 @@ class SimplifiedNonLocalBlock(nn.Module):
 
 
 def _read(look: Look, block: Any) -> Weights:
-    mask = convolution(look, look.child(block, "conv_mask"), "conv_mask", bias=False)
-    value = convolution(look, look.child(block, "conv_value"), "conv_value", bias=False)
+    mask = convolution(look, look.child(block, "conv_mask"), "conv_mask")
+    value = convolution(look, look.child(block, "conv_value"), "conv_value")
     return Weights(((mask, "weight"), (mask, "bias"), (value, "weight"), (value, "bias")))

@@ -35,7 +35,7 @@ _MLP = (("timm.layers.mlp", "ConvMlp"), ("timm.models.layers.mlp", "ConvMlp"))
 def _read_global_context(look: Look, block: Any) -> Recipe:
     mask = look.child(block, "conv_attn")
     if mask is not None:
-        mask = convolution(look, mask, "conv_attn", bias=False)
+        mask = convolution(look, mask, "conv_attn")
     mlp_add, mlp_scale = look.child(block, "mlp_add"), look.child(block, "mlp_scale")
     add, mul = _mlp(look, mlp_add, "mlp_add"), _mlp(look, mlp_scale, "mlp_scale")
     if add is None and mul is None:

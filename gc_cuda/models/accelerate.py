@@ -10,97 +10,15 @@ from torch import nn
 from gc_cuda import _extension, _values
 from gc_cuda.blocks._fused import Read, recipe_of, run
 from gc_cuda.blocks._parts import Unserved, left_to_the_compiler
-from gc_cuda.models import kinds, middles, swap
+from gc_cuda.models import kinds, middles, report, swap
 from gc_cuda.models import tails as tail_kinds
+from gc_cuda.models.report import ACCELERATED, ALREADY, BLOCK, LEFT_ALONE, MIDDLE, TAIL, Entry, Report
+from gc_cuda.recognition import blocks as recognition
 
 PREFIX = "Accelerated"  # of the names of the classes that are made
 
-ACCELERATED = "accelerated"
-ALREADY = "accelerated before"
-LEFT_ALONE = "left alone"
 
-OWN_FORWARD = "its own forward"  # under torch.compile
-
-BLOCK, TAIL, MIDDLE = "block", "tail", "middle"
-_DONE = {BLOCK: "run fused", TAIL: "run fused", MIDDLE: "are computed again"}
-
-
-class Entry(NamedTuple):
-    """A block of the model; a tail: the end of a bottleneck; or a middle of a residual block."""
-
-    name: str  # its path in the model; of a tail, that of the bottleneck; of a middle, of the residual block
-    kind: str  # the class, by its full name
-    action: str  # ACCELERATED, ALREADY or LEFT_ALONE
-    reason: str  # why it was left alone
-    part: str = BLOCK  # or TAIL, or MIDDLE
-    compiled: str = ""  # what runs under torch.compile, if something else
-
-
-class Report(NamedTuple):
-    """What :func:`accelerate` found and did; it prints as a table."""
-
-    entries: tuple[Entry, ...]
-
-    @property
-    def accelerated(self) -> list[str]:
-        """The names of the blocks that run fused now."""
-        return [entry.name for entry in self._all(BLOCK) if entry.action != LEFT_ALONE]
-
-    @property
-    def left_alone(self) -> dict[str, str]:
-        """The names of the others, and why."""
-        return {entry.name: entry.reason for entry in self._all(BLOCK) if entry.action == LEFT_ALONE}
-
-    @property
-    def tails(self) -> list[str]:
-        """The names of the bottlenecks whose tail is one operation now."""
-        return [entry.name for entry in self._all(TAIL) if entry.action != LEFT_ALONE]
-
-    @property
-    def tails_left_alone(self) -> dict[str, str]:
-        """The names of the other bottlenecks with a block in their tail, and why."""
-        return {entry.name: entry.reason for entry in self._all(TAIL) if entry.action == LEFT_ALONE}
-
-    @property
-    def middles(self) -> list[str]:
-        """The names of the residual blocks whose middle is computed again in the backward pass."""
-        return [entry.name for entry in self._all(MIDDLE) if entry.action != LEFT_ALONE]
-
-    @property
-    def middles_left_alone(self) -> dict[str, str]:
-        """The names of the other residual blocks with a block in their middle, and why."""
-        return {entry.name: entry.reason for entry in self._all(MIDDLE) if entry.action == LEFT_ALONE}
-
-    @property
-    def left_to_the_compiler(self) -> list[str]:
-        """The names of the accelerated blocks that run their own forward under torch.compile."""
-        return [entry.name for entry in self.entries if entry.compiled]
-
-    def _all(self, part: str) -> list[Entry]:
-        return [entry for entry in self.entries if entry.part == part]
-
-    def __str__(self) -> str:
-        if not self.entries:
-            return "gc_cuda: no global context or squeeze-and-excitation block that it knows"
-        rows = [("name", "class", "what was done", "reason", "under torch.compile"), *map(_row, self.entries)]
-        if not self.left_to_the_compiler:
-            rows = [row[:-1] for row in rows]
-        widths = [max(map(len, column)) for column in zip(*rows)]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
-        totals = [
-            f"{len(served)} of {len(self._all(part))} {part}s {_DONE[part]}"
-            for part, served in ((BLOCK, self.accelerated), (TAIL, self.tails), (MIDDLE, self.middles))
-            if self._all(part)
-        ]
-        return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:], *totals])
-
-
-def _row(entry: Entry) -> tuple[str, ...]:
-    kind = entry.kind if entry.part == BLOCK else f"{entry.part} of {entry.kind}"
-    return entry.name, kind, entry.action, entry.reason, entry.compiled
-
-
-def accelerate(model: nn.Module, *, tails: bool | None = None, recompute: bool = False) -> Report:
+def accelerate(model: nn.Module, *, tails: bool | None = None, recompute: bool = False, example: Any = None) -> Report:
     """Let the model's blocks run through the fused operation, in place, and the tails that they stand in.
 
     Served are GCNet's and mmcv's ``ContextBlock``, timm's ``GlobalContext``, ``SEModule`` and
@@ -171,18 +89,30 @@ def accelerate(model: nn.Module, *, tails: bool | None = None, recompute: bool =
         raise TypeError(f"tails must be True, False or None, got {type(tails).__name__}")
     _extension.require()
     found = list(_found(model, tails is not False, recompute))
+    found = list(_recognized(model, found, example))
     if any(p.is_cuda for one in found if one.part == BLOCK for p in one.module.parameters()):
         _extension.require_cuda()
     entries = []
-    for name, module, kind, part in found:
-        if part == TAIL:
+    for one in found:
+        name, module, kind, part = one[:4]
+        compiled = formula = ""
+        if one.verdict is not None:
+            action, reason = _accelerate_recognized(module, one.verdict)
+        elif part == TAIL:
             action, reason = _accelerate_tail(module, kind, on_cuda=tails is True)
         else:
             action, reason = _ACCELERATE[part](module, kind)
+        if part == BLOCK and action != LEFT_ALONE:
+            formula, compiled = _told(module)
         own_name = kinds.full_name(swap.innermost(type(module)))
-        by_compiler = part == BLOCK and action != LEFT_ALONE and _compiler_takes(module, kind)
-        entries.append(Entry(name, own_name, action, reason, part, OWN_FORWARD if by_compiler else ""))
-    return Report(tuple(entries))
+        entries.append(Entry(name, own_name, action, reason, part, compiled, formula))
+    return Report(tuple(entries), "" if recognition.available() else _BY_NAME_ALONE)
+
+
+_BY_NAME_ALONE = (
+    "only blocks of classes that gc_cuda knows by name were looked for: to recognize others by what they compute wants "
+    f"torch {'.'.join(map(str, recognition.OLDEST_TORCH))} or newer"
+)
 
 
 def restore(model: nn.Module) -> None:
@@ -216,13 +146,23 @@ def middle_forward(kind: str) -> swap.Forward:
     return middles.forward_of(middles.MIDDLES[kind])
 
 
+def recognized_forward() -> swap.Forward:
+    """The forward of an accelerated block of a class that is not known by name, which pickles name."""
+
+    def forward(block: Any, own_forward: Callable[..., Any], x: Any) -> Any:
+        return recognition.run(block, own_forward, x)
+
+    return forward
+
+
 class _Part(NamedTuple):
     """A block, a bottleneck or a residual block of a class that is served or derives from one."""
 
     name: str
     module: nn.Module
-    found: kinds.Found
+    found: kinds.Found | None  # None: of no such class
     part: str
+    verdict: recognition.Verdict | None = None  # of a block that was judged by what it computes
 
 
 def _found(model: nn.Module, tails: bool, recompute: bool) -> Iterator[_Part]:
@@ -238,10 +178,41 @@ def _found(model: nn.Module, tails: bool, recompute: bool) -> Iterator[_Part]:
             yield _Part(name, module, residual, MIDDLE)
 
 
-def _accelerate(block: nn.Module, found: kinds.Found) -> tuple[str, str]:
-    """What was done, and why not."""
+def _recognized(model: nn.Module, known: list[_Part], example: Any) -> Iterator[_Part]:
+    """The known ones and the blocks among the other modules, in the model's order, the outermost of each."""
+    by_name: dict[str, list[_Part]] = {}
+    for one in known:
+        by_name.setdefault(one.name, []).append(one)
+    judged = {} if not recognition.available() else recognition.in_model(model, example)
+    for name, module in model.named_modules():
+        own = by_name.get(name, [])
+        if name in judged and not any(one.part == BLOCK for one in own):
+            yield _Part(name, module, None, BLOCK, judged[name])
+        yield from own
+
+
+def _accelerate_recognized(block: nn.Module, verdict: recognition.Verdict) -> tuple[str, str]:
     if _is_accelerated(block):
         return ALREADY, ""
+    if verdict.plan is None:
+        return LEFT_ALONE, verdict.reason
+    block.__class__ = swap.derive(swap.Derivation(type(block), PREFIX, recognized_forward))
+    return ACCELERATED, ""
+
+
+def _accelerate(block: nn.Module, found: kinds.Found) -> tuple[str, str]:
+    """What was done, and why not: by the reader of its class, else by what it computes."""
+    if _is_accelerated(block):
+        return ALREADY, ""
+    action, reason = _accelerate_by_name(block, found)
+    if action == LEFT_ALONE and recognition.available() and "forward" not in block.__dict__:
+        verdict = recognition.judge(block)
+        if verdict.plan is not None:
+            return _accelerate_recognized(block, verdict)
+    return action, reason
+
+
+def _accelerate_by_name(block: nn.Module, found: kinds.Found) -> tuple[str, str]:
     kind = kinds.OTHERS[found.name]
     for method in kind.methods:
         if method in block.__dict__:
@@ -257,16 +228,23 @@ def _accelerate(block: nn.Module, found: kinds.Found) -> tuple[str, str]:
     return ACCELERATED, ""
 
 
-def _compiler_takes(block: nn.Module, found: kinds.Found) -> bool:
+def _told(block: nn.Module) -> tuple[str, str]:
+    """What an accelerated block computes, and what runs under torch.compile if something else."""
+    derivation = swap.derivation_of(type(block))
+    assert derivation is not None
+    is_recognized = not derivation.arguments
     try:
-        recipe = recipe_of(block, kinds.OTHERS[found.name].read)
+        recipe = recipe_of(block, recognition.read if is_recognized else derivation.arguments[0])
     except (Unserved, AttributeError):  # changed since it was accelerated
-        return False
-    return left_to_the_compiler(
-        attends=recipe.mask is not None,
-        scales=recipe.mul is not None,
+        return "", ""
+    plan = getattr(recipe, "plan", None)
+    formula = report.formula_of(recipe) if plan is None else plan.text
+    by_compiler = is_recognized or left_to_the_compiler(
+        attends=bool(recipe.mask),
+        scales=bool(recipe.mul),
         on_cuda=any(parameter.is_cuda for parameter in block.parameters()),
     )
+    return formula, report.OWN_FORWARD if by_compiler else ""
 
 
 def _accelerate_tail(bottleneck: nn.Module, found: kinds.Found, *, on_cuda: bool) -> tuple[str, str]:

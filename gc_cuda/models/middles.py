@@ -22,6 +22,7 @@ from gc_cuda.integrations import timm, torchvision
 from gc_cuda.models import kinds, swap
 from gc_cuda.ops import checks
 from gc_cuda.ops.contexts import is_foreign, plain_pytorch_wanted
+from gc_cuda.ops.operands import filled
 from gc_cuda.ops.recompute import bn_act_context
 from gc_cuda.ops.whole_block import policy_of
 
@@ -95,7 +96,7 @@ def _middle(residual: Any, kind: MiddleKind, y: Any) -> Any:
     of_norm = reference.BatchNorm(*norm)._replace(
         training=options.training, momentum=options.momentum, eps=options.eps
     )
-    return bn_act_context(y, of_norm, act, mask_weight, mask_bias, add, mul, block)
+    return bn_act_context(y, of_norm, act, mask_weight, mask_bias, filled(add), filled(mul), block)
 
 
 def _fits(y: Any, parameters: list[Any]) -> bool:

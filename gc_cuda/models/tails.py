@@ -35,7 +35,7 @@ from gc_cuda.integrations import mmdet, timm, torchvision
 from gc_cuda.models import kinds, swap
 from gc_cuda.ops import checks
 from gc_cuda.ops.contexts import is_foreign, plain_pytorch_wanted
-from gc_cuda.ops.operands import ACCUMULATION, transform_of
+from gc_cuda.ops.operands import ACCUMULATION, filled, transform_of
 from gc_cuda.ops.tail import bn_context_add_relu, by_kernels
 
 TAILS: dict[str, TailKind] = {**torchvision.TAILS, **mmdet.TAILS, **timm.TAILS}
@@ -154,7 +154,7 @@ def _one_operation(
     training, momentum, eps, group, _ = options
     norm = reference.BatchNorm(weight, bias, mean, var, training, momentum, eps, group)
     mask_weight, mask_bias = mask or (None, None)
-    block = mask_weight, mask_bias, transform_of(add), transform_of(mul)
+    block = mask_weight, mask_bias, transform_of(filled(add)), transform_of(filled(mul))
     return bn_context_add_relu(y, identity, norm, *block, image_factor=factor, **tail.options)
 
 

@@ -83,6 +83,10 @@ def broadcast_mul_backward(grad: Tensor, x: Tensor, scale: Tensor) -> tuple[Tens
     return _feature_map_like(x), _per_channel(x, scale.dtype), _per_channel(x, scale.dtype)
 
 
+def broadcast_sums(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    return _per_channel(x, x.dtype), _per_channel(x, x.dtype)
+
+
 def global_context(
     x: Tensor,
     mask_weight: Tensor | None,
@@ -223,6 +227,7 @@ _KERNELS = (
     pixel_sum,
     broadcast,
     broadcast_mul_backward,
+    broadcast_sums,
     global_context,
     global_context_kept,
     global_context_backward,

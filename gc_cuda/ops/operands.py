@@ -44,6 +44,39 @@ def tensors_of(transform: Transform | None) -> Tensors:
     return w1, b1, norm_weight, norm_bias, w2, b2  # type: ignore[return-value]
 
 
+def filled(branch: Sequence[Tensor | None]) -> Tensors:
+    """The tensors of a branch, with zeros in the place of a bias that is absent."""
+    if not any(tensor is None for tensor in branch):
+        return branch  # type: ignore[return-value]
+    w1, b1, *norm, w2, b2 = branch
+    if w1 is None or w2 is None:
+        return branch  # type: ignore[return-value] # the operator rejects it
+    return (
+        w1,
+        _zeros(w1) if b1 is None else b1,
+        *norm,  # type: ignore[arg-type]
+        w2,
+        _zeros(w2) if b2 is None else b2,
+    )
+
+
+_kept_zeros: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
+
+
+def _zeros(weight: Tensor) -> Tensor:
+    """A bias for that weight, kept for later calls; nobody writes to it."""
+    key = weight.shape[0], weight.dtype, weight.device
+    found = _kept_zeros.get(key)
+    if found is None:
+        with torch.inference_mode(False):
+            found = weight.new_zeros(weight.shape[0], requires_grad=False)
+        # Not from within a graph that is traced or captured: its memory, or its tensor, is that graph's own.
+        captured = weight.is_cuda and torch.cuda.is_current_stream_capturing()
+        if type(found) is Tensor and not captured and not torch.compiler.is_compiling():
+            _kept_zeros[key] = found
+    return found
+
+
 def in_places(branch: Sequence[Any], absent: Any = None) -> tuple[Any, ...]:
     """A value for each field of a Transform: those of the branch's tensors, and ``absent`` for the others."""
     if len(branch) == len(WITHOUT_NORM):

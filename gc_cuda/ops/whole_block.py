@@ -23,11 +23,19 @@ class Policy(NamedTuple):
     activation: int
     gate: int
 
+    lacks_bias = False
+
     def words(self) -> dict[str, Any]:
         """The same as arguments of the reference."""
         (activation,) = (name for name, number in ACTIVATIONS.items() if number == self.activation)
         (gate,) = (name for name, number in GATES.items() if number == self.gate)
         return {"activation": activation, "gate": gate, "eps": self.eps}
+
+
+class PolicyWithoutBias(Policy):
+    """That of a block where a linear layer may have no bias: zeros are put in its place."""
+
+    lacks_bias = True
 
 
 def policy_of(activation: str, gate: str, eps: float) -> Policy:

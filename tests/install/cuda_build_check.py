@@ -23,6 +23,7 @@ OPERATORS = (
     "pixel_sum",
     "broadcast",
     "broadcast_mul_backward",
+    "broadcast_sums",
     "global_context",
     "global_context_backward",
 )

@@ -64,6 +64,7 @@ def test_every_operator(random, view, dtype):
     opcheck(operators.broadcast.default, (x, vector, None))
     opcheck(operators.broadcast.default, (x, vector, vector))
     opcheck(operators.broadcast_mul_backward.default, (grad, x, vector))
+    opcheck(operators.broadcast_sums.default, (grad, x))
 
 
 @pytest.mark.parametrize(

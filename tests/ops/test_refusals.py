@@ -58,6 +58,7 @@ def valid(operator, n):
         "pixel_sum": {"x": x, "mean": True},
         "broadcast": {"x": x, "scale": per_channel, "term": per_channel},
         "broadcast_mul_backward": {"grad": grad, "x": x, "scale": per_channel},
+        "broadcast_sums": {"grad": grad, "x": x},
         "global_context": {"x": x, **block, **numbers},
         "global_context_kept": {"x": x, **block, **numbers},
         "global_context_backward": {
@@ -73,7 +74,8 @@ def valid(operator, n):
 
 
 POOLS = ("softmax_pool", "attention_pool", "pixel_sum")
-BACKWARDS = ("softmax_pool_backward", "attention_pool_backward", "broadcast_mul_backward")
+BROADCAST_BACKWARDS = ("broadcast_mul_backward", "broadcast_sums")
+BACKWARDS = ("softmax_pool_backward", "attention_pool_backward", *BROADCAST_BACKWARDS)
 FORWARD_BLOCKS = ("global_context", "global_context_kept")
 BLOCKS = (*FORWARD_BLOCKS, "global_context_backward")
 ALL = (*POOLS, *BACKWARDS, "broadcast", *BLOCKS)
@@ -168,14 +170,14 @@ REFUSED = [
         "scale must have {nc} elements, got shape [3]",
     ),
     (
-        ("broadcast_mul_backward", "global_context_backward"),
+        (*BROADCAST_BACKWARDS, "global_context_backward"),
         "grad",
         lambda t: t[:, 1:],
         RuntimeError,
         "grad must have shape [{n}, 8, 3, 5] like x, got [{n}, 7, 3, 5]",
     ),
     (
-        ("broadcast_mul_backward", "global_context_backward"),
+        (*BROADCAST_BACKWARDS, "global_context_backward"),
         "grad",
         lambda t: t.half(),
         TypeError,

@@ -14,8 +14,9 @@ enum class Path : unsigned {
   kFullMachine = 1 << 4,  // pool_forward without weights: as many blocks as are resident at once
   kNeighbours = 1 << 5,   // the same: neighbouring threads read neighbouring pieces of a row of narrow loads
   kTail = 1 << 6,         // the residual tail by kernels, and not by PyTorch's operators
+  kAround = 1 << 7,       // pooling and broadcast around a middle that is PyTorch's, and not the module's own forward
 };
-inline constexpr int kPathCount = 7;
+inline constexpr int kPathCount = 8;
 
 // A set of them.
 struct Paths {

@@ -10,7 +10,7 @@ namespace gc {
 namespace {
 
 constexpr const char* kNames[] = {"staged_grad",  "tiles_ahead", "late_merge", "early_start",
-                                  "full_machine", "neighbours",  "tail"};
+                                  "full_machine", "neighbours",  "tail",       "around"};
 static_assert(sizeof(kNames) / sizeof(*kNames) == kPathCount, "every path has a name");
 
 constexpr Path path_at(int i) { return static_cast<Path>(1u << i); }

@@ -1,0 +1,162 @@
+"""Modules are judged: for those that are a pooling, something small and a broadcast, there is a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from gc_cuda.blocks import _fused
+from gc_cuda.blocks._parts import Look, Unserved
+from gc_cuda.models import kinds, swap
+from gc_cuda.ops.contexts import is_foreign, plain_pytorch_wanted
+from gc_cuda.recognition import proof, sight, structure, tracing
+from gc_cuda.recognition.candidates import channels_of, is_candidate
+from gc_cuda.recognition.example import channels_given
+from gc_cuda.recognition.formula import formula_of
+from gc_cuda.recognition.plan import Around, AroundRecipe, FusedPlan, FusedRecipe, plan_of
+
+# The first torch with which this was run; with an older one only classes known by name are served.
+OLDEST_TORCH = (2, 11)
+
+# Channels of a map for blocks that take any number.
+_SOME_CHANNELS = 12
+
+
+class Verdict(NamedTuple):
+    """What is known of the modules of a structure."""
+
+    plan: FusedPlan | Around | None
+    reason: str = ""  # why there is no plan
+    attends: bool = False  # whether it is an attention block, served or not
+
+
+_verdicts: dict[Any, Verdict] = {}  # by the signature of a structure
+_dull: set[Any] = set()  # kinds of modules that are no attention blocks, whatever their sizes
+_judged: set[type] = set()  # classes that were looked at in this process
+
+
+def available() -> bool:
+    """Whether this torch can trace as it is needed here."""
+    version = torch.__version__.split("+")[0].split(".")
+    return (int(version[0]), int(version[1])) >= OLDEST_TORCH
+
+
+def judge(block: nn.Module, channels: int | None = None) -> Verdict:
+    """What the block computes: at most one trace for each structure and mode.
+
+    channels: those of its input, where its weights do not tell.
+    """
+    _judged.add(swap.innermost(type(block)))
+    outline = tuple(_outline(block))
+    if outline in _dull:
+        return Verdict(None)
+    with tracing.undisturbed():
+        verdict = _judge(block, channels)
+    if verdict.plan is None and not verdict.attends:
+        _dull.add(outline)
+    return verdict
+
+
+def in_model(model: nn.Module, example: Any) -> dict[str, Verdict]:
+    """The verdicts of the attention blocks in the model that are of no class known by name.
+
+    Of blocks within blocks it has the outermost that can be served, else the innermost.
+    """
+    candidates = {name: module for name, module in model.named_modules() if _is_unknown(module)}
+    given = {} if example is None else channels_given(model, example, candidates.values())
+    found: dict[str, Verdict] = {}
+    for name, module in candidates.items():
+        if any(_is_within(name, outer) and verdict.plan is not None for outer, verdict in found.items()):
+            continue
+        verdict = judge(module, given.get(module))
+        if verdict.attends:
+            found[name] = verdict
+    return {
+        name: verdict
+        for name, verdict in found.items()
+        if verdict.plan is not None or not any(_is_within(inner, name) for inner in found)
+    }
+
+
+def _is_unknown(module: nn.Module) -> bool:
+    """Whether it may be a block, and neither is nor has one that is known by name."""
+    if kinds.full_name(swap.innermost(type(module))).startswith("gc_cuda.") or not is_candidate(module):
+        return False
+    return all(kinds.find(part, kinds.BLOCKS) is None for part in module.modules())
+
+
+def _is_within(name: str, outer: str) -> bool:
+    return name != outer and (outer == "" or name.startswith(f"{outer}."))
+
+
+def run(block: Any, own_forward: Any, x: Any) -> Any:
+    """The forward of an accelerated block that was recognized."""
+    if torch.compiler.is_compiling() or plain_pytorch_wanted() or is_foreign(x):
+        return own_forward(block, x)
+    return _fused.run(block, read, own_forward, x)
+
+
+def read(look: Look, block: Any) -> FusedRecipe | AroundRecipe:
+    """The reader of such a block; raises Unserved where it is not, or no longer, what was recognized."""
+    found = structure.read(look, block)
+    verdict = _verdicts.get(found.signature)
+    if verdict is None and swap.innermost(type(block)) not in _judged:  # it comes from a pickle
+        judge(block)
+        verdict = _verdicts.get(found.signature)
+    if verdict is None or verdict.plan is None:
+        raise Unserved("it has changed since it was recognized" if verdict is None else verdict.reason)
+    return verdict.plan.recipe(block)
+
+
+def _judge(block: nn.Module, channels: int | None) -> Verdict:
+    signatures: dict[bool, Any] = {}
+    unsound = ""
+    try:
+        signatures = {mode: structure.read(Look(), block, mode).signature for mode in (True, False)}
+    except Unserved as unserved:
+        unsound = str(unserved)
+    known = [_verdicts[one] for one in signatures.values() if one in _verdicts]
+    if len(known) == 2:
+        return next((one for one in known if one.plan is None), known[0])
+    width = channels or channels_of(block) or _SOME_CHANNELS
+    try:
+        twin = tracing.copy_of(block)
+    except Unserved as unserved:
+        return Verdict(None, str(unserved))
+    if tracing.shape_of(twin.eval(), width) != torch.Size(tracing.sizes(width)):
+        if channels is None and channels_of(block) is None:
+            return Verdict(None, "its weights do not tell its channels: pass accelerate(model, example=…)", True)
+        return Verdict(None)
+    verdicts = [_of_mode(twin.train(mode), width, unsound) for mode in (True, False)]
+    verdict = next((one for one in verdicts if one.plan is None), verdicts[0])
+    for signature, own in zip(signatures.values(), verdicts):
+        _verdicts[signature] = own if verdict.plan is not None else verdict
+    return verdict
+
+
+def _of_mode(twin: Any, channels: int, unsound: str) -> Verdict:
+    """The verdict on a copy in the mode in which it is."""
+    attends = True  # as far as is known: it may pool, and gives a map like its input
+    try:
+        traced = tracing.trace(twin, channels)
+        attends = sight.is_attention(traced.graph)
+        if unsound:
+            raise Unserved(unsound)
+        plan = plan_of(traced, formula_of(traced), twin)
+        if plan is None:
+            raise Unserved("attention over the pixels is fused with the transform of the fused operation only")
+        proof.demand(plan, twin, channels)
+    except Unserved as unserved:
+        return Verdict(None, str(unserved), attends)
+    return Verdict(plan, "", True)
+
+
+def _outline(block: nn.Module) -> Iterator[Any]:
+    """What a module has in common with those of other sizes."""
+    for path, part in block.named_modules():
+        yield path, swap.innermost(type(part)), part.training
+        for name, tensor in part._parameters.items():
+            yield name, None if tensor is None else tensor.dim()

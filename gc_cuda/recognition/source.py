@@ -1,0 +1,176 @@
+"""What the Python code of a forward reads besides its arguments, from its bytecode.
+
+A traced graph is what the code did once. It stands for later calls only if what the code reads is the same then. So
+whatever could change without being seen, or is not in the graph at all, makes the module unserved.
+"""
+
+from __future__ import annotations
+
+import builtins
+import dis
+import types
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from gc_cuda.blocks._parts import Unserved
+
+# Functions of Python that depend on nothing but their arguments.
+_BUILTINS = frozenset(
+    "abs all any bool dict divmod enumerate float int isinstance issubclass len list map max min pow range reversed "
+    "round set slice sorted str sum super tuple zip AssertionError NotImplementedError RuntimeError TypeError "
+    "ValueError NotImplemented None True False Ellipsis".split()
+)
+
+# Attributes by which code asks a tensor, or torch, for something that a graph does not record.
+_QUESTIONS = frozenset(
+    "dtype device requires_grad grad grad_fn layout stride storage_offset data_ptr storage untyped_storage "
+    "element_size itemsize nbytes get_device item tolist numpy data retain_grad backward register_hook requires_grad_ "
+    "type to cpu cuda half float double bfloat16 no_grad enable_grad inference_mode set_grad_enabled autocast amp "
+    "default_dtype get_default_dtype set_default_dtype seed manual_seed initial_seed rand randn rand_like randn_like "
+    "randint randperm bernoulli bernoulli_ uniform_ normal_ normal random_ environ getenv version backends "
+    "__version__ __dict__ __class__ _version names grad_mode".split()
+)
+# … except these, which ask what runs PyTorch's own modules anyway.
+_HARMLESS = frozenset(("is_scripting", "is_tracing", "is_exporting", "is_compiling"))
+
+_WRITES = frozenset(
+    "STORE_ATTR DELETE_ATTR STORE_GLOBAL DELETE_GLOBAL STORE_SUBSCR DELETE_SUBSCR STORE_DEREF DELETE_DEREF".split()
+)
+_SIMPLE = (int, float, str, bytes, type(None), type(Ellipsis))
+
+
+class Global(NamedTuple):
+    """A global that is read: in which dictionary, and what was there; absent where the name is Python's own."""
+
+    dictionary: dict[str, Any]
+    name: str
+    value: Any
+    absent: bool
+
+
+class Code(NamedTuple):
+    """What the code of a class reads."""
+
+    attributes: frozenset[str]  # names of attributes, of whatever object
+    globals: tuple[Global, ...]
+    complaint: str  # why a graph does not stand for it; "" if it does
+
+
+def code_of(kind: type[nn.Module], *functions: types.FunctionType) -> Code:
+    """What ``kind.forward`` reads, and those functions, with everything of the class and of its module that they call."""
+    return _Reader(kind).result(kind.forward, *functions)
+
+
+class _Reader:
+    def __init__(self, kind: type[nn.Module]) -> None:
+        self.kind = kind
+        self.attributes: set[str] = set()
+        self.globals: dict[tuple[int, str], Global] = {}
+        self.seen: set[int] = set()
+
+    def result(self, *functions: Any) -> Code:
+        try:
+            for function in functions:
+                self.function(function)
+            complaint = ""
+        except Unserved as unserved:
+            complaint = str(unserved)
+        return Code(frozenset(self.attributes), tuple(self.globals.values()), complaint)
+
+    def function(self, function: Any) -> None:
+        if not isinstance(function, types.FunctionType):
+            raise Unserved(f"{getattr(function, '__qualname__', function)!s} is not a plain Python function")
+        if id(function) in self.seen or _is_torchs(function):
+            return
+        self.seen.add(id(function))
+        names = function.__code__.co_freevars
+        for name, cell in zip(names, function.__closure__ or ()):
+            if name != "__class__":
+                raise Unserved(f"{function.__name__} reads {name} of the function that it was made in")
+            assert isinstance(cell.cell_contents, type)
+        for value in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
+            if not _is_constant(value):
+                raise Unserved(f"{function.__name__} has a default that may change")
+        self.code(function.__code__, function)
+
+    def code(self, code: types.CodeType, function: types.FunctionType) -> None:
+        for instruction in dis.get_instructions(code):
+            name, kind = instruction.argval, instruction.opname
+            if kind in _WRITES:
+                raise Unserved(f"{function.__name__} writes {_shown(name, kind)}")
+            if kind in ("IMPORT_NAME", "IMPORT_FROM"):
+                raise Unserved(f"{function.__name__} imports {name}")
+            if kind in ("LOAD_GLOBAL", "LOAD_NAME"):
+                self.a_global(name, function)
+            elif "ATTR" in kind or "METHOD" in kind:
+                if isinstance(name, str):
+                    self.attribute(name, function)
+            elif kind in ("SETUP_FINALLY", "PUSH_EXC_INFO", "SETUP_EXCEPT"):
+                raise Unserved(f"{function.__name__} handles exceptions, or has a context")
+        for constant in code.co_consts:
+            if isinstance(constant, types.CodeType):
+                self.code(constant, function)
+
+    def attribute(self, name: str, function: types.FunctionType) -> None:
+        asks = name in _QUESTIONS or (name.startswith("is_") and (hasattr(Tensor, name) or hasattr(torch, name)))
+        if asks and name not in _HARMLESS:
+            raise Unserved(f"{function.__name__} reads {name}, which no graph records")
+        self.attributes.add(name)
+        for base in self.kind.__mro__:
+            if name not in vars(base) or base is object:
+                continue
+            if base is nn.Module:
+                if name == "forward":  # of super()
+                    continue
+                raise Unserved(f"{function.__name__} uses {name} of torch.nn.Module")
+            found = vars(base)[name]
+            if isinstance(found, (staticmethod, classmethod)):
+                found = found.__func__
+            if isinstance(found, types.FunctionType):
+                self.function(found)
+            elif not _is_constant(found):
+                raise Unserved(f"{function.__name__} reads {name} of the class {base.__name__}, a {_kind(found)}")
+
+    def a_global(self, name: str, function: types.FunctionType) -> None:
+        dictionary = function.__globals__
+        if name not in dictionary:
+            if name not in _BUILTINS or not hasattr(builtins, name):
+                raise Unserved(f"{function.__name__} uses {name}")
+            self.globals[id(dictionary), name] = Global(dictionary, name, None, True)
+            return
+        value = dictionary[name]
+        self.globals[id(dictionary), name] = Global(dictionary, name, value, False)
+        if isinstance(value, types.ModuleType):
+            if value.__name__ != "math" and not is_of_torch(value.__name__):
+                raise Unserved(f"{function.__name__} reads the module {value.__name__}")
+        elif isinstance(value, types.FunctionType):
+            self.function(value)
+        elif isinstance(value, type):
+            if not (is_of_torch(value.__module__) or value.__module__ == "builtins" or issubclass(value, nn.Module)):
+                raise Unserved(f"{function.__name__} uses the class {value.__name__}")
+        elif not (_is_constant(value) or is_of_torch(getattr(value, "__module__", None))):
+            raise Unserved(f"{function.__name__} reads the global {name}, a {_kind(value)}")
+
+
+def _is_torchs(function: types.FunctionType) -> bool:
+    return is_of_torch(function.__module__)
+
+
+def is_of_torch(module: str | None) -> bool:
+    return isinstance(module, str) and (module == "torch" or module.startswith("torch."))
+
+
+def _is_constant(value: Any) -> bool:
+    if isinstance(value, (tuple, frozenset)):
+        return all(map(_is_constant, value))
+    return isinstance(value, _SIMPLE)
+
+
+def _kind(value: Any) -> str:
+    return type(value).__name__
+
+
+def _shown(name: Any, kind: str) -> str:
+    return f"{name}" if isinstance(name, str) else "into a container" if "SUBSCR" in kind else "a name"

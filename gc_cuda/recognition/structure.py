@@ -1,0 +1,139 @@
+"""The structure of a module: its parts, what they are set to, and where its tensors are.
+
+Modules of one structure compute the same with their own tensors, so that one trace and one proof stand for all. The
+structure is read again in a call only if the notes of it (csrc/python/reading.h) no longer hold.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from gc_cuda.blocks._parts import Look, Unserved
+from gc_cuda.models import swap
+from gc_cuda.recognition import source
+
+# A tensor of the block: the path of the part that has it, "" for the block itself, and its name there.
+Place = tuple[str, str]
+
+_MOST_PARTS = 32  # a block has few
+
+
+class Structure(NamedTuple):
+    """What decides on the graph."""
+
+    signature: Any  # equal for modules of the same structure
+    places: tuple[Place, ...]  # of every parameter and buffer
+
+
+_codes: dict[Any, source.Code] = {}
+
+
+def read(look: Look, block: nn.Module, training: bool | None = None) -> Structure:
+    """The structure of the block, with a note of everything that was looked at.
+
+    training: what it would be with all parts in that mode.
+
+    Raises:
+        Unserved: if something that its code reads could change unseen, or calling a part does more than its forward.
+    """
+    signature: list[Any] = []
+    places: list[Place] = []
+    numbers: dict[int, int] = {}  # of parts and tensors, so that what is shared tells
+    for path, module in parts(block):
+        kind = swap.innermost(type(module))
+        if path:
+            look.plain(module, path)
+        elif "forward" in vars(module):
+            raise Unserved("the instance has a forward of its own")
+        _demand_plain_calls(kind)
+        if parametrize.is_parametrized(module):
+            raise Unserved(f"{path or 'it'} is parametrized")
+        look.children(module)
+        code = _code(module, kind)
+        if code.complaint:
+            raise Unserved(code.complaint)
+        for name, value in _attributes(look, module, code):
+            if name == "training" and training is not None:
+                value = training
+            signature.append((name, type(value), value))
+        for entry in code.globals:
+            look.entry(entry.dictionary, entry.name)
+        tensors = _tensors(module)
+        held = tuple((name, numbers.setdefault(id(part), len(numbers))) for name, part in module._modules.items())
+        shapes = tuple(
+            (name, numbers.setdefault(id(tensor), len(numbers)), *_shape(tensor)) for name, tensor in tensors
+        )
+        signature.append((path, kind, held, shapes))
+        places += [(path, name) for name, _ in tensors]
+    return Structure(tuple(signature), tuple(places))
+
+
+def parts(block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The block and everything in it by path, each module once, a parent before its children."""
+    for number, (path, module) in enumerate(block.named_modules()):
+        if number == _MOST_PARTS:
+            raise Unserved(f"it has more than {_MOST_PARTS} parts")
+        yield path, module
+
+
+def _code(module: nn.Module, kind: type[nn.Module]) -> source.Code:
+    if kind.__module__.startswith("torch.nn.") and kind.forward.__module__.startswith("torch."):
+        return source.Code(frozenset(), (), "")
+    functions = tuple(
+        value for name, value in vars(module).items() if isinstance(value, types.FunctionType) and name[0] != "_"
+    )
+    key = kind, kind.forward, functions
+    if key not in _codes:
+        _codes[key] = source.code_of(kind, *functions)
+    return _codes[key]
+
+
+def _attributes(look: Look, module: nn.Module, code: source.Code) -> Iterator[tuple[str, Any]]:
+    """Everything that the module's forward may read of it beside tensors and parts."""
+    own = vars(module)
+    of_torch = not code.attributes
+    for name in sorted(own) if of_torch else sorted(code.attributes | {"training"}):
+        if of_torch and name.startswith("_"):
+            continue
+        if name in module._modules or name in module._parameters or name in module._buffers:
+            continue
+        look.noted(module, name)
+        if name not in own:
+            continue
+        value = own[name]
+        if isinstance(value, Tensor):
+            raise Unserved(f"it reads {name}, a tensor that is neither a parameter nor a buffer")
+        if not _is_fixed(value):
+            raise Unserved(f"it reads {name}, a {type(value).__name__} that may change unseen")
+        yield name, value
+
+
+def _is_fixed(value: Any) -> bool:
+    """Whether its identity says what it is."""
+    if isinstance(value, (tuple, frozenset)):
+        return all(map(_is_fixed, value))
+    if value is None or isinstance(value, (int, float, str, types.FunctionType)):
+        return True
+    return source.is_of_torch(getattr(value, "__module__", None)) and callable(value)
+
+
+def _tensors(module: nn.Module) -> list[tuple[str, Tensor | None]]:
+    return [*module._parameters.items(), *module._buffers.items()]
+
+
+def _shape(tensor: Tensor | None) -> tuple[Any, ...]:
+    return (None,) if tensor is None else (tuple(tensor.shape), tensor.is_floating_point())
+
+
+def _demand_plain_calls(kind: type[nn.Module]) -> None:
+    """Demand that the class calls its forward and finds its attributes as nn.Module does."""
+    for name in ("__call__", "_call_impl", "_wrapped_call_impl", "__getattr__"):
+        if getattr(kind, name, None) is not getattr(nn.Module, name, None):
+            raise Unserved(f"{kind.__name__} has a {name} of its own")
+    if kind.__getattribute__ is not object.__getattribute__:
+        raise Unserved(f"{kind.__name__} has a __getattribute__ of its own")

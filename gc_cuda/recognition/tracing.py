@@ -1,0 +1,139 @@
+"""The graph of a module: traced on a copy, for symbolic sizes, by PyTorch's operations before autograd."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx, nn
+
+from gc_cuda.blocks._parts import Unserved
+from gc_cuda.models import swap
+from gc_cuda.recognition.structure import Place
+
+# Sizes of the maps that are traced: all different, so that each has a symbol of its own.
+_SIZES = (5, 7, 11, 13, 17)
+
+
+class Traced(NamedTuple):
+    """A graph, and what its nodes stand for."""
+
+    graph: fx.Graph
+    places: dict[fx.Node, Place]  # of the nodes that are parameters and buffers
+    channels: int | None  # that x has to have; None: any number
+
+
+def copy_of(block: nn.Module) -> Any:
+    """A copy in float64 on the CPU, with its own class, without hooks, whose weights are awake: all random.
+
+    Of a block on the meta device, too. The random state is that of the caller, who forks it.
+    """
+    # Parameters and buffers are replaced below; nothing is copied of their numbers.
+    memo: dict[int, Any] = {}
+    for tensor in (*block.parameters(), *block.buffers()):
+        memo[id(tensor)] = _awake(tensor)
+    try:
+        twin = copy.deepcopy(block, memo)
+    except Exception as error:
+        raise Unserved(f"it cannot be copied: {type(error).__name__}") from error
+    for module in twin.modules():
+        module.__class__ = swap.innermost(type(module))
+        for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+            vars(module)[hooks].clear()
+    return twin
+
+
+def _awake(tensor: Tensor) -> Tensor:
+    """A tensor like it with random numbers, which suit a variance too."""
+    if not tensor.is_floating_point():
+        return torch.zeros(tensor.shape, dtype=tensor.dtype, device="cpu")
+    numbers = torch.rand(tensor.shape, dtype=torch.float64, device="cpu").add_(0.5)
+    if isinstance(tensor, nn.Parameter):
+        fan_in = max(1, tensor[0].numel() if tensor.dim() > 1 else 1)
+        signs = torch.randint(0, 2, tensor.shape, device="cpu").mul_(2).sub_(1)
+        return nn.Parameter(numbers * signs * (2 / fan_in**0.5), requires_grad=True)
+    return numbers
+
+
+def sizes(channels: int) -> tuple[int, int, int, int]:
+    """N, C, H and W of a map to trace, all different."""
+    n, h, w = [size for size in _SIZES if size != channels][:3]
+    return n, channels, h, w
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """Leave the random state as it is, and every mode out."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(torch.autocast("cpu", enabled=False))
+        torch.default_generator.manual_seed(0)
+        yield
+
+
+def shape_of(block: Any, channels: int) -> torch.Size | None:
+    """The shape of the output for a map of that many channels; None where it is no tensor or fails."""
+    with torch.no_grad():
+        try:
+            out = block.forward(torch.rand(sizes(channels), dtype=torch.float64, device="cpu"))
+        except Exception:
+            return None
+    return out.shape if isinstance(out, Tensor) else None
+
+
+def trace(block: Any, channels: int) -> Traced:
+    """The graph of ``block``, a copy.
+
+    Raises:
+        Unserved: if it cannot be traced, or holds only for some sizes.
+    """
+    from torch.fx.experimental import proxy_tensor  # it takes a second, and few need it
+
+    names = {}
+    for path, module in block.named_modules():
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            names.setdefault(id(tensor), (path, name))
+
+    def forward(x: Tensor) -> Any:
+        return block.forward(x)
+
+    x = torch.rand(sizes(channels), dtype=torch.float64, device="cpu")
+    try:
+        with torch.no_grad():
+            traced = proxy_tensor.make_fx(
+                forward, tracing_mode="symbolic", pre_dispatch=True, _allow_non_fake_inputs=True
+            )(x)
+    except Exception as error:
+        first = str(error).strip().split("\n")[0]
+        raise Unserved(f"it cannot be traced: {type(error).__name__}: {first[:120]}") from error
+    places = {}
+    for node in traced.graph.nodes:
+        if node.op == "get_attr":
+            tensor = getattr(traced, node.target)
+            if id(tensor) not in names:
+                raise Unserved("it reads a tensor that is neither a parameter nor a buffer")
+            places[node] = names[id(tensor)]
+    return Traced(traced.graph, places, _channels(traced.graph, channels))
+
+
+def _channels(graph: fx.Graph, channels: int) -> int | None:
+    """The channels that the graph holds for; raises Unserved if it does not hold for all batches and pixels."""
+    (x,) = (node for node in graph.nodes if node.op == "placeholder")
+    value = x.meta["val"]
+    n, c, h, w = value.shape
+    fixed = isinstance(c, int)
+    for size in (n, h, w):
+        if isinstance(size, int):
+            raise Unserved(f"its graph holds for one size alone: {size}")
+    own = {str(size) for size in (n, h, w)}
+    for guard in value.fake_mode.shape_env.guards:
+        symbols = {str(symbol) for symbol in guard.expr.free_symbols}
+        if symbols & own:
+            raise Unserved(f"its graph depends on the size of the map: {guard.expr}")
+        fixed = True
+    return channels if fixed else None
