@@ -247,6 +247,21 @@ class AddedSE(nn.Module):
         return x + self.b(F.relu(self.a(x.mean(dim=(2, 3))))).view(n, c, 1, 1)
 
 
+class MixingSE(ConvSE):
+    """Images of a batch meet in the middle, as in a batch norm."""
+
+    def forward(self, x):
+        pooled = x.mean((2, 3), keepdim=True)
+        return x * torch.sigmoid(self.excite(self.nonlinear(self.squeeze(pooled - pooled.mean(0, keepdim=True)))))
+
+
+class DetachedSE(ConvSE):
+    """No gradient passes through the pooling."""
+
+    def forward(self, x):
+        return x * torch.sigmoid(self.excite(self.nonlinear(self.squeeze(x.mean((2, 3), keepdim=True).detach()))))
+
+
 class Residual(nn.Module):
     """A small net around a block, as a residual block is."""
 
@@ -293,4 +308,6 @@ BLOCKS = {
     "convolution over channels": Block(ECALayer, AROUND),
     "one layer": Block(OneLayerSE, AROUND),
     "batch norm": Block(NormedSE, AROUND),
+    "mixed batch": Block(MixingSE, AROUND),
+    "detached": Block(DetachedSE, AROUND),
 }

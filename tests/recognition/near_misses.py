@@ -94,12 +94,6 @@ class RowSE(TwoConvs):
         return x * self.scale(x.mean(2, keepdim=True))
 
 
-class BatchMixingSE(TwoConvs):
-    def forward(self, x):
-        pooled = x.mean((2, 3), keepdim=True)
-        return x * self.scale(pooled - pooled.mean(0, keepdim=True))
-
-
 class SizeDependentSE(TwoConvs):
     def forward(self, x):
         pooled = x.mean((2, 3), keepdim=True)
@@ -136,7 +130,6 @@ NEAR_MISSES = {
     "spatial attention": NearMiss(SpatialAttention, "mean|channels|max"),
     "fixed kernel": NearMiss(FixedPoolSE, "avg_pool", (7, 7)),
     "one dimension": NearMiss(RowSE, "mean"),
-    "batch-mixing": NearMiss(BatchMixingSE, "batch|mean"),
     "a size decides": NearMiss(SizeDependentSE, "size"),
     "sum": NearMiss(SumSE, "sum"),
     "mean of squares": NearMiss(SquaredSE, "square|pow|mean"),

@@ -24,10 +24,9 @@ REASONS = {
     "written buffer": "calls",
     "width": "size",
     "batch size": "size",
-    "environment": "environ",
+    "environment": "os",
     "item": "item",
     "tensor as condition": "",  # in PyTorch's words
-    "detached": "detach",
     "no_grad inside": "grad",
     "in place": "mul_",
     "another precision": "",
