@@ -23,10 +23,17 @@ PREFIX = "Accelerated"  # of the names of the classes that are made
 def accelerate(model: nn.Module, *, tails: bool | None = None, recompute: bool = False, example: Any = None) -> Report:
     """Let the model's blocks run through the fused operation, in place, and the tails that they stand in.
 
-    Served are GCNet's and mmcv's ``ContextBlock``, timm's ``GlobalContext``, ``SEModule`` and
-    ``SqueezeExcite``, torchvision's ``SqueezeExcitation`` and mmdetection's ``SELayer``, with ReLU, SiLU or
-    Hardswish inside and sigmoid or hard sigmoid as the gate. A block with another option, with a hook on one
-    of its parts, or of a subclass with a forward of its own is left alone, and the report says why.
+    Served is what computes out = x * scale + term, where scale and term are made of the pooled x, the mean of
+    the pixels or a softmax-weighted one, by something small. GCNet's and mmcv's ``ContextBlock``, timm's
+    ``GlobalContext``, ``SEModule`` and ``SqueezeExcite``, torchvision's ``SqueezeExcitation`` and
+    mmdetection's ``SELayer`` are known by name; any other module is recognized by its traced graph, whatever
+    its class and its attributes are called. Two linear layers or 1x1 convolutions, with or without biases and
+    layer norm, with ReLU, SiLU or Hardswish between and sigmoid or hard sigmoid as the gate are one operation.
+    With anything else between (batch norm, one layer, a convolution over channels, other activations and
+    gates) the pooling and the broadcast run fused around the block's own operations, in training, and with
+    attention always; on CUDA that waits for a GPU (``GC_CUDA_PATHS=around``). docs/recognition.md says what
+    is demanded of such a module. The report names the formula that was found, and of every attention block
+    that it sees and does not serve the reason.
 
     A tail is the end of a bottleneck: batch norm, block, addition of the shortcut, ReLU. It is one operation
     (:func:`gc_cuda.bn_context_add_relu`), which keeps what a bottleneck without a block keeps for the
@@ -77,6 +84,8 @@ def accelerate(model: nn.Module, *, tails: bool | None = None, recompute: bool =
             before. False leaves the bottlenecks as they are; the blocks inside of them run fused by
             themselves.
         recompute: True lets training keep less of the middles, for more time.
+        example: an input of the model, or a tuple of them: it runs once, in evaluation mode, to tell the
+            channels of blocks whose weights do not tell them. Few need it, and their reason asks for it.
 
     Returns:
         The blocks and tails by name, what was done with each, and why nothing was; print it.
