@@ -15,7 +15,6 @@ makes grad_x of them in one sweep. Saved for the backward pass are x and scale, 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import reduce
 from typing import Any
 
 import torch
@@ -23,7 +22,6 @@ from torch import Tensor
 from torch.autograd import Function
 
 from gc_cuda import _extension
-from gc_cuda.ops import checks
 from gc_cuda.ops.contexts import differentiable_wanted, is_foreign, plain_pytorch_wanted
 from gc_cuda.ops.operands import ACCUMULATION
 
@@ -55,7 +53,8 @@ def around(x: Tensor, middle: Middle) -> Tensor:
     if plain_pytorch_wanted() or torch.compiler.is_compiling() or not _is_served(x):
         return _plain_broadcast(x, *_of_middle(middle, x.mean((2, 3))))
     _extension.require()
-    checks.feature_map(x)
+    if x.is_cuda:
+        _extension.require_cuda()
     if not torch.is_grad_enabled():
         scale, term = _of_middle(middle, torch.ops.gc_cuda.pixel_sum.default(x, True))
         if not _fit(x, scale, term):
@@ -85,11 +84,17 @@ def _of_middle(middle: Middle, context: Tensor) -> tuple[Tensor | None, Tensor |
 
 def _fit(x: Tensor, *vectors: Tensor | None) -> bool:
     """Whether each vector has a value per image and channel, and x * scale + term has x's dtype."""
-    given = [vector for vector in vectors if vector is not None]
-    shapes = x.shape[:2], (*x.shape[:2], 1, 1)
-    if any(is_foreign(vector) or vector.shape not in shapes or vector.device != x.device for vector in given):
-        return False
-    return reduce(torch.promote_types, [vector.dtype for vector in given], x.dtype) == x.dtype
+    shape = x.shape[:2]
+    for vector in vectors:
+        if vector is None:
+            continue
+        if vector.shape != shape and vector.shape != (*shape, 1, 1):
+            return False
+        if vector.dtype != x.dtype and torch.promote_types(vector.dtype, x.dtype) != x.dtype:
+            return False
+        if vector.device != x.device or is_foreign(vector):
+            return False
+    return True
 
 
 def _like(x: Tensor, vector: Tensor | None) -> Tensor | None:
