@@ -142,8 +142,8 @@ class _Pool(Function):
 class _Broadcast(Function):
     """out = x * scale + term; scale or term may be absent.
 
-    A gradient that has to be differentiable goes to x itself. Else x gets none, and the tokens carry the
-    gradient of out and scale.
+    x gets no gradient here: the tokens carry what _Pool makes it of. But x is an input, so that second
+    derivatives find it in the gradient of scale.
     """
 
     @staticmethod
@@ -166,22 +166,17 @@ class _Broadcast(Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         tensors = iter(ctx.saved_tensors)
         x, scale = (next(tensors) if kept else None for kept in ctx.is_kept)
-        needs_x, _, _, needs_scale, needs_term = ctx.needs_input_grad
+        _, _, _, needs_scale, needs_term = ctx.needs_input_grad
         grad_scale = grad_term = None
         if differentiable_wanted(grad):
             if x is not None and needs_scale:
                 grad_scale = (grad * x).sum((2, 3))
             if needs_term:
                 grad_term = grad.sum((2, 3))
-            grad_x = _plain_broadcast(grad, scale, None) if needs_x else None
-            return grad_x, None, None, grad_scale, grad_term
+            return None, grad, scale, grad_scale, grad_term
         grad = grad.contiguous(memory_format=ctx.layout)
         if needs_scale:
             grad_scale, grad_term = torch.ops.gc_cuda.broadcast_sums.default(grad, x)
         elif needs_term:
             grad_term = torch.ops.gc_cuda.pixel_sum.default(grad, False)
-        if not needs_term:
-            grad_term = None
-        if not needs_x:
-            return None, None, None, grad_scale, grad_term
-        return None, grad, scale, grad_scale, grad_term
+        return None, grad, scale, grad_scale, grad_term if needs_term else None
