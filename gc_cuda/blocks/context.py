@@ -45,6 +45,14 @@ class ContextBlock(reference.ContextBlock):
         """
         return _fused.run(self, _read, reference.ContextBlock.forward, x, strict=True)
 
+    def init_weights(self) -> None:
+        """What :meth:`reset_parameters` does: a new block is the identity again.
+
+        mmengine calls it after the ``init_cfg`` of the model that holds the block has filled every
+        convolution.
+        """
+        self.reset_parameters()
+
 
 def _read(look: Look, block: Any) -> Recipe:
     return context_block(look, block, attends=look.child(block, "conv_mask") is not None)

@@ -31,6 +31,7 @@ timm = pytest.importorskip("timm", reason="timm is not installed")
 
 from timm.layers import GlobalContext, SEModule  # noqa: E402
 from timm.models._efficientnet_blocks import SqueezeExcite  # noqa: E402
+from timm.models._features_fx import FeatureGraphNet  # noqa: E402
 
 # timm's name of the model, its blocks, the bound
 MODELS = {
@@ -144,6 +145,21 @@ def test_copies(random):
     twin, x = copy.deepcopy(model), random(1, 3, 64, 64)
     assert_runs_fused(twin.stages[0][0].attn)
     assert_same(step(twin, x), step(model, x), 0)
+
+
+@pytest.mark.parametrize("name", ["efficientnet_b0", "gcresnet50t", "legacy_seresnet18", "seresnet50"])
+def test_features_of_an_accelerated_model_by_fx(random, name):
+    """timm makes the graph of the model that it is given: its blocks run fused where it was accelerated."""
+    model = awake(timm.create_model(name, num_classes=5).eval())
+    x = random(1, 3, 64, 64)
+    expected = FeatureGraphNet(copy.deepcopy(model), (1, 4))(x)
+    blocks = len(gc_cuda.accelerate(model).accelerated)
+    features = FeatureGraphNet(model, (1, 4)).eval()
+    with Spy() as spy:
+        actual = features(x)
+    assert spy.names().count("gc_cuda::global_context_kept") == blocks
+    for one, other in zip(actual, expected):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize(
