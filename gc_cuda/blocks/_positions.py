@@ -42,7 +42,7 @@ class InsertKind(NamedTuple):
 
 
 def add_plugin(kind: InsertKind, bottleneck: Any, position: str, name: str) -> None:
-    """Let the child of that name run there, after what runs there already."""
+    """Let the child of that name, which is not there yet, run there, after what runs there already."""
     names = {one: [*kind.plugins(bottleneck, one)] for one in POSITIONS}
     names[position].append(name)
     for one, there in names.items():

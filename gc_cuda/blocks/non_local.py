@@ -174,7 +174,7 @@ class SimplifiedNonLocalBlock(nn.Module):
             # As a convolution, whose weight gets a gradient of its own strides.
             return broadcast_add(x, functional.conv2d(context[:, :, None, None], value, bias))
         if isinstance(x, Proxy) and (node := _graphs.node_of(self, x)) is not None:
-            return node  # type: ignore[return-value]
+            return node
         attention = self.conv_mask(x).flatten(2).softmax(2).transpose(1, 2)  # [N, S, 1]
         context = torch.matmul(x.flatten(2), attention)  # [N, C, 1]
         return x + self.conv_value(context.unsqueeze(-1))

@@ -45,11 +45,11 @@ def insert(
 
     A new block is the identity (times one half with "channel_mul"), so that a pretrained model computes what
     it did. Names of parameters stay; the blocks' own come after them, under mmdetection's name
-    ``layer2.0.context_block`` and the postfix. In mmdetection these are the plugins of its bottleneck, so that
-    a ``state_dict`` passes strictly to and from a backbone that is built with ``plugins=[dict(cfg=dict(
-    type="ContextBlock", ratio=1 / 16, postfix=""), stages=(False, True, True, True), position="after_conv3")]``.
-    timm's "after_conv3" is ``layer2.0.se``, the place that it keeps for attention. Load a checkpoint of the
-    plain model before, or later with ``strict=False``.
+    ``layer2.0.context_block`` and the postfix. In mmdetection a block is a plugin of its bottleneck: a
+    ``state_dict`` passes strictly to and from a backbone that is built with ``plugins=[dict(cfg=dict(type=
+    "ContextBlock", ratio=1 / 16), stages=(False, True, True, True), position="after_conv3")]``. timm's
+    "after_conv3" is ``layer2.0.se``, the place that it keeps for attention. Load a checkpoint of the plain
+    model before, or later with ``strict=False``.
 
     Each block has the device, dtype and training mode of its bottleneck. Copies and pickles keep it.
 
@@ -143,8 +143,8 @@ def _demand_known(path: str, module: nn.Module, found: kinds.Found, position: st
 def _demand_free(path: str, module: nn.Module, kind: InsertKind, position: str, slot: str) -> None:
     """Demand that nothing is there yet, neither at the position nor under the name; and no acceleration."""
     for name in kind.plugins(module, position):
-        occupant = type(getattr(module, name)).__name__
-        raise ValueError(f"{path}.{name} is taken by a {occupant}: one block stands {position}")
+        kind_of_it = type(getattr(module, name)).__name__
+        raise ValueError(f"{path}.{name} is taken by a {kind_of_it}: one block stands {position}")
     occupant = getattr(module, slot, None)
     if occupant is not None:
         advice = "" if slot == kind.slot else ": give the new block another name by a postfix"
@@ -157,11 +157,10 @@ def _demand_free(path: str, module: nn.Module, kind: InsertKind, position: str, 
 
 
 def _put(place: _Place, block: ContextBlock, position: str) -> None:
-    bottleneck = place.bottleneck
-    setattr(bottleneck, place.slot, block)
-    if place.slot == place.kind.slot:
-        return
-    add_plugin(place.kind, bottleneck, position, place.slot)
-    if place.kind.make_forward is not None and swap.derivation_of(type(bottleneck)) is None:
-        derivation = swap.Derivation(type(bottleneck), "GC", place.kind.make_forward)
-        bottleneck.__class__ = swap.derive(derivation)
+    _, bottleneck, slot, kind = place
+    if slot != kind.slot:
+        add_plugin(kind, bottleneck, position, slot)
+        if kind.make_forward is not None and swap.derivation_of(type(bottleneck)) is None:
+            derivation = swap.Derivation(type(bottleneck), "GC", kind.make_forward)
+            bottleneck.__class__ = swap.derive(derivation)
+    setattr(bottleneck, slot, block)

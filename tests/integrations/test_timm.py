@@ -11,6 +11,7 @@ import copy
 import pytest
 import torch
 from block_cases import Spy
+from inserted import POSITIONS, check_by_hand, check_positions
 from small_steps import assert_same_steps, steps
 from torch import nn
 from whole_models import (
@@ -115,6 +116,49 @@ def test_convert_state_dict(random, fuse):
 def test_insert(random, name):
     model = timm.create_model(name, num_classes=5).eval().double()
     check_inserted(model, "se", random(1, 3, 64, 64))
+
+
+# the channels after the first two convolutions of layer2; the third has 512
+WIDTHS = {"resnet50": 128, "resnext50_32x4d": 256, "wide_resnet50_2": 256}
+
+
+@pytest.mark.parametrize("name", WIDTHS)
+@pytest.mark.parametrize("position", POSITIONS)
+def test_insert_at_a_position(random, name, position):
+    model, place = timm.create_model(name), "se" if position == "after_conv3" else "context_block"
+    check_positions(model, position, place)
+    bottleneck = model.layer2[0]
+    channels = 512 if position == "after_conv3" else WIDTHS[name]
+    assert bottleneck.get_submodule(place).in_channels == channels
+    check_by_hand(bottleneck, {position: place}, random(2, 256, 6, 5))
+
+
+def test_insert_beside_what_timm_has_there(random):
+    """Squeeze-and-excitation after conv3, stochastic depth and anti-aliasing stay; the block is behind the
+    latter, where the map has the size that conv2 gives it in other models."""
+    model = timm.create_model("seresnet50", drop_path_rate=0.2, aa_layer=timm.layers.BlurPool2d)
+    b = model.layer2[0]
+    assert gc_cuda.insert(model, ["layer2"], position="after_conv2")[0] == "layer2.0.context_block"
+    gc_cuda.insert(model, ["layer2"], position="after_conv1", postfix="_first")
+    awake(b)
+    x = random(2, 256, 7, 6)
+
+    def by_hand():
+        out = b.context_block_first(b.bn1(b.conv1(x)).relu())
+        out = b.context_block(b.aa(b.bn2(b.conv2(out)).relu()))
+        return (b.drop_path(b.se(b.bn3(b.conv3(out)))) + b.downsample(x)).relu()
+
+    seen = []
+    b.context_block.register_forward_hook(lambda module, args, out: seen.append(out.shape))
+    for accelerated in (False, True):
+        assert (gc_cuda.accelerate(b).tails == [""]) if accelerated else True
+        for training in (True, False):
+            b.train(training)
+            torch.manual_seed(5)
+            actual = b(x)
+            torch.manual_seed(5)
+            torch.testing.assert_close(actual, by_hand(), rtol=1e-9, atol=1e-9)
+    assert set(seen) == {(2, 128, 4, 3)}
 
 
 def test_insert_stands_after_the_norm(random):

@@ -11,6 +11,7 @@ import io
 import pytest
 import torch
 from block_cases import Spy
+from inserted import POSITIONS, check_by_hand, check_positions
 from small_steps import assert_same_steps, steps
 from torch import nn
 from whole_models import (
@@ -92,6 +93,28 @@ def test_feature_extractor_of_an_accelerated_model(random, training):
 def test_insert(random, name):
     model = torchvision.models.get_model(name, num_classes=5).eval().double()
     check_inserted(model, "context_block", random(1, 3, 64, 64))
+
+
+# the channels after the first two convolutions of layer2; the third has 512
+WIDTHS = {"resnet50": 128, "resnext50_32x4d": 256, "wide_resnet50_2": 256}
+
+
+@pytest.mark.parametrize("name", WIDTHS)
+@pytest.mark.parametrize("position", POSITIONS)
+def test_insert_at_a_position(random, name, position):
+    with torch.device("meta"):
+        model = torchvision.models.get_model(name)
+    check_positions(model, position, "context_block")
+    bottleneck = model.layer2[0].to_empty(device="cpu")
+    for buffer in bottleneck.buffers():
+        nn.init.ones_(buffer)
+    assert bottleneck.context_block.in_channels == (512 if position == "after_conv3" else WIDTHS[name])
+    check_by_hand(bottleneck, {position: "context_block"}, random(2, 256, 6, 5))
+
+
+def test_insert_refuses_basic_blocks():
+    with pytest.raises(ValueError, match=r"made of \['BasicBlock'\]; a BasicBlock has no place for a block"):
+        gc_cuda.insert(torchvision.models.resnet18())
 
 
 def test_insert_stands_after_the_norm(random):
