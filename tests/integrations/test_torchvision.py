@@ -204,7 +204,7 @@ def test_copies_of_a_model_with_tails(random):
 
 @pytest.mark.filterwarnings("error::UserWarning")  # of graphs that differ between the modes
 def test_feature_extractor_of_a_model_with_tails(random):
-    """The bottlenecks' nodes keep their names, and the blocks are nodes, unless the bottlenecks are leaves."""
+    """The bottlenecks' nodes keep their names and the blocks are nodes, unless the bottlenecks are leaves."""
     plain, x = with_blocks().eval(), random(1, 3, 64, 64)
     model = copy.deepcopy(plain)
     leaves = [type(model.get_submodule(name)) for name in gc_cuda.accelerate(model).tails]
