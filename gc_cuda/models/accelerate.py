@@ -70,11 +70,16 @@ def accelerate(model: nn.Module, *, tails: bool | None = None, recompute: bool =
     one that pools by the mean and adds, on the CPU, where the operator is slower. The report names them;
     docs/torch-compile.md has the numbers. Blocks with attention, and tails, stay operators.
 
-    So a model traced by ``torch.jit.trace``, ``torch.fx.symbolic_trace`` or torchvision's
-    ``create_feature_extractor`` holds PyTorch's own operators and is not accelerated. To keep the blocks in
-    an FX graph, name their classes as leaves: ``create_feature_extractor(model, nodes,
-    tracer_kwargs={"leaf_modules": [type(model.get_submodule(name)) for name in report.accelerated]})``.
-    ``torch.jit.script`` wants a restored model.
+    So a model traced by ``torch.jit.trace`` holds PyTorch's own operators and is not accelerated. In a graph
+    of ``torch.fx`` (``symbolic_trace``, torchvision's ``create_feature_extractor``, timm's
+    ``FeatureGraphNet``) of an accelerated model a block is one node, which calls it: it runs fused, and
+    :func:`restore` of the model or of the graph restores both, as they share it. A block with a forward hook,
+    or one that is traced by itself, is traced inside, as is all that is around the blocks, so that the nodes
+    of a bottleneck keep their names. Restore the model first for nodes inside of a block, for a graph that
+    runs where gc_cuda is not, and for ``torch.jit.script``. A graph of a model that was not accelerated, as
+    timm's ``feature_cls="fx"`` makes it at once, has no blocks any more. Tails and middles stay in a graph
+    where their classes are leaves: ``create_feature_extractor(model, nodes, tracer_kwargs={"leaf_modules":
+    [type(model.get_submodule(name)) for name in report.tails]})``.
 
     Args:
         model: a block, or a module that has blocks anywhere inside.
