@@ -85,14 +85,25 @@ def test_squeeze_excite(random, kind, act, layout):
         (lambda: GlobalContext(24, act_layer=nn.GELU), "activation GELU"),
         (lambda: GlobalContext(24, gate_layer="tanh"), "gate Tanh"),
         (lambda: SEModule(24, add_maxpool=True), "it pools by the maximum too"),
-        (lambda: SEModule(24, bias=False), "fc1 has no bias"),
-        (lambda: SEModule(24, norm_layer=nn.BatchNorm2d), "norm BatchNorm2d"),
-        (lambda: SEModule(24, act_layer=nn.Mish), "activation Mish"),
-        (lambda: SqueezeExcite(24, gate_layer=nn.Softplus), "gate Softplus"),
     ],
 )
 def test_left_alone(block, reason):
     assert gc_cuda.accelerate(block()).left_alone == {"": reason}
+
+
+@pytest.mark.parametrize(
+    ("block", "formula"),
+    [
+        (lambda: SEModule(24, bias=False), "x * sigmoid(W2 relu(W1 mean(x)))"),
+        (lambda: SEModule(24, norm_layer=nn.BatchNorm2d), "conv2d batch_norm relu conv2d sigmoid of mean(x)"),
+        (lambda: SEModule(24, act_layer=nn.Mish), "conv2d mish conv2d sigmoid of mean(x)"),
+        (lambda: SqueezeExcite(24, gate_layer=nn.Softplus), "conv2d relu conv2d softplus of mean(x)"),
+    ],
+)
+def test_options_beside_the_readers(random, block, formula):
+    """Without biases the reader takes it; the other options are recognized by what they compute."""
+    report = check_accelerated(nn.Sequential(block()), random(2, 24, 9, 7), 1)
+    assert report.entries[0].formula.endswith(formula)
 
 
 @pytest.mark.parametrize("fuse", [(True, False), (True, True)], ids=["add", "both"])

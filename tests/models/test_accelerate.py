@@ -175,26 +175,40 @@ LEFT_ALONE = {
         changed(lambda b: setattr(b, "forward", lambda x: x)),
         "the instance has a forward of its own",
     ),
-    "activation": (changed(set_part(2, nn.GELU())), "activation GELU"),
-    "another activation": (changed(set_part(2, nn.SiLU())), "activation SiLU"),
-    "norm": (changed(set_part(1, nn.BatchNorm2d(4))), "norm BatchNorm2d"),
-    "norm without weight": (
-        changed(set_part(1, nn.LayerNorm([4, 1, 1], elementwise_affine=False))),
-        "channel_add_conv.1 has no weight or no bias",
-    ),
-    "no bias": (changed(set_part(0, nn.Conv2d(8, 4, 1, bias=False))), "channel_add_conv.0 has no bias"),
-    "groups": (
-        changed(set_part(0, nn.Conv2d(8, 4, 1, groups=2))),
-        "channel_add_conv.0 is no plain 1x1 convolution",
-    ),
     "linear": (changed(set_part(0, nn.Linear(8, 4))), "channel_add_conv.0 is a Linear, not a Conv2d"),
     "hook": (changed(lambda b: b.conv_mask.register_forward_hook(print)), "conv_mask has a hook"),
     "old weight norm": (
         changed(lambda b: nn.utils.weight_norm(b.channel_add_conv[3])),
         "channel_add_conv.3 has a hook",
     ),
-    "another structure": (changed(lambda b: delattr(b, "softmax")), "it is built differently: "),
+    "another structure": (changed(lambda b: delattr(b, "conv_mask")), "it is built differently: "),
+    "dropout": (changed(set_part(2, nn.Sequential(nn.ReLU(), nn.Dropout()))), "activation Sequential"),
 }
+
+BY_WHAT_THEY_COMPUTE = {
+    "activation": nn.GELU(),
+    "another activation": nn.SiLU(),
+    "norm": (1, nn.BatchNorm2d(4)),
+    "norm without weight": (1, nn.LayerNorm([4, 1, 1], elementwise_affine=False)),
+    "no bias": (0, nn.Conv2d(8, 4, 1, bias=False)),
+    "groups": (0, nn.Conv2d(8, 4, 1, groups=2)),
+}
+
+
+@pytest.mark.parametrize("case", BY_WHAT_THEY_COMPUTE)
+def test_what_the_reader_leaves_is_recognized(random, case):
+    part = BY_WHAT_THEY_COMPUTE[case]
+    place, module = part if isinstance(part, tuple) else (2, part)
+    net = awake(nn.Sequential(changed(set_part(place, module))))
+    x = random(2, 8, 9, 7)
+    expected = step(copy.deepcopy(net), x)
+    report = gc_cuda.accelerate(net)
+    assert report.accelerated == ["0"] and report.entries[0].formula.startswith("x + ")
+    with Spy() as spy:
+        assert_same(step(net, x), expected)
+    assert any(name.startswith("gc_cuda::") for name in spy.names())
+    gc_cuda.restore(net)
+    assert type(net[0]) is ContextBlock
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
@@ -208,12 +222,15 @@ def test_left_alone_with_a_reason(case):
     assert type(block) is kind
 
 
-def test_two_different_eps_are_left_alone():
+def test_two_different_eps_are_no_operation_of_ours():
+    """The block's own middle runs then, and the pooling and the broadcast fused around it."""
     block = ContextBlock(8, 1 / 2, "att", ("channel_add", "channel_mul"))
     block.channel_mul_conv[1].eps = 1e-3
-    assert gc_cuda.accelerate(block).left_alone[""] == "its norms have different eps, [1e-05, 0.001]"
+    report = gc_cuda.accelerate(block)
+    assert report.accelerated == [""] and report.entries[0].formula.startswith("x * s + t, ")
+    gc_cuda.restore(block)
     block.channel_add_conv[1].eps = 1e-3
-    assert gc_cuda.accelerate(block).accelerated == [""]
+    assert gc_cuda.accelerate(block).entries[0].formula.startswith("x * sigmoid(W2 relu(LN(W1 attention(x)")
 
 
 def test_changes_after_accelerate_are_seen(random):
@@ -241,14 +258,15 @@ def test_changes_after_accelerate_are_seen(random):
 
 
 def test_the_report_prints_as_a_table():
-    report = gc_cuda.accelerate(
-        nn.ModuleDict({"good": ContextBlock(8, 1 / 2), "bad": changed(set_part(2, nn.GELU()))})
-    )
+    bad = changed(set_part(2, nn.Sequential(nn.ReLU(), nn.Dropout())))
+    report = gc_cuda.accelerate(nn.ModuleDict({"good": ContextBlock(8, 1 / 2), "bad": bad}))
+    formula = "x + W2 relu(LN(W1 attention(x) + b1)) + b2"
     assert str(report).splitlines() == [
-        "name  class                                     what was done  reason",
-        "----  ----------------------------------------  -------------  ---------------",
-        f"good  {MODULE}.ContextBlock  accelerated",
-        f"bad   {MODULE}.ContextBlock  left alone     activation GELU",
+        f"name  class                                     what was done  {'formula':{len(formula)}}  reason",
+        f"----  ----------------------------------------  -------------  {'-' * len(formula)}  "
+        "---------------------",
+        f"good  {MODULE}.ContextBlock  accelerated    {formula}",
+        f"bad   {MODULE}.ContextBlock  left alone     {'':{len(formula)}}  activation Sequential",
         "1 of 2 blocks run fused",
     ]
     assert "no global context" in str(gc_cuda.accelerate(nn.ReLU()))
