@@ -123,27 +123,31 @@ def _judge(block: nn.Module, channels: int | None) -> Verdict:
     known = [_verdicts[one] for one in signatures.values() if one in _verdicts]
     if len(known) == 2:
         return next((one for one in known if one.plan is None), known[0])
-    width = channels or channels_of(block) or _SOME_CHANNELS
     try:
         twin = tracing.copy_of(block)
     except Unserved as unserved:
         return Verdict(None, str(unserved))
-    if tracing.shape_of(twin.eval(), width) != torch.Size(tracing.sizes(width)):
-        if channels is None and channels_of(block) is None:
+    by_weights = channels_of(block)
+    guesses = [channels] if channels else by_weights or [_SOME_CHANNELS]
+    twin.eval()
+    width = next((c for c in guesses if tracing.shape_of(twin, c) == torch.Size(tracing.sizes(c))), None)
+    if width is None:
+        if channels is None and not by_weights:
             return Verdict(None, "its weights do not tell its channels: pass accelerate(model, example=…)", True)
         return Verdict(None)
-    verdicts = [_of_mode(twin.train(mode), width, unsound) for mode in (True, False)]
+    is_any = channels is None and not by_weights
+    verdicts = [_of_mode(twin.train(mode), width, is_any, unsound) for mode in (True, False)]
     verdict = next((one for one in verdicts if one.plan is None), verdicts[0])
     for signature, own in zip(signatures.values(), verdicts):
         _verdicts[signature] = own if verdict.plan is not None else verdict
     return verdict
 
 
-def _of_mode(twin: Any, channels: int, unsound: str) -> Verdict:
-    """The verdict on a copy in the mode in which it is."""
+def _of_mode(twin: Any, channels: int, is_any: bool, unsound: str) -> Verdict:
+    """The verdict on a copy in the mode in which it is; is_any: perhaps it takes any number of channels."""
     attends = True  # as far as is known: it may pool, and gives a map like its input
     try:
-        traced = tracing.trace(twin, channels)
+        traced = tracing.trace(twin, channels, of_any_channels=is_any)
         attends = sight.is_attention(traced.graph)
         formula = formula_of(traced)
         if traced.complaint:

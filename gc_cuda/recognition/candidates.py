@@ -43,15 +43,14 @@ def is_candidate(module: nn.Module) -> bool:
     return has_weights and any(map(_may_pool, module.modules()))
 
 
-def channels_of(module: nn.Module) -> int | None:
-    """The channels of its input, by its first weight; None where that does not tell."""
-    for part in module.modules():
-        if isinstance(part, (nn.Conv2d, nn.Linear)):
-            return part.in_channels if isinstance(part, nn.Conv2d) else part.in_features
-    for parameter in module.parameters():
-        if parameter.dim() in (2, 4):
-            return parameter.shape[1]
-    return None
+def channels_of(module: nn.Module) -> list[int]:
+    """What the channels of its input may be by its weights: those that its first layer reads come first."""
+    found: dict[int, None] = {}
+    for place in (1, 0):
+        for parameter in module.parameters():
+            if parameter.dim() in (2, 4):
+                found[parameter.shape[place]] = None
+    return list(found)
 
 
 def _may_pool(part: nn.Module) -> bool:

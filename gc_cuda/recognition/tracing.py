@@ -88,8 +88,8 @@ def shape_of(block: Any, channels: int) -> torch.Size | None:
     return out.shape if isinstance(out, Tensor) else None
 
 
-def trace(block: Any, channels: int) -> Traced:
-    """The graph of ``block``, a copy.
+def trace(block: Any, channels: int, *, of_any_channels: bool = False) -> Traced:
+    """The graph of ``block``, a copy, for that many channels; of_any_channels: for others too, if it can be.
 
     Raises:
         Unserved: if it cannot be traced.
@@ -102,6 +102,8 @@ def trace(block: Any, channels: int) -> Traced:
             names.setdefault(id(tensor), (path, name))
 
     def forward(x: Tensor) -> Any:
+        if not of_any_channels:
+            assert x.shape[1] == channels  # from now on it is a number, and no symbol
         return block.forward(x)
 
     x = torch.rand(sizes(channels), dtype=torch.float64, device="cpu")
