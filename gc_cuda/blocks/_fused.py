@@ -12,7 +12,7 @@ from torch.fx import Proxy
 
 from gc_cuda import _extension
 from gc_cuda.blocks import _graphs, _parts  # whose classes are looked up in it: a reload makes new ones
-from gc_cuda.blocks._parts import Look, Recipe, Weights
+from gc_cuda.blocks._parts import Look, Recipe
 from gc_cuda.ops import checks
 from gc_cuda.ops.contexts import is_foreign, plain_pytorch_wanted
 from gc_cuda.ops.operands import ACCUMULATION, filled
@@ -145,7 +145,7 @@ def _look(block: Any, read: Read) -> _Known:
 
 
 def _lacks_a_bias(recipe: Recipe) -> bool:
-    """Whether a bias of add or mul is absent now; one that goes later makes an error, and the own forward runs."""
+    """Whether a bias of add or mul is absent now; if one goes later, an error lets the own forward run."""
     _, *branches = recipe.parameters()
     return any(part._parameters.get(name, part) is None for names in branches for part, name in names)
 

@@ -12,7 +12,8 @@ from gc_cuda.blocks._fused import Read, recipe_of, run
 from gc_cuda.blocks._parts import Unserved, left_to_the_compiler
 from gc_cuda.models import kinds, middles, report, swap
 from gc_cuda.models import tails as tail_kinds
-from gc_cuda.models.report import ACCELERATED, ALREADY, BLOCK, LEFT_ALONE, MIDDLE, TAIL, Entry, Report
+from gc_cuda.models.report import ACCELERATED, ALREADY, BLOCK, LEFT_ALONE, MIDDLE, TAIL, Entry
+from gc_cuda.models.report import Report as Report
 from gc_cuda.recognition import blocks as recognition
 
 Entry.__module__ = Report.__module__ = __name__  # public here, in a file of their own
@@ -20,7 +21,9 @@ Entry.__module__ = Report.__module__ = __name__  # public here, in a file of the
 PREFIX = "Accelerated"  # of the names of the classes that are made
 
 
-def accelerate(model: nn.Module, *, tails: bool | None = None, recompute: bool = False, example: Any = None) -> Report:
+def accelerate(
+    model: nn.Module, *, tails: bool | None = None, recompute: bool = False, example: Any = None
+) -> Report:
     """Let the model's blocks run through the fused operation, in place, and the tails that they stand in.
 
     Served is what computes out = x * scale + term, where scale and term are made of the pooled x, the mean of
@@ -28,12 +31,12 @@ def accelerate(model: nn.Module, *, tails: bool | None = None, recompute: bool =
     ``GlobalContext``, ``SEModule`` and ``SqueezeExcite``, torchvision's ``SqueezeExcitation`` and
     mmdetection's ``SELayer`` are known by name; any other module is recognized by its traced graph, whatever
     its class and its attributes are called. Two linear layers or 1x1 convolutions, with or without biases and
-    layer norm, with ReLU, SiLU or Hardswish between and sigmoid or hard sigmoid as the gate are one operation.
-    With anything else between (batch norm, one layer, a convolution over channels, other activations and
-    gates) the pooling and the broadcast run fused around the block's own operations, in training, and with
-    attention always; on CUDA that waits for a GPU (``GC_CUDA_PATHS=around``). docs/recognition.md says what
-    is demanded of such a module. The report names the formula that was found, and of every attention block
-    that it sees and does not serve the reason.
+    layer norm, with ReLU, SiLU or Hardswish between and sigmoid or hard sigmoid as the gate, are one
+    operation. With anything else between (batch norm, one layer, a convolution over channels, other
+    activations and gates) the pooling and the broadcast run fused around the block's own operations, in
+    training, and with attention always; on CUDA that waits for a GPU (``GC_CUDA_PATHS=around``).
+    docs/recognition.md says what is demanded of such a module. The report names the formula that was found,
+    and of every attention block that it sees and does not serve the reason.
 
     A tail is the end of a bottleneck: batch norm, block, addition of the shortcut, ReLU. It is one operation
     (:func:`gc_cuda.bn_context_add_relu`), which keeps what a bottleneck without a block keeps for the
@@ -126,8 +129,8 @@ def accelerate(model: nn.Module, *, tails: bool | None = None, recompute: bool =
 
 
 _BY_NAME_ALONE = (
-    "only blocks of classes that gc_cuda knows by name were looked for: to recognize others by what they compute wants "
-    f"torch {'.'.join(map(str, recognition.OLDEST_TORCH))} or newer"
+    "only blocks of classes that gc_cuda knows by name were looked for: to recognize others by what they "
+    f"compute wants torch {'.'.join(map(str, recognition.OLDEST_TORCH))} or newer"
 )
 
 
@@ -176,7 +179,7 @@ class _Part(NamedTuple):
 
     name: str
     module: nn.Module
-    found: kinds.Found | None  # None: of no such class
+    found: Any  # kinds.Found; None: of no such class
     part: str
     verdict: recognition.Verdict | None = None  # of a block that was judged by what it computes
 

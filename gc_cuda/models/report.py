@@ -88,7 +88,9 @@ class Report(NamedTuple):
         return "\n".join(filter(None, [lines[0], rule, *lines[1:], *totals, self.remark]))
 
 
-_NONE = "no global context, squeeze-and-excitation or other block that scales or shifts a map by what it pools"
+_NONE = (
+    "no global context, squeeze-and-excitation or other block that scales or shifts a map by what it pools"
+)
 _HEADS = ("name", "class", "what was done", "formula", "reason", "under torch.compile")
 
 
@@ -108,7 +110,9 @@ def formula_of(recipe: Any) -> str:
 def _transform(names: Any, activation: str, pooled: str) -> str:
     if not names:
         return ""
-    first, last = ("" if _is_absent(*names[place]) else f" + {word}" for place, word in ((1, "b1"), (-1, "b2")))
+    first, last = (
+        "" if _is_absent(*names[place]) else f" + {word}" for place, word in ((1, "b1"), (-1, "b2"))
+    )
     hidden = f"W1 {pooled}{first}"
     return f"W2 {activation}({f'LN({hidden})' if len(names) > 4 else hidden}){last}"
 

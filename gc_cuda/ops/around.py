@@ -46,7 +46,7 @@ def around(x: Tensor, middle: Middle, mask: tuple[Tensor, Tensor | None] | None 
     Args:
         x: [N, C, H, W].
         middle: of the context, [N, C] in x's dtype. It is called once, and autograd records what it does.
-        mask: weight and bias of the 1x1 convolution that gives the logits of attention pooling; None: the mean.
+        mask: weight and bias of the 1x1 convolution for the logits of attention pooling; None: the mean.
 
     Returns:
         out, [N, C, H, W]; it may be changed in place.
@@ -88,7 +88,9 @@ def _around_attention(x: Tensor, middle: Middle, mask: tuple[Tensor, Tensor | No
     if scale is None:
         assert term is not None
         return functional.broadcast_add(x, term)
-    return functional.broadcast_mul(x, scale) if term is None else functional.broadcast_mul_add(x, scale, term)
+    return (
+        functional.broadcast_mul(x, scale) if term is None else functional.broadcast_mul_add(x, scale, term)
+    )
 
 
 def _is_served(x: Any) -> bool:

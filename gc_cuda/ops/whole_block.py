@@ -23,7 +23,9 @@ class Policy(NamedTuple):
     activation: int
     gate: int
 
-    lacks_bias = False
+    @property
+    def lacks_bias(self) -> bool:
+        return False
 
     def words(self) -> dict[str, Any]:
         """The same as arguments of the reference."""
@@ -35,7 +37,9 @@ class Policy(NamedTuple):
 class PolicyWithoutBias(Policy):
     """That of a block where a linear layer may have no bias: zeros are put in its place."""
 
-    lacks_bias = True
+    @property
+    def lacks_bias(self) -> bool:
+        return True
 
 
 def policy_of(activation: str, gate: str, eps: float) -> Policy:

@@ -133,7 +133,9 @@ def _judge(block: nn.Module, channels: int | None) -> Verdict:
     width = next((c for c in guesses if tracing.shape_of(twin, c) == torch.Size(tracing.sizes(c))), None)
     if width is None:
         if channels is None and not by_weights:
-            return Verdict(None, "its weights do not tell its channels: pass accelerate(model, example=…)", True)
+            return Verdict(
+                None, "its weights do not tell its channels: pass accelerate(model, example=…)", True
+            )
         return Verdict(None)
     is_any = channels is None and not by_weights
     verdicts = [_of_mode(twin.train(mode), width, is_any, unsound) for mode in (True, False)]

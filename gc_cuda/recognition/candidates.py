@@ -1,4 +1,4 @@
-"""Which modules are worth a trace: small ones that may pool over pixels. It only looks at classes and shapes."""
+"""Which modules are worth a trace: small ones that may pool, by their classes and shapes."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ _MOST_TENSORS = 24
 _FEW = 2  # channels of a map that a convolution over pixels may read: those of spatial attention
 
 # Words of code that may pool, or weigh pixels.
-_POOLS = frozenset(
-    "mean sum avg_pool2d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d max amax adaptive_max_pool2d softmax "
-    "std var norm einsum".split()
-)
+_POOL_NAMES = """
+    mean sum avg_pool2d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d max amax
+    adaptive_max_pool2d softmax std var norm einsum
+"""
+_POOLS = frozenset(_POOL_NAMES.split())
 _POOLING_MODULES = (
     *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d, nn.AdaptiveMaxPool2d),
     *(nn.AvgPool2d, nn.Softmax, nn.Softmax2d),
@@ -25,9 +26,9 @@ _POOLING_MODULES = (
 
 
 def is_candidate(module: nn.Module) -> bool:
-    """Whether the module may be a block: of a class of its own, with few weights, none of them over pixels."""
+    """Whether the module may be a block: of its own class, with few weights, none of them over pixels."""
     kind = swap.innermost(type(module))
-    if _is_of_torch(kind) or kind.forward is nn.Module.forward:  # type: ignore[comparison-overlap]
+    if _is_of_torch(kind) or kind.forward is nn.Module.forward:
         return False
     tensors = 0
     for number, part in enumerate(module.modules()):
@@ -77,7 +78,9 @@ def _names(kind: type) -> frozenset[str]:
                     _collect(member.__code__, found)
                     for name in list(found):
                         helper = member.__globals__.get(name)
-                        if isinstance(helper, types.FunctionType) and not helper.__module__.startswith("torch"):
+                        if isinstance(helper, types.FunctionType) and not helper.__module__.startswith(
+                            "torch"
+                        ):
                             _collect(helper.__code__, found)
         _names_of[kind] = frozenset(found)
     return _names_of[kind]

@@ -1,8 +1,8 @@
 """A traced graph as a formula: out = x * scale + term, where both are made from the pooled x alone.
 
-Every node is followed by what it is: the map itself, seen in some shape; logits or weights of its pixels; the context;
-something small, without pixels. Spelling does not matter: a ``view``, a ``mean`` in two steps and an ``expand_as`` are
-the same to it as any other way.
+Every node is followed by what it is: the map itself, seen in some shape; logits or weights of its pixels; the
+context; something small, without pixels. Spelling does not matter: a ``view``, a ``mean`` in two steps and an
+``expand_as`` are the same to it as any other way.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ class _Follower:
             elif node.op == "call_function":
                 self.call(node)
             elif node.op == "output":
-                return self.output(node.args[0])
+                return self.output(arguments(node)[0])
         raise AssertionError("a graph has an output")
 
     def output(self, out: Any) -> Formula:
@@ -112,7 +112,9 @@ class _Follower:
         if not isinstance(found, _Map) or found == _Map() or self.dims(out) != "NCHW":
             raise Unserved("its output is not the map after a broadcast")
         if len(self.masks) != 1:
-            raise Unserved("it pools in more than one way" if self.masks else "it does not pool over the pixels")
+            raise Unserved(
+                "it pools in more than one way" if self.masks else "it does not pool over the pixels"
+            )
         for node in (found.scale, found.term):
             if node is not None and not self.values[node].pooled:
                 raise Unserved(f"{_named(node)} does not depend on the pooled map")
@@ -125,9 +127,9 @@ class _Follower:
                 return
             if not isinstance(node.meta.get("val"), (tuple, list)):
                 raise Unserved(f"{_named(node)} is no operation on tensors")
-        if not (isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "aten"):
-            if node.target is not operator.getitem:
-                raise Unserved(f"{_named(node)} is not one of PyTorch's own operations")
+        is_own = isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "aten"
+        if not is_own and node.target is not operator.getitem:
+            raise Unserved(f"{_named(node)} is not one of PyTorch's own operations")
         inputs = [self.values[one] for one in node.all_input_nodes if one in self.values]
         if all(isinstance(one, _Small) for one in inputs):
             self.values[node] = self.small_of(node, inputs)
@@ -155,15 +157,15 @@ class _Follower:
         return _Small(any(one.pooled for one in inputs))
 
     def expand(self, node: fx.Node) -> _Spread | None:
-        source = node.args[0]
+        source = arguments(node)[0]
         return _Spread(source) if isinstance(source, fx.Node) and self.aligned(source, node) else None
 
     def touches_pixels(self, node: fx.Node) -> bool:
-        sizes = [one.meta["val"] for one in node.all_input_nodes if _is_size(one.meta.get("val"))]
+        sizes: list[Any] = [one.meta["val"] for one in node.all_input_nodes if _is_size(one.meta.get("val"))]
         values = node.meta["val"]
         for value in values if isinstance(values, (tuple, list)) else (values,):
             sizes += value.shape if isinstance(value, Tensor) else ()
-        return any(_symbols(size) & self.pixels for size in sizes)
+        return any(not self.pixels.isdisjoint(_symbols(size)) for size in sizes)
 
     def dims(self, node: fx.Node) -> str:
         """The letters of its shape without ones; "?" for a size that is none of x's."""
@@ -178,7 +180,7 @@ class _Follower:
 
     def reduced(self, node: fx.Node, dims: Any) -> str:
         """The letters of the dimensions of the first argument that these numbers name."""
-        letters = self.all_dims(node.args[0])  # type: ignore[arg-type]
+        letters = self.all_dims(arguments(node)[0])
         numbers = dims if isinstance(dims, (list, tuple)) else [dims]
         return "".join(letters[number] for number in numbers).replace("1", "")
 
@@ -189,7 +191,7 @@ class _Follower:
 
     def one_map(self, node: fx.Node, kind: type) -> Any:
         """The value of the first argument, if it is of that kind and no other argument is more than small."""
-        first = self.values.get(node.args[0])  # type: ignore[arg-type]
+        first = self.values.get(arguments(node)[0])
         return first if isinstance(first, kind) else None
 
     def context(self, node: fx.Node, mask: Mask | None) -> _Small:
@@ -198,26 +200,31 @@ class _Follower:
         return _Small(True)
 
 
+def arguments(node: fx.Node) -> tuple[Any, ...]:
+    """Its arguments by position: numbers, nodes, lists of both."""
+    return node.args
+
+
 def is_random(node: fx.Node) -> bool:
     """Whether the operation draws random numbers here."""
     if node.target in (aten.dropout.default, aten.feature_dropout.default, aten.dropout_.default):
-        _, p, train = node.args
+        _, p, train = arguments(node)
         return bool(train) and p != 0
     return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
 def _same_map(self: _Follower, node: fx.Node) -> Any:
     """The same numbers in the same order, in another shape."""
-    value = self.values.get(node.args[0])  # type: ignore[arg-type]
+    value = self.values.get(arguments(node)[0])
     letters = {_Map: _MAP, _Logits: _LOGITS, _Weights: _LOGITS, _Spread: ()}.get(type(value), ())
     if isinstance(value, _Part):
-        return value if self.dims(node) == self.dims(node.args[0]) else None  # type: ignore[arg-type]
+        return value if self.dims(node) == self.dims(arguments(node)[0]) else None
     return value if self.dims(node) in letters else None
 
 
 def _mean(self: _Follower, node: fx.Node) -> Any:
-    value = self.values[node.args[0]]  # type: ignore[index]
-    dims = node.args[1] if len(node.args) > 1 else None
+    value = self.values[arguments(node)[0]]
+    dims = arguments(node)[1] if len(arguments(node)) > 1 else None
     if value == _Map():
         value = _Part(node, True)
     if not isinstance(value, _Part) or not value.is_mean or value.mask is not None or not dims:
@@ -236,8 +243,8 @@ def _left(self: _Follower, node: fx.Node, dims: Any, part: _Part) -> Any:
 
 
 def _sum(self: _Follower, node: fx.Node) -> Any:
-    value = self.values[node.args[0]]  # type: ignore[index]
-    dims = node.args[1] if len(node.args) > 1 else None
+    value = self.values[arguments(node)[0]]
+    dims = arguments(node)[1] if len(arguments(node)) > 1 else None
     if value == _Map():
         value = _Part(node, False)
     if not isinstance(value, _Part) or value.is_mean or not dims:
@@ -247,7 +254,7 @@ def _sum(self: _Follower, node: fx.Node) -> Any:
 
 def _divide(self: _Follower, node: fx.Node) -> Any:
     """A sum over the pixels becomes their mean."""
-    value, divisor = self.values.get(node.args[0]), node.args[1]  # type: ignore[arg-type]
+    value, divisor = self.values.get(arguments(node)[0]), arguments(node)[1]
     if not isinstance(value, _Part) or value.is_mean or value.mask is not None or self.dims(node) != "NC":
         return None
     if not isinstance(divisor, fx.Node) or not _is_size(divisor.meta.get("val")):
@@ -256,16 +263,16 @@ def _divide(self: _Follower, node: fx.Node) -> Any:
 
 
 def _average(self: _Follower, node: fx.Node) -> Any:
-    size = node.args[1]
-    if self.values[node.args[0]] != _Map() or size not in ([1], [1, 1], 1):  # type: ignore[index]
+    size = arguments(node)[1]
+    if self.values[arguments(node)[0]] != _Map() or size not in ([1], [1, 1], 1):
         return None
     return self.context(node, None) if self.dims(node) == "NC" else None
 
 
 def _convolution(self: _Follower, node: fx.Node) -> Any:
     """One logit of each pixel."""
-    x, weight, bias, *_ = (*node.args, None)
-    if self.values.get(x) != _Map() or not is_pointwise(node):  # type: ignore[arg-type]
+    x, weight, bias, *_ = (*arguments(node), None)
+    if self.values.get(x) != _Map() or not is_pointwise(node):
         return None
     if not isinstance(weight, fx.Node) or weight.meta["val"].shape[0] != 1 or self.dims(node) != "NHW":
         return None
@@ -273,45 +280,51 @@ def _convolution(self: _Follower, node: fx.Node) -> Any:
 
 
 def _softmax(self: _Follower, node: fx.Node) -> Any:
-    value, dim = self.values[node.args[0]], node.args[1]  # type: ignore[index]
-    if not isinstance(value, _Logits) or any(one not in (None, False) for one in node.args[2:]) or node.kwargs:
+    value, dim = self.values[arguments(node)[0]], arguments(node)[1]
+    if (
+        not isinstance(value, _Logits)
+        or any(one not in (None, False) for one in arguments(node)[2:])
+        or node.kwargs
+    ):
         return None
     return _Weights(value.mask) if self.reduced(node, dim) == "S" else None
 
 
 def _product(self: _Follower, node: fx.Node) -> Any:
     """The map times the weights, summed over the pixels."""
-    x, weights = node.args
-    value = self.values.get(weights)  # type: ignore[arg-type]
-    if self.values.get(x) != _Map() or not isinstance(value, _Weights):  # type: ignore[arg-type]
+    x, weights = arguments(node)
+    value = self.values.get(weights)
+    if self.values.get(x) != _Map() or not isinstance(value, _Weights):
         return None
-    if not (self.all_dims(x).endswith("CS") and self.all_dims(weights).endswith("S1")):  # type: ignore[arg-type]
+    if not (self.all_dims(x).endswith("CS") and self.all_dims(weights).endswith("S1")):
         return None
     return self.context(node, value.mask) if self.dims(node) == "NC" else None
 
 
 def _einsum(self: _Follower, node: fx.Node) -> Any:
     """The same product, spelled by letters of its author's."""
-    equation, operands = node.args[0], node.args[1]
+    equation, operands = arguments(node)[0], arguments(node)[1]
     labels, arrow, result = str(equation).replace(" ", "").partition("->")
     each = labels.split(",")
     if not arrow or len(each) != 2 or "." in labels:
         return None
     ours: dict[str, str] = {}  # an author's letter: that of the dimension
-    for names, operand in zip(each, operands):  # type: ignore[arg-type]
+    for names, operand in zip(each, operands):
         for name, letter in zip(names, self.all_dims(operand)):
             if ours.setdefault(name, letter) != letter:
                 return None
-    maps = [one for one in operands if self.values.get(one) == _Map()]  # type: ignore[union-attr]
-    masks = [value.mask for value in map(self.values.get, operands) if isinstance(value, _Weights)]  # type: ignore
+    maps = [one for one in operands if self.values.get(one) == _Map()]
+    masks = [value.mask for value in map(self.values.get, operands) if isinstance(value, _Weights)]
     summed = "".join(letter for name, letter in ours.items() if name not in result).replace("1", "")
     kept = "".join(ours[name] for name in result).replace("1", "")
-    return self.context(node, masks[0]) if (len(maps), len(masks), summed, kept) == (1, 1, "S", "NC") else None
+    return (
+        self.context(node, masks[0]) if (len(maps), len(masks), summed, kept) == (1, 1, "S", "NC") else None
+    )
 
 
 def _multiply(self: _Follower, node: fx.Node) -> Any:
     x, other = _ordered(self, node)
-    value, by = self.values.get(x), self.values.get(other)  # type: ignore[arg-type]
+    value, by = self.values.get(x), self.values.get(other)
     if value == _Map() and isinstance(by, _Weights):
         letters = self.all_dims(x).replace("C", "1")
         return _Part(node, False, by.mask) if self.all_dims(other) == letters else None
@@ -319,14 +332,16 @@ def _multiply(self: _Follower, node: fx.Node) -> Any:
     if small is None or not isinstance(value, _Map):
         return None
     if value != _Map():
-        raise Unserved(f"{_named(node)} scales the map after it was {'scaled' if value.scale else 'added to'}")
+        raise Unserved(
+            f"{_named(node)} scales the map after it was {'scaled' if value.scale else 'added to'}"
+        )
     return _Map(scale=small)
 
 
 def _add(self: _Follower, node: fx.Node) -> Any:
     x, other = _ordered(self, node)
-    value = self.values.get(x)  # type: ignore[arg-type]
-    if isinstance(value, _Map) and isinstance(self.values.get(other), _Map):  # type: ignore[arg-type]
+    value = self.values.get(x)
+    if isinstance(value, _Map) and isinstance(self.values.get(other), _Map):
         raise Unserved(f"{_named(node)} adds the map to itself")
     small = _broadcast(self, x, other)
     if small is None or not isinstance(value, _Map) or node.kwargs.get("alpha", 1) != 1:
@@ -338,8 +353,8 @@ def _add(self: _Follower, node: fx.Node) -> Any:
 
 def _ordered(self: _Follower, node: fx.Node) -> tuple[Any, Any]:
     """The two arguments, the map first."""
-    one, other = node.args
-    return (one, other) if isinstance(self.values.get(one), _Map) else (other, one)  # type: ignore[arg-type]
+    one, other = arguments(node)
+    return (one, other) if isinstance(self.values.get(one), _Map) else (other, one)
 
 
 def _broadcast(self: _Follower, x: Any, other: Any) -> fx.Node | None:
@@ -352,10 +367,10 @@ def _broadcast(self: _Follower, x: Any, other: Any) -> fx.Node | None:
 
 def is_pointwise(node: fx.Node) -> bool:
     """Whether a convolution is 1x1, without stride, padding or groups."""
-    weight = node.args[1]
+    weight = arguments(node)[1]
     if not isinstance(weight, fx.Node) or tuple(weight.meta["val"].shape[2:]) != (1, 1):
         return False
-    stride, padding, _, groups, *_ = (*node.args[3:], *(None, None, None, None)[len(node.args[3:]) :])
+    stride, padding, _, groups = (*arguments(node)[3:], None, None, None, None)[:4]
     return (
         stride in (None, [1, 1], [1], 1)
         and padding in (None, [0, 0], [0], 0, "same", "valid")
@@ -366,16 +381,22 @@ def is_pointwise(node: fx.Node) -> bool:
 
 _VIEWS = (
     *(aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints),
-    *(aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.default, aten.squeeze.dims, aten.contiguous.default),
+    *(
+        aten.unsqueeze.default,
+        aten.squeeze.dim,
+        aten.squeeze.default,
+        aten.squeeze.dims,
+        aten.contiguous.default,
+    ),
     *(aten.clone.default, aten.alias.default, aten.unflatten.int, aten.slice.Tensor),
 )
 _EXPANSIONS = (aten.expand.default, aten.expand_as.default)
 _HANDLERS: dict[Any, Callable[[_Follower, fx.Node], Any]] = {
-    **{view: _same_map for view in _VIEWS},
-    **{target: _Follower.expand for target in _EXPANSIONS},
-    **{target: _average for target in (aten.adaptive_avg_pool2d.default, aten.adaptive_avg_pool1d.default)},
-    **{target: _convolution for target in (aten.conv2d.default, aten.conv2d.padding)},
-    **{target: _product for target in (aten.matmul.default, aten.bmm.default)},
+    **dict.fromkeys(_VIEWS, _same_map),
+    **dict.fromkeys(_EXPANSIONS, _Follower.expand),
+    **dict.fromkeys((aten.adaptive_avg_pool2d.default, aten.adaptive_avg_pool1d.default), _average),
+    **dict.fromkeys((aten.conv2d.default, aten.conv2d.padding), _convolution),
+    **dict.fromkeys((aten.matmul.default, aten.bmm.default), _product),
     aten.einsum.default: _einsum,
     aten.mean.dim: _mean,
     aten.sum.dim_IntList: _sum,
@@ -391,7 +412,9 @@ def _key(size: Any) -> str:
 
 
 def _symbols(size: Any) -> set[str]:
-    return {str(symbol) for symbol in size.node.expr.free_symbols} if isinstance(size, torch.SymInt) else set()
+    return (
+        {str(symbol) for symbol in size.node.expr.free_symbols} if isinstance(size, torch.SymInt) else set()
+    )
 
 
 def _is_size(value: Any) -> bool:

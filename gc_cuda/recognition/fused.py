@@ -1,4 +1,4 @@
-"""Formulas whose small part is the transform of the fused operation: linear, layer norm or none, act, linear, gate."""
+"""Formulas whose small part is the fused operation's: linear, layer norm or none, act, linear, gate."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
-from gc_cuda.recognition.formula import Formula, aten, is_pointwise, is_random
+from gc_cuda.recognition.formula import Formula, arguments, aten, is_pointwise, is_random
 from gc_cuda.recognition.structure import Place
 from gc_cuda.recognition.tracing import Traced
 
@@ -80,13 +80,17 @@ def fused_of(traced: Traced, formula: Formula) -> Fused | None:
         return None
     mask = formula.mask
     return Fused(
-        None if mask is None else (traced.places[mask.weight], mask.bias and traced.places[mask.bias]),
+        None if mask is None else (traced.places[mask.weight], _place(traced, mask.bias)),
         branches["add"],
         branches["mul"],
         next(iter(words["act"])),
         next(iter(words["gate"]), "sigmoid"),
         next(iter(words["eps"]), 0.0),
     )
+
+
+def _place(traced: Traced, node: fx.Node | None) -> Place | None:
+    return None if node is None else traced.places[node]
 
 
 def _branch(
@@ -105,15 +109,11 @@ def _branch(
     words["gate"].update(one.word for one in gate)
     if norm is not None:
         words["eps"].add(norm.eps)
-
-    def place(node: fx.Node | None) -> Place | None:
-        return None if node is None else traced.places[node]
-
-    w1, b1, w2, b2 = (place(node) for node in (*first.tensors, *last.tensors))
+    w1, b1, w2, b2 = (_place(traced, node) for node in (*first.tensors, *last.tensors))
     assert w1 is not None and w2 is not None
     norms = None
     if norm is not None:
-        weight, bias = (place(node) for node in norm.tensors)
+        weight, bias = (_place(traced, node) for node in norm.tensors)
         if weight is None or bias is None:
             return None
         norms = weight, bias
@@ -141,7 +141,7 @@ _Found = tuple["_Step | None", fx.Node, tuple[fx.Node, ...]]
 
 
 def _step(node: fx.Node) -> _Found | None:
-    target, source = node.target, node.args[0] if node.args else None
+    target, source = node.target, arguments(node)[0] if arguments(node) else None
     if not isinstance(source, fx.Node) or node.op != "call_function":
         return None
     if target in _SHAPES_ONLY:
@@ -164,35 +164,36 @@ def _step(node: fx.Node) -> _Found | None:
 
 
 def _operands(node: fx.Node) -> tuple[fx.Node | None, fx.Node | None]:
-    weight, bias = (*node.args[1:3], None)[:2]
+    weight, bias = (*arguments(node)[1:3], None)[:2]
     assert isinstance(weight, fx.Node)
     return weight, bias if isinstance(bias, fx.Node) else None
 
 
 def _layer_norm(node: fx.Node, source: fx.Node) -> _Found | None:
     """Over all of each image's vector."""
-    _, shape, weight, bias, eps, *_ = (*node.args, *(None, None, 1e-5, True)[len(node.args) - 2 :])
+    _, shape, *others = arguments(node)
+    weight, bias, eps = (*others, *(None, None, 1e-5)[len(others) :])[:3]
     vector = [size for size in source.meta["val"].shape[1:] if size != 1]
-    if [size for size in shape if size != 1] != vector or len(shape) != source.meta["val"].dim() - 1:  # type: ignore
+    if [size for size in shape if size != 1] != vector or len(shape) != source.meta["val"].dim() - 1:
         return None
     tensors = tuple(one if isinstance(one, fx.Node) else None for one in (weight, bias))
-    return _Step("norm", "", tensors, float(eps)), source, (node,)  # type: ignore[arg-type]
+    return _Step("norm", "", tensors, float(eps)), source, (node,)
 
 
 def _hard_sigmoid(node: fx.Node, source: fx.Node) -> _Found | None:
     """relu6(x + 3) / 6."""
-    factor = node.args[1]
-    by = {**dict.fromkeys(_DIVISIONS, 6.0), **dict.fromkeys(_PRODUCTS, 1 / 6)}[node.target]
-    clamp, addition = source, source.args[0] if source.args else None
-    limits = tuple(clamp.args[1:3])
+    factor = arguments(node)[1]
+    by = 6.0 if node.target in _DIVISIONS else 1 / 6
+    clamp, addition = source, arguments(source)[0] if arguments(source) else None
+    limits = tuple(arguments(clamp)[1:3])
     if factor != by or not isinstance(addition, fx.Node):
         return None
     if not (clamp.target in _RELU6 or (clamp.target in _CLAMPS and limits == (0, 6))):
         return None
-    if addition.target not in _ADDITIONS or addition.args[1] != 3 or addition.kwargs:
+    if addition.target not in _ADDITIONS or arguments(addition)[1] != 3 or addition.kwargs:
         return None
-    before = addition.args[0]
-    return _Step("gate", "hardsigmoid"), before, (node, clamp, addition)  # type: ignore[return-value]
+    before = arguments(addition)[0]
+    return _Step("gate", "hardsigmoid"), before, (node, clamp, addition)
 
 
 def _width(node: fx.Node) -> int:
@@ -204,7 +205,8 @@ def _same_vectors(node: fx.Node, source: fx.Node) -> bool:
     """Whether both have a vector for each image, the same."""
     shapes = [one.meta["val"].shape for one in (node, source)]
     return all(_is_tensor(one) for one in (node, source)) and all(
-        [str(size) for size in shape if str(size) != "1"] == [str(size) for size in shapes[0] if str(size) != "1"]
+        [str(size) for size in shape if str(size) != "1"]
+        == [str(size) for size in shapes[0] if str(size) != "1"]
         for shape in shapes
     )
 

@@ -1,4 +1,4 @@
-"""How modules of a structure run: as the fused operation, or with pooling and broadcast fused around their own middle."""
+"""How modules of a structure run: as the fused operation, or fused around their own middle."""
 
 from __future__ import annotations
 
@@ -39,7 +39,13 @@ class AroundRecipe(NamedTuple):
     plan: Around
     places: Names
 
-    mask = add = mul = None
+    @property
+    def mask(self) -> None:
+        return None
+
+    @property
+    def mul(self) -> None:
+        return None
 
     def parameters(self) -> tuple[Names, Names, Names]:
         return self.places, (), ()
@@ -50,11 +56,11 @@ class FusedPlan(NamedTuple):
 
     fused: Fused
 
-    def recipe(self, block: nn.Module) -> FusedRecipe | None:
-        """With the modules of that block; None where a bias has no place."""
+    def recipe(self, block: nn.Module) -> FusedRecipe:
+        """With the modules of that block."""
         mask, add, mul, *words = self.fused
-        found = [_places(block, mask), _places(block, _row(block, add)), _places(block, _row(block, mul))]
-        return FusedRecipe(*found, *words)
+        found: Any = (_places(block, mask), _places(block, _row(add)), _places(block, _row(mul)), *words)
+        return FusedRecipe(*found)
 
 
 class Around(NamedTuple):
@@ -71,7 +77,7 @@ class Around(NamedTuple):
         return AroundRecipe(self, _places(block, self.places) or ())
 
     def run(self, block: Any, own_forward: Callable[..., Any], x: Tensor, tensors: Sequence[Any]) -> Any:
-        """The output; that of ``own_forward`` where nothing is gained or the graph does not stand for the call."""
+        """The output; by ``own_forward`` where nothing is gained or the graph does not stand for the call."""
         gains = torch.is_grad_enabled() or self.mask > 0
         if not gains or x.dim() != 4 or self.channels not in (None, x.shape[1]):
             return own_forward(block, x)
@@ -153,7 +159,7 @@ def _word(node: fx.Node) -> str:
     return "" if name in _UNTOLD else name
 
 
-def _row(block: nn.Module, branch: FusedBranch | None) -> tuple[Place, ...] | None:
+def _row(branch: FusedBranch | None) -> tuple[Place, ...] | None:
     """The places of a branch in the operators' order; those of its biases are the linear layers' own."""
     if branch is None:
         return None

@@ -1,7 +1,7 @@
 """What the Python code of a forward reads besides its arguments, from its bytecode.
 
-A traced graph is what the code did once. It stands for later calls only if what the code reads is the same then. So
-whatever could change without being seen, or is not in the graph at all, makes the module unserved.
+A traced graph is what the code did once. It stands for later calls only if what the code reads is the same
+then. So whatever could change without being seen, or is not in the graph at all, makes the module unserved.
 """
 
 from __future__ import annotations
@@ -17,26 +17,28 @@ from torch import Tensor, nn
 from gc_cuda.blocks._parts import Unserved
 
 # Functions of Python that depend on nothing but their arguments.
-_BUILTINS = frozenset(
-    "abs all any bool dict divmod enumerate float int isinstance issubclass len list map max min pow range reversed "
-    "round set slice sorted str sum super tuple zip AssertionError NotImplementedError RuntimeError TypeError "
-    "ValueError NotImplemented None True False Ellipsis".split()
-)
+_BUILTIN_NAMES = """
+    abs all any bool dict divmod enumerate float int isinstance issubclass len list map max min pow range
+    reversed round set slice sorted str sum super tuple zip AssertionError NotImplementedError RuntimeError
+    TypeError ValueError NotImplemented
+"""
+_BUILTINS = frozenset(_BUILTIN_NAMES.split())
 
 # Attributes by which code asks a tensor, or torch, for something that a graph does not record.
-_QUESTIONS = frozenset(
-    "dtype device requires_grad grad grad_fn layout stride storage_offset data_ptr storage untyped_storage "
-    "element_size itemsize nbytes get_device item tolist numpy data retain_grad backward register_hook requires_grad_ "
-    "type to cpu cuda half float double bfloat16 no_grad enable_grad inference_mode set_grad_enabled autocast amp "
-    "default_dtype get_default_dtype set_default_dtype seed manual_seed initial_seed rand randn rand_like randn_like "
-    "randint randperm bernoulli bernoulli_ uniform_ normal_ normal random_ environ getenv version backends "
-    "__version__ __dict__ __class__ _version names grad_mode".split()
-)
+_QUESTION_NAMES = """
+    dtype device requires_grad grad grad_fn layout stride storage_offset data_ptr storage untyped_storage
+    element_size itemsize nbytes get_device item tolist numpy data retain_grad backward register_hook
+    requires_grad_ type to cpu cuda half float double bfloat16 no_grad enable_grad inference_mode set_grad_enabled
+    autocast amp default_dtype get_default_dtype set_default_dtype seed manual_seed initial_seed rand
+    randn rand_like randn_like randint randperm bernoulli bernoulli_ uniform_ normal_ normal random_ environ getenv version backends
+    __version__ __dict__ __class__ _version names grad_mode
+"""
+_QUESTIONS = frozenset(_QUESTION_NAMES.split())
 # … except these, which ask what runs PyTorch's own modules anyway.
 _HARMLESS = frozenset(("is_scripting", "is_tracing", "is_exporting", "is_compiling"))
 
-_WRITES = frozenset(
-    "STORE_ATTR DELETE_ATTR STORE_GLOBAL DELETE_GLOBAL STORE_SUBSCR DELETE_SUBSCR STORE_DEREF DELETE_DEREF".split()
+_WRITES = tuple(
+    f"{how}_{what}" for how in ("STORE", "DELETE") for what in ("ATTR", "GLOBAL", "SUBSCR", "DEREF")
 )
 _SIMPLE = (int, float, str, bytes, type(None), type(Ellipsis))
 
@@ -45,7 +47,7 @@ _ABSENT = object()
 
 
 class Global(NamedTuple):
-    """A global that is read: in which dictionary, and what was there; absent where the name is Python's own."""
+    """A global that is read: in which dictionary, and what was there, if not one of Python's own."""
 
     dictionary: dict[str, Any]
     name: str
@@ -78,7 +80,7 @@ NOTHING = Code(frozenset(), (), (), (), None)
 
 
 def code_of(kind: type[nn.Module], *functions: types.FunctionType) -> Code:
-    """What ``kind.forward`` reads, and those functions, with everything of the class and of its module that they call."""
+    """What ``kind.forward`` and those functions read, with all of the class and its module that they call."""
     return _Reader(kind).result(kind.forward, *functions)
 
 
@@ -138,7 +140,9 @@ class _Reader:
                 self.code(constant, function)
 
     def attribute(self, name: str, function: types.FunctionType) -> None:
-        asks = name in _QUESTIONS or (name.startswith("is_") and (hasattr(Tensor, name) or hasattr(torch, name)))
+        asks = name in _QUESTIONS or (
+            name.startswith("is_") and (hasattr(Tensor, name) or hasattr(torch, name))
+        )
         if asks and name not in _HARMLESS:
             raise Unserved(f"{function.__name__} reads {name}, which no graph records")
         self.attributes.add(name)
@@ -157,7 +161,9 @@ class _Reader:
             if isinstance(found, types.FunctionType):
                 self.function(found)
             elif not _is_constant(found):
-                raise Unserved(f"{function.__name__} reads {name} of the class {base.__name__}, a {_kind(found)}")
+                raise Unserved(
+                    f"{function.__name__} reads {name} of the class {base.__name__}, a {_kind(found)}"
+                )
 
     def a_global(self, name: str, function: types.FunctionType) -> None:
         dictionary = function.__globals__
@@ -174,7 +180,11 @@ class _Reader:
         elif isinstance(value, types.FunctionType):
             self.function(value)
         elif isinstance(value, type):
-            if not (is_of_torch(value.__module__) or value.__module__ == "builtins" or issubclass(value, nn.Module)):
+            if not (
+                is_of_torch(value.__module__)
+                or value.__module__ == "builtins"
+                or issubclass(value, nn.Module)
+            ):
                 raise Unserved(f"{function.__name__} uses the class {value.__name__}")
         elif not (_is_constant(value) or is_of_torch(getattr(value, "__module__", None))):
             raise Unserved(f"{function.__name__} reads the global {name}, a {_kind(value)}")

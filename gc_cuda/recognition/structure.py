@@ -1,7 +1,7 @@
 """The structure of a module: its parts, what they are set to, and where its tensors are.
 
-Modules of one structure compute the same with their own tensors, so that one trace and one proof stand for all. The
-structure is read again in a call only if the notes of it (csrc/python/reading.h) no longer hold.
+Modules of one structure compute the same with their own tensors, so that one trace and one proof stand for
+all. The structure is read again in a call only if the notes of it (csrc/python/reading.h) no longer hold.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def read(look: Look, block: nn.Module, training: bool | None = None) -> Structur
     training: what it would be with all parts in that mode.
 
     Raises:
-        Unserved: if something that its code reads could change unseen, or calling a part does more than its forward.
+        Unserved: if what its code reads could change unseen, or calling a part does more than its forward.
     """
     signature: list[Any] = []
     places: list[Place] = []
@@ -68,7 +68,9 @@ def read(look: Look, block: nn.Module, training: bool | None = None) -> Structur
             look.function(function)
             signature.append(instructions)
         tensors = _tensors(module)
-        held = tuple((name, numbers.setdefault(id(part), len(numbers))) for name, part in module._modules.items())
+        held = tuple(
+            (name, numbers.setdefault(id(part), len(numbers))) for name, part in module._modules.items()
+        )
         shapes = tuple(
             (name, numbers.setdefault(id(tensor), len(numbers)), *_shape(tensor)) for name, tensor in tensors
         )
@@ -89,7 +91,9 @@ def _code(module: nn.Module, kind: type[nn.Module]) -> source.Code:
     if kind.__module__.startswith("torch.nn.") and kind.forward.__module__.startswith("torch."):
         return source.NOTHING
     functions = tuple(
-        value for name, value in vars(module).items() if isinstance(value, types.FunctionType) and name[0] != "_"
+        value
+        for name, value in vars(module).items()
+        if isinstance(value, types.FunctionType) and name[0] != "_"
     )
     key = kind, functions
     if key not in _codes or not _codes[key].holds():

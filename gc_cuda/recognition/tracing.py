@@ -96,7 +96,7 @@ def trace(block: Any, channels: int, *, of_any_channels: bool = False) -> Traced
     """
     from torch.fx.experimental import proxy_tensor  # it takes a second, and few need it
 
-    names = {}
+    names: dict[int, Place] = {}
     for path, module in block.named_modules():
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
             names.setdefault(id(tensor), (path, name))

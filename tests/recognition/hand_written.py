@@ -252,14 +252,18 @@ class MixingSE(ConvSE):
 
     def forward(self, x):
         pooled = x.mean((2, 3), keepdim=True)
-        return x * torch.sigmoid(self.excite(self.nonlinear(self.squeeze(pooled - pooled.mean(0, keepdim=True)))))
+        return x * torch.sigmoid(
+            self.excite(self.nonlinear(self.squeeze(pooled - pooled.mean(0, keepdim=True))))
+        )
 
 
 class DetachedSE(ConvSE):
     """No gradient passes through the pooling."""
 
     def forward(self, x):
-        return x * torch.sigmoid(self.excite(self.nonlinear(self.squeeze(x.mean((2, 3), keepdim=True).detach()))))
+        return x * torch.sigmoid(
+            self.excite(self.nonlinear(self.squeeze(x.mean((2, 3), keepdim=True).detach())))
+        )
 
 
 class Residual(nn.Module):

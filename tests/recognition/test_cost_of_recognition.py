@@ -21,7 +21,10 @@ class Bottleneck(nn.Module):
     def __init__(self, channels):
         super().__init__()
         self.conv1, self.bn1 = nn.Conv2d(channels, channels // 4, 1), nn.BatchNorm2d(channels // 4)
-        self.conv2, self.bn2 = nn.Conv2d(channels // 4, channels // 4, 3, padding=1), nn.BatchNorm2d(channels // 4)
+        self.conv2, self.bn2 = (
+            nn.Conv2d(channels // 4, channels // 4, 3, padding=1),
+            nn.BatchNorm2d(channels // 4),
+        )
         self.conv3, self.bn3 = nn.Conv2d(channels // 4, channels, 1), nn.BatchNorm2d(channels)
 
     def forward(self, x):
@@ -141,7 +144,7 @@ def test_channels_by_an_example(random):
 
 
 def test_an_older_torch_is_told(monkeypatch):
-    """The classes that are known by name are served there, and the report says that others were not looked at."""
+    """Classes known by name are served there, and the report says that others were not looked at."""
     monkeypatch.setattr(torch, "__version__", "2.10.1+cpu")
     net = Residual(ConvSE())
     report = gc_cuda.accelerate(net)
