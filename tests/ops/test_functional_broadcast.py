@@ -155,3 +155,19 @@ def test_multiplication_saves_x_only_for_the_gradient_of_scale(random, device):
     assert saved_elements(lambda: gc_cuda.broadcast_mul(x, scale)) == scale.numel()
     scale.requires_grad_()
     assert saved_elements(lambda: gc_cuda.broadcast_mul(x, scale)) == scale.numel() + x.numel()
+
+
+def test_both_sums_of_one_read(random, shape, layout, dtype, device):
+    """The operator broadcast_sums, of a gradient in NCHW beside an x in either layout."""
+    x, grad = (
+        random(*shape, dtype=dtype, device=device, layout=layout),
+        random(*shape, dtype=dtype, device=device),
+    )
+    wide_x, wide_grad = x.double(), grad.double()
+    of_scale, of_term = torch.ops.gc_cuda.broadcast_sums.default(grad, x)
+    products = wide_grad * wide_x
+    for name, ours, eager, terms in (
+        ("scale", of_scale, (grad * x).sum((2, 3)), products),
+        ("term", of_term, grad.sum((2, 3)), wide_grad),
+    ):
+        assert_close_to_truth(f"grad of {name}", ours, eager, terms.sum((2, 3)), terms.abs().sum((2, 3)))
