@@ -34,7 +34,7 @@ def accelerate(
     layer norm, with ReLU, SiLU or Hardswish between and sigmoid or hard sigmoid as the gate, are one
     operation. With anything else between (batch norm, one layer, a convolution over channels, other
     activations and gates) the pooling and the broadcast run fused around the block's own operations, in
-    training, and with attention always; on CUDA that waits for a GPU (``GC_CUDA_PATHS=around``).
+    training on maps large enough to gain, and with attention always; on CUDA that waits for a GPU (``GC_CUDA_PATHS=around``).
     docs/recognition.md says what is demanded of such a module. The report names the formula that was found,
     and of every attention block that it sees and does not serve the reason.
 

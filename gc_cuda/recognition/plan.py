@@ -19,6 +19,11 @@ from gc_cuda.recognition.structure import Place
 from gc_cuda.recognition.tracing import Traced
 
 
+# The smallest maps on which a training step on the CPU gains from pooling and broadcast around a middle.
+LEAST_NCHW_BYTES = 3_000_000
+LEAST_CHANNELS_LAST_BYTES = 1_500_000
+
+
 class FusedRecipe(NamedTuple):
     """What :class:`gc_cuda.blocks._parts.Recipe` says of a block, for one that was recognized."""
 
@@ -78,10 +83,7 @@ class Around(NamedTuple):
 
     def run(self, block: Any, own_forward: Callable[..., Any], x: Tensor, tensors: Sequence[Any]) -> Any:
         """The output; by ``own_forward`` where nothing is gained or the graph does not stand for the call."""
-        gains = torch.is_grad_enabled() or self.mask > 0
-        if not gains or x.dim() != 4 or self.channels not in (None, x.shape[1]):
-            return own_forward(block, x)
-        if x.is_cuda and not by_kernels(x.device):
+        if x.dim() != 4 or self.channels not in (None, x.shape[1]) or not self.gains(x):
             return own_forward(block, x)
         for tensor, shape in zip(tensors, self.shapes):
             if tensor is None or is_foreign(tensor) or tensor.shape != shape:
@@ -89,6 +91,15 @@ class Around(NamedTuple):
         if self.mask and not all(checks.fits(tensor, x) for tensor in tensors[: self.mask]):
             return own_forward(block, x)
         return self.compute(x, tensors)
+
+    def gains(self, x: Tensor) -> bool:
+        """Whether this is the faster way: bench/results/amd-epyc-around.md."""
+        if x.is_cuda and not by_kernels(x.device):
+            return False
+        if self.mask > 0:
+            return True
+        least = LEAST_NCHW_BYTES if x.is_contiguous() else LEAST_CHANNELS_LAST_BYTES
+        return torch.is_grad_enabled() and (x.is_cuda or x.nbytes >= least)
 
     def compute(self, x: Tensor, tensors: Sequence[Tensor]) -> Tensor:
         of_mask, others = tensors[: self.mask], tensors[self.mask :]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from block_cases import Spy
-from hand_written import BLOCKS, CHANNELS, FunctionalSE, LinearSE, NormedSE, Residual
+from hand_written import BLOCKS, CHANNELS, ECALayer, FunctionalSE, LinearSE, NormedSE, Residual
 from near_misses import NEAR_MISSES
 from torch import nn
 from whole_models import FLOAT32_CONSTANT, assert_same, awake, step
@@ -250,3 +250,20 @@ def outcome(block, x):
         return block(x)
     except Exception as error:
         return type(error), str(error)
+
+
+@pytest.mark.parametrize(("layout", "least"), [("nchw", 3_000_000), ("channels_last", 1_500_000)])
+def test_small_maps_are_the_modules_own(monkeypatch, layout, least):
+    """Where a training step gains nothing, and without gradients, the own forward runs."""
+    monkeypatch.undo()
+    block = ECALayer()
+    gc_cuda.accelerate(block)
+    memory_format = torch.contiguous_format if layout == "nchw" else torch.channels_last
+    for pixels, fused in ((least // 64, True), (least // 64 - 1, False)):  # 64 bytes a pixel
+        x = torch.ones(1, 16, 1, pixels + least % 64).to(memory_format=memory_format).requires_grad_()
+        with Spy() as spy:
+            block(x)
+        assert ("gc_cuda::pixel_sum" in spy.names()) == fused
+        with torch.no_grad(), Spy() as spy:
+            block(x)
+        assert "gc_cuda::pixel_sum" not in spy.names()
