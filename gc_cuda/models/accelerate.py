@@ -34,8 +34,8 @@ def accelerate(
     layer norm, with ReLU, SiLU or Hardswish between and sigmoid or hard sigmoid as the gate, are one
     operation. With anything else between (batch norm, one layer, a convolution over channels, other
     activations and gates) the pooling and the broadcast run fused around the block's own operations, in
-    training on maps large enough to gain, and with attention always; on CUDA that waits for a GPU (``GC_CUDA_PATHS=around``).
-    docs/recognition.md says what is demanded of such a module. The report names the formula that was found,
+    training on maps large enough to gain, and with attention always; on CUDA that waits for a GPU
+    (``GC_CUDA_PATHS=around``). docs/recognition.md says what is demanded of such a module. The report names the formula that was found,
     and of every attention block that it sees and does not serve the reason.
 
     A tail is the end of a bottleneck: batch norm, block, addition of the shortcut, ReLU. It is one operation

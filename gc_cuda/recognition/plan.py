@@ -18,7 +18,6 @@ from gc_cuda.recognition.fused import Fused, FusedBranch, fused_of
 from gc_cuda.recognition.structure import Place
 from gc_cuda.recognition.tracing import Traced
 
-
 # The smallest maps on which a training step on the CPU gains from pooling and broadcast around a middle.
 LEAST_NCHW_BYTES = 3_000_000
 LEAST_CHANNELS_LAST_BYTES = 1_500_000

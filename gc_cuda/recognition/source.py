@@ -29,8 +29,8 @@ _QUESTION_NAMES = """
     dtype device requires_grad grad grad_fn layout stride storage_offset data_ptr storage untyped_storage
     element_size itemsize nbytes get_device item tolist numpy data retain_grad backward register_hook
     requires_grad_ type to cpu cuda half float double bfloat16 no_grad enable_grad inference_mode
-    set_grad_enabled autocast amp default_dtype get_default_dtype set_default_dtype seed manual_seed initial_seed rand
-    randn rand_like randn_like randint randperm bernoulli bernoulli_ uniform_ normal_ normal
+    set_grad_enabled autocast amp default_dtype get_default_dtype set_default_dtype seed manual_seed
+    initial_seed rand randn rand_like randn_like randint randperm bernoulli bernoulli_ uniform_ normal_ normal
     random_ environ getenv version backends __version__ __dict__ __class__ _version names grad_mode
 """
 _QUESTIONS = frozenset(_QUESTION_NAMES.split())

@@ -259,8 +259,9 @@ def test_small_maps_are_the_modules_own(monkeypatch, layout, least):
     block = ECALayer()
     gc_cuda.accelerate(block)
     memory_format = torch.contiguous_format if layout == "nchw" else torch.channels_last
-    for pixels, fused in ((least // 64, True), (least // 64 - 1, False)):  # 64 bytes a pixel
-        x = torch.ones(1, 16, 1, pixels + least % 64).to(memory_format=memory_format).requires_grad_()
+    enough = -(-least // 64)  # of 64 bytes
+    for pixels, fused in ((enough, True), (enough - 1, False)):
+        x = torch.ones(1, 16, 1, pixels).to(memory_format=memory_format).requires_grad_()
         with Spy() as spy:
             block(x)
         assert ("gc_cuda::pixel_sum" in spy.names()) == fused
