@@ -235,6 +235,29 @@ class NormedSE(nn.Module):
         return x * torch.sigmoid(self.middle(self.pool(x)))
 
 
+class CentredSE(nn.Module):
+    """Its middle mixes the images, as a batch norm does."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Conv2d(CHANNELS, CHANNELS, 1)
+
+    def forward(self, x):
+        pooled = x.mean((2, 3), keepdim=True)
+        return x * torch.sigmoid(self.fc(pooled - pooled.mean(0, keepdim=True)))
+
+
+class DetachedSE(nn.Module):
+    """Without a gradient through the pooling."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Conv2d(CHANNELS, CHANNELS, 1)
+
+    def forward(self, x):
+        return x * torch.sigmoid(self.fc(x.mean((2, 3), keepdim=True).detach()))
+
+
 class AddedSE(nn.Module):
     """It adds its term, ungated."""
 
@@ -293,4 +316,6 @@ BLOCKS = {
     "convolution over channels": Block(ECALayer, AROUND),
     "one layer": Block(OneLayerSE, AROUND),
     "batch norm": Block(NormedSE, AROUND),
+    "centred": Block(CentredSE, AROUND),
+    "detached": Block(DetachedSE, AROUND),
 }

@@ -94,10 +94,11 @@ class RowSE(TwoConvs):
         return x * self.scale(x.mean(2, keepdim=True))
 
 
-class BatchMixingSE(TwoConvs):
+class BatchMeanSE(TwoConvs):
+    """The mean over the pixels of all images."""
+
     def forward(self, x):
-        pooled = x.mean((2, 3), keepdim=True)
-        return x * self.scale(pooled - pooled.mean(0, keepdim=True))
+        return x * self.scale(x.mean((0, 2, 3), keepdim=True))
 
 
 class SizeDependentSE(TwoConvs):
@@ -136,7 +137,7 @@ NEAR_MISSES = {
     "spatial attention": NearMiss(SpatialAttention, "mean|channels|max"),
     "fixed kernel": NearMiss(FixedPoolSE, "avg_pool", (7, 7)),
     "one dimension": NearMiss(RowSE, "mean"),
-    "batch-mixing": NearMiss(BatchMixingSE, "batch|mean"),
+    "mean over the batch": NearMiss(BatchMeanSE, "mean"),
     "a size decides": NearMiss(SizeDependentSE, "size"),
     "sum": NearMiss(SumSE, "sum"),
     "mean of squares": NearMiss(SquaredSE, "square|pow|mean"),

@@ -60,7 +60,8 @@ def test_without_gradients(random, name):
     for mode in (torch.no_grad, torch.inference_mode):
         with mode(), Spy() as spy:
             out = ours(x)
-        assert ours_in(spy)
+        # Around a middle nothing would be gained.
+        assert ours_in(spy) if BLOCKS[name].way == FUSED else not ours_in(spy)
         torch.testing.assert_close(out, plain(x), rtol=1e-10, atol=1e-10)
 
 

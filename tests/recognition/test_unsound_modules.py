@@ -26,11 +26,10 @@ REASONS = {
     "batch size": "size",
     "environment": "environ",
     "item": "item",
-    "tensor as condition": "",  # in PyTorch's words
-    "detached": "detach",
+    "tensor as condition": "traced",
     "no_grad inside": "grad",
     "in place": "mul_",
-    "another precision": "",
+    "another precision": "float",
     "mode of autograd": "grad",
 }
 

@@ -116,13 +116,6 @@ class DataSE(TwoConvs):
         return x * self.scale(pooled)
 
 
-class DetachedSE(TwoConvs):
-    """The same output, other gradients."""
-
-    def forward(self, x):
-        return x * self.scale(x.mean((2, 3), keepdim=True).detach())
-
-
 class NoGradSE(TwoConvs):
     def forward(self, x):
         with torch.no_grad():
@@ -170,7 +163,6 @@ UNSOUND = {
     "environment": EnvironmentSE,
     "item": ItemSE,
     "tensor as condition": DataSE,
-    "detached": DetachedSE,
     "no_grad inside": NoGradSE,
     "in place": InPlaceSE,
     "another precision": DoubleSE,
