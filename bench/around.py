@@ -96,16 +96,15 @@ def calls_of(work: str, x: Tensor, grad: Tensor, middle: nn.Module) -> dict[str,
     return {variant: lambda variant=variant: call(variant) for variant in (EAGER, AROUND)}
 
 
-def measured(size: tuple[int, int, int], layout: str, options: argparse.Namespace) -> list[Row]:
-    """Every middle on maps of one size and layout."""
+def measured(shape: list[int], layout: str, options: argparse.Namespace) -> list[Row]:
+    """Every middle on maps of one shape and layout."""
     torch.manual_seed(0)
-    shape = [options.batch, *size]
     x, grad = (torch.randn(shape).contiguous(memory_format=LAYOUTS[layout]) for _ in range(2))
     x.requires_grad_()
     rows = []
     for work in options.passes:
         for name in options.middles:
-            middle = MIDDLES[name](size[0]).train(work == "training")
+            middle = MIDDLES[name](shape[1]).train(work == "training")
             calls = calls_of(work, x, grad, middle)
             for one, other in zip(*(call() for call in calls.values())):
                 torch.testing.assert_close(one, other, rtol=0, atol=1e-3 * float(other.detach().abs().max()))
@@ -138,7 +137,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument("--middles", nargs="+", choices=MIDDLES, default=list(MIDDLES))
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
-    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--batches", nargs="+", type=int, default=[8, 2])
     parser.add_argument("--seconds", type=float, default=0.5, help="for each variant")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--reuse-pages", action="store_true", help="the process keeps freed memory")
@@ -148,13 +147,14 @@ def main(arguments: list[str] | None = None) -> int:
         gc_cuda.keep_pages()
     device = platform.processor() or "CPU"
     pages = "reused pages" if options.reuse_pages else "fresh pages"
-    setting = f"batch {options.batch}, float32, {pages}"
+    setting = f"float32, {pages}"
     print(f"{device}, torch {torch.__version__}, {torch.get_num_threads()} threads; {setting}\n")
     rows = [
         row
         for layout in options.layouts
+        for batch in options.batches
         for size in options.sizes
-        for row in measured(SIZES[size], layout, options)
+        for row in measured([batch, *SIZES[size]], layout, options)
     ]
     rows.sort(key=lambda row: PASSES.index(row.work))
     print(table(rows))

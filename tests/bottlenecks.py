@@ -47,7 +47,7 @@ class MmdetBottleneck(TorchvisionBottleneck):
     def __init__(self, channels, downsample=None, with_cp=False, after_conv2=(), after_conv3=()):
         super().__init__(channels, downsample)
         self.norm1_name, self.norm2_name, self.norm3_name = "bn1", "bn2", "bn3"
-        self.with_cp, self.with_plugins = with_cp, bool(after_conv3)
+        self.with_cp, self.with_plugins = with_cp, bool(after_conv2 or after_conv3)
         self.after_conv1_plugin_names = []
         self.after_conv2_plugin_names = [self._plugin(*one) for one in after_conv2]
         self.after_conv3_plugin_names = [self._plugin(*one) for one in after_conv3]
@@ -68,6 +68,8 @@ class MmdetBottleneck(TorchvisionBottleneck):
     def forward(self, x):
         def inner(x):
             out = self.relu(self.norm1(self.conv1(x)))
+            if self.with_plugins:
+                out = self.forward_plugin(out, self.after_conv1_plugin_names)
             out = self.relu(self.norm2(self.conv2(out)))
             if self.with_plugins:
                 out = self.forward_plugin(out, self.after_conv2_plugin_names)

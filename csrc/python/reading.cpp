@@ -171,6 +171,9 @@ class Reading {
     entries_.push_back({dict, key, py::reinterpret_borrow<py::object>(item(dict.ptr(), key))});
   }
 
+  // The instructions of a function in Python.
+  void function(const py::object& function, const py::object& code) { functions_.push_back({function, code}); }
+
   // The parameters, in the order in which current() returns them, and the group that each is of.
   void parameter(const py::object& module, const py::str& name, int group) {
     TORCH_CHECK(group >= 0 && group < kGroups, "group must be one of 0 to ", kGroups - 1, ", got ", group);
@@ -187,6 +190,9 @@ class Reading {
     }
     for (const Entry& entry : entries_) {
       if (item(entry.dict.ptr(), entry.key) != entry.value.ptr()) return py::none();
+    }
+    for (const auto& [function, code] : functions_) {
+      if (PyFunction_GetCode(function.ptr()) != code.ptr()) return py::none();
     }
     for (const Seen& one : seen_) {
       if (!holds(one)) return py::none();
@@ -257,6 +263,7 @@ class Reading {
 
   std::vector<py::object> empty_;
   std::vector<Entry> entries_;
+  std::vector<std::pair<py::object, py::object>> functions_;
   std::vector<Seen> seen_;
   std::vector<Wanted> parameters_;
   Py_ssize_t counts_[kGroups] = {};
@@ -273,6 +280,7 @@ void bind_reading(pybind11::module_& module) {
       .def("all_children", &Reading::all_children, "The module's children were looked at, all, in their order.")
       .def("empty", &Reading::empty, "The dictionary was found empty.")
       .def("entry", &Reading::entry, "What the dictionary holds under that name was looked at; it may be absent.")
+      .def("function", &Reading::function, "The function in Python was read, and had these instructions.")
       .def("parameter", &Reading::parameter, "A parameter that the block computes with, and its group.")
       .def("current", &Reading::current,
            "None if anything has changed; else (whether x and the parameters fit, and the parameters, by groups).");

@@ -8,9 +8,10 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from gc_cuda import _extension
-from gc_cuda.blocks import _parts  # whose classes are looked up in it: a reload makes new ones
+from gc_cuda.blocks import _graphs, _parts  # whose classes are looked up in it: a reload makes new ones
 from gc_cuda.blocks._parts import Look, Recipe, Weights
 from gc_cuda.ops import checks
 from gc_cuda.ops.contexts import is_foreign, plain_pytorch_wanted
@@ -35,11 +36,15 @@ def run(block: Any, read: Read, own_forward: Callable[..., Any], x: Any, *, stri
     """The output of ``block``, whose forward without us is ``own_forward(block, x)``.
 
     strict: an x that does not fit the parameters is an error in our words, and not left to ``own_forward``.
-    Under torch.compile some kinds of blocks run ``own_forward`` after the checks.
+    Under torch.compile some kinds of blocks run ``own_forward`` after the checks. While torch.fx traces, the
+    output is a node that calls the block, where the graph can have one.
     """
     if plain_pytorch_wanted() or is_foreign(x):
         return own_forward(block, x)
     if not isinstance(x, Tensor):
+        if isinstance(x, Proxy):
+            node = _graphs.node_of(block, x)
+            return own_forward(block, x) if node is None else node
         if strict:
             checks.feature_map(x)
         return own_forward(block, x)

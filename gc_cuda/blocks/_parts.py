@@ -116,6 +116,11 @@ class Look:
         if self.notes is not None:
             self.notes.entry(dictionary, name)
 
+    def function(self, function: Any) -> None:
+        """Take a note of the instructions of a function in Python."""
+        if self.notes is not None:
+            self.notes.function(function, function.__code__)
+
     def children(self, module: nn.Module) -> list[Any]:
         """Every part, in order."""
         if self.notes is not None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from gc_cuda import reference
@@ -44,23 +43,19 @@ class ContextBlock(reference.ContextBlock):
             TypeError: for a dtype that does not, or for what is not a dense tensor.
             ImportError: where the extension is missing or lacks CUDA; it says what to run.
         """
-        if isinstance(x, torch.fx.Proxy):
-            return _node_of(self, x)
         return _fused.run(self, _read, reference.ContextBlock.forward, x, strict=True)
+
+    def init_weights(self) -> None:
+        """What :meth:`reset_parameters` does: a new block is the identity again.
+
+        mmengine calls it after the ``init_cfg`` of the model that holds the block has filled every
+        convolution.
+        """
+        self.reset_parameters()
 
 
 def _read(look: Look, block: Any) -> Recipe:
     return context_block(look, block, attends=look.child(block, "conv_mask") is not None)
-
-
-def _node_of(block: ContextBlock, x: Any) -> Any:
-    """The call of the block as one node of a torch.fx graph, as torch.fx does it for modules of torch.nn."""
-    path = x.tracer.path_of_module(block)
-    if not path:
-        raise TypeError(
-            f"symbolic_trace needs a model that holds the block, got the {type(block).__name__} itself"
-        )
-    return x.tracer.create_proxy("call_module", path, (x,), {})
 
 
 KINDS = {"gc_cuda.blocks.context.ContextBlock": Kind(_read, ("forward", "spatial_pool"))}

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn import functional
 
 from gc_cuda import _values
-from gc_cuda.blocks import _fused
+from gc_cuda.blocks import _fused, _graphs
 from gc_cuda.blocks._parts import Look, Unserved, Weights, convolution
 from gc_cuda.ops import checks
 from gc_cuda.ops.functional import attention_pool, broadcast_add
@@ -172,6 +173,8 @@ class SimplifiedNonLocalBlock(nn.Module):
             context = attention_pool(x, mask_weight, mask_bias)
             # As a convolution, whose weight gets a gradient of its own strides.
             return broadcast_add(x, functional.conv2d(context[:, :, None, None], value, bias))
+        if isinstance(x, Proxy) and (node := _graphs.node_of(self, x)) is not None:
+            return node
         attention = self.conv_mask(x).flatten(2).softmax(2).transpose(1, 2)  # [N, S, 1]
         context = torch.matmul(x.flatten(2), attention)  # [N, C, 1]
         return x + self.conv_value(context.unsqueeze(-1))

@@ -15,15 +15,7 @@ from gc_cuda import blocks
 
 
 class ContextBlock(blocks.ContextBlock):
-    """:class:`gc_cuda.ContextBlock` under mmengine's initialisation.
-
-    A backbone's ``init_cfg`` reaches into its blocks and fills every convolution; afterwards it calls the
-    ``init_weights`` of those modules that have one. That makes a new block the identity again.
-    """
-
-    def init_weights(self) -> None:
-        """What :meth:`reset_parameters` does."""
-        self.reset_parameters()
+    """:class:`gc_cuda.ContextBlock`; a class of its own, because pickles name it."""
 
 
 def _registry() -> Any:

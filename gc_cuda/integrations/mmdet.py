@@ -18,6 +18,7 @@ from gc_cuda.blocks._parts import (
     mean_over_pixels,
     name_of,
 )
+from gc_cuda.blocks._positions import InsertKind
 from gc_cuda.blocks._tail import Places, TailKind
 
 _CONV_MODULE = ("mmcv.cnn.bricks.conv_module", "ConvModule")
@@ -80,8 +81,11 @@ def _checkpoints(bottleneck: Any, x: Tensor) -> bool:
     return bottleneck.with_cp and x.requires_grad
 
 
+_BOTTLENECK = "mmdet.models.backbones.resnet.Bottleneck"  # from which ResNeXt's derives
+
+INSERTS = {_BOTTLENECK: InsertKind()}
 TAILS = {
-    "mmdet.models.backbones.resnet.Bottleneck": TailKind(
+    _BOTTLENECK: TailKind(
         _places,
         _stem,
         ("forward", "forward_plugin", "norm1", "norm2", "norm3"),

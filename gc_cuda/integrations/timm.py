@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from gc_cuda.blocks._parts import (
     one_eps,
     squeeze_excite,
 )
+from gc_cuda.blocks._positions import InsertKind, plugins_after, through
 from gc_cuda.blocks._tail import Places, TailKind
 
 _LAYER_NORM = (
@@ -87,16 +88,6 @@ def _read_senet(look: Look, block: Any) -> Recipe:
     return squeeze_excite(look, block, "fc1", "relu", "fc2", "sigmoid")
 
 
-SLOT = "se"  # timm's own forward runs what stands there after the last norm
-BOTTLENECK_FORWARD = None
-
-
-def bottleneck_class() -> Any:
-    """timm's Bottleneck, or None before anyone has imported it."""
-    module = sys.modules.get("timm.models.resnet")
-    return None if module is None else module.Bottleneck
-
-
 # Before 0.9 the layers were in timm.models.layers, and the private modules had no underscore.
 KINDS = {
     "timm.layers.global_context.GlobalContext": Kind(_read_global_context),
@@ -124,10 +115,38 @@ def convolution_and_norm(look: Look, module: Any, where: str) -> None:
         raise Unserved(f"{where} has anti-aliasing")
 
 
+SLOT = "se"  # timm's own forward runs what stands there after the last norm
+
+
 def _bottleneck_stem(bottleneck: Any, x: Tensor) -> Tensor:
     out = bottleneck.act1(bottleneck.bn1(bottleneck.conv1(x)))
+    out = through(bottleneck, plugins_after(bottleneck, "after_conv1"), out)
     out = bottleneck.drop_block(bottleneck.bn2(bottleneck.conv2(out)))
-    return bottleneck.conv3(bottleneck.aa(bottleneck.act2(out)))
+    out = bottleneck.aa(bottleneck.act2(out))  # aa has the stride of conv2, where it is no identity
+    return bottleneck.conv3(through(bottleneck, plugins_after(bottleneck, "after_conv2"), out))
+
+
+def _bottleneck_forward() -> Callable[..., Tensor]:
+    """The forward of a Bottleneck with blocks after conv1 and conv2, which timm's has no place for."""
+
+    def forward(self: Any, own_forward: Callable[..., Tensor], x: Tensor) -> Tensor:
+        out = self.bn3(_bottleneck_stem(self, x))
+        for name in (SLOT, "drop_path"):
+            if getattr(self, name) is not None:
+                out = getattr(self, name)(out)
+        out += x if self.downsample is None else self.downsample(x)
+        return self.act3(out)
+
+    return forward
+
+
+INSERTS = {
+    "timm.models.resnet.Bottleneck": InsertKind(
+        _bottleneck_forward,
+        SLOT,
+        ("conv1", "bn1", "act1", "conv2", "bn2", "drop_block", "act2", "aa", "conv3", "bn3", "act3"),
+    )
+}
 
 
 def _basic_stem(block: Any, x: Tensor) -> Tensor:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from gc_cuda.blocks._middle import Middle, MiddleKind
 from gc_cuda.blocks._parts import Kind, Look, Recipe, Unserved, mean_over_pixels, name_of, squeeze_excite
+from gc_cuda.blocks._positions import NAME, InsertKind, plugins_after, through
 from gc_cuda.blocks._tail import Places, TailKind
 
 
@@ -18,38 +18,38 @@ def _read(look: Look, block: Any) -> Recipe:
     return squeeze_excite(look, block, "fc1", "activation", "fc2", "scale_activation")
 
 
-SLOT = "context_block"  # mmdetection's name
-
-
-def bottleneck_class() -> Any:
-    """torchvision's Bottleneck, or None before anyone has imported it."""
-    module = sys.modules.get("torchvision.models.resnet")
-    return None if module is None else module.Bottleneck
+def _plugins(bottleneck: Any, position: str) -> Sequence[str]:
+    """The names of the blocks there; gc_cuda 0.1.0 had one position, and pickled none."""
+    if position == "after_conv3" and "with_plugins" not in bottleneck.__dict__ and hasattr(bottleneck, NAME):
+        return (NAME,)
+    return plugins_after(bottleneck, position)
 
 
 def _stem(bottleneck: Any, x: Tensor) -> Tensor:
     out = bottleneck.relu(bottleneck.bn1(bottleneck.conv1(x)))
+    out = through(bottleneck, plugins_after(bottleneck, "after_conv1"), out)
     out = bottleneck.relu(bottleneck.bn2(bottleneck.conv2(out)))
+    out = through(bottleneck, plugins_after(bottleneck, "after_conv2"), out)
     return bottleneck.conv3(out)
 
 
 def _bottleneck_forward() -> Callable[..., Tensor]:
-    """The forward of a Bottleneck with a block in its slot."""
+    """The forward of a Bottleneck with blocks."""
 
     def forward(self: Any, own_forward: Callable[..., Tensor], x: Tensor) -> Tensor:
-        out = self.context_block(self.bn3(_stem(self, x)))
+        out = through(self, _plugins(self, "after_conv3"), self.bn3(_stem(self, x)))
         out += x if self.downsample is None else self.downsample(x)
         return self.relu(out)
 
     return forward
 
 
-BOTTLENECK_FORWARD = _bottleneck_forward
+INSERTS = {"torchvision.models.resnet.Bottleneck": InsertKind(_bottleneck_forward, plugins=_plugins)}
 
 KINDS = {"torchvision.ops.misc.SqueezeExcitation": Kind(_read, ("forward", "_scale"))}
 TAILS = {
     "torchvision.models.resnet.Bottleneck": TailKind(
-        lambda bottleneck: Places("bn3", (SLOT,)), _stem, inserted=True
+        lambda bottleneck: Places("bn3", tuple(_plugins(bottleneck, "after_conv3"))), _stem, inserted=True
     )
 }
 

@@ -15,16 +15,25 @@ from gc_cuda.models import tails as tail_kinds
 from gc_cuda.models.report import ACCELERATED, ALREADY, BLOCK, LEFT_ALONE, MIDDLE, TAIL, Entry, Report
 from gc_cuda.recognition import blocks as recognition
 
+Entry.__module__ = Report.__module__ = __name__  # public here, in a file of their own
+
 PREFIX = "Accelerated"  # of the names of the classes that are made
 
 
 def accelerate(model: nn.Module, *, tails: bool | None = None, recompute: bool = False, example: Any = None) -> Report:
     """Let the model's blocks run through the fused operation, in place, and the tails that they stand in.
 
-    Served are GCNet's and mmcv's ``ContextBlock``, timm's ``GlobalContext``, ``SEModule`` and
-    ``SqueezeExcite``, torchvision's ``SqueezeExcitation`` and mmdetection's ``SELayer``, with ReLU, SiLU or
-    Hardswish inside and sigmoid or hard sigmoid as the gate. A block with another option, with a hook on one
-    of its parts, or of a subclass with a forward of its own is left alone, and the report says why.
+    Served is what computes out = x * scale + term, where scale and term are made of the pooled x, the mean of
+    the pixels or a softmax-weighted one, by something small. GCNet's and mmcv's ``ContextBlock``, timm's
+    ``GlobalContext``, ``SEModule`` and ``SqueezeExcite``, torchvision's ``SqueezeExcitation`` and
+    mmdetection's ``SELayer`` are known by name; any other module is recognized by its traced graph, whatever
+    its class and its attributes are called. Two linear layers or 1x1 convolutions, with or without biases and
+    layer norm, with ReLU, SiLU or Hardswish between and sigmoid or hard sigmoid as the gate are one operation.
+    With anything else between (batch norm, one layer, a convolution over channels, other activations and
+    gates) the pooling and the broadcast run fused around the block's own operations, in training, and with
+    attention always; on CUDA that waits for a GPU (``GC_CUDA_PATHS=around``). docs/recognition.md says what
+    is demanded of such a module. The report names the formula that was found, and of every attention block
+    that it sees and does not serve the reason.
 
     A tail is the end of a bottleneck: batch norm, block, addition of the shortcut, ReLU. It is one operation
     (:func:`gc_cuda.bn_context_add_relu`), which keeps what a bottleneck without a block keeps for the
@@ -61,11 +70,16 @@ def accelerate(model: nn.Module, *, tails: bool | None = None, recompute: bool =
     one that pools by the mean and adds, on the CPU, where the operator is slower. The report names them;
     docs/torch-compile.md has the numbers. Blocks with attention, and tails, stay operators.
 
-    So a model traced by ``torch.jit.trace``, ``torch.fx.symbolic_trace`` or torchvision's
-    ``create_feature_extractor`` holds PyTorch's own operators and is not accelerated. To keep the blocks in
-    an FX graph, name their classes as leaves: ``create_feature_extractor(model, nodes,
-    tracer_kwargs={"leaf_modules": [type(model.get_submodule(name)) for name in report.accelerated]})``.
-    ``torch.jit.script`` wants a restored model.
+    So a model traced by ``torch.jit.trace`` holds PyTorch's own operators and is not accelerated. In a graph
+    of ``torch.fx`` (``symbolic_trace``, torchvision's ``create_feature_extractor``, timm's
+    ``FeatureGraphNet``) of an accelerated model a block is one node, which calls it: it runs fused, and
+    :func:`restore` of the model or of the graph restores both, as they share it. A block with a forward hook,
+    or one that is traced by itself, is traced inside, as is all that is around the blocks, so that the nodes
+    of a bottleneck keep their names. Restore the model first for nodes inside of a block, for a graph that
+    runs where gc_cuda is not, and for ``torch.jit.script``. A graph of a model that was not accelerated, as
+    timm's ``feature_cls="fx"`` makes it at once, has no blocks any more. Tails and middles stay in a graph
+    where their classes are leaves: ``create_feature_extractor(model, nodes, tracer_kwargs={"leaf_modules":
+    [type(model.get_submodule(name)) for name in report.tails]})``.
 
     Args:
         model: a block, or a module that has blocks anywhere inside.
@@ -75,6 +89,8 @@ def accelerate(model: nn.Module, *, tails: bool | None = None, recompute: bool =
             before. False leaves the bottlenecks as they are; the blocks inside of them run fused by
             themselves.
         recompute: True lets training keep less of the middles, for more time.
+        example: an input of the model, or a tuple of them: it runs once, in evaluation mode, to tell the
+            channels of blocks whose weights do not tell them. Few need it, and their reason asks for it.
 
     Returns:
         The blocks and tails by name, what was done with each, and why nothing was; print it.

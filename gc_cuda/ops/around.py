@@ -15,17 +15,17 @@ makes grad_x of them in one sweep. Saved for the backward pass are x and scale, 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from gc_cuda import _extension
-from gc_cuda.ops import checks
+from gc_cuda import _extension, reference
+from gc_cuda.ops import functional
 from gc_cuda.ops.contexts import differentiable_wanted, is_foreign, plain_pytorch_wanted
 from gc_cuda.ops.operands import ACCUMULATION
+from gc_cuda.ops.tail import capability
 
 # context [N, C] -> (scale, term), each [N, C] or [N, C, 1, 1], or None
 Middle = Callable[[Tensor], "tuple[Tensor | None, Tensor | None]"]
@@ -33,8 +33,10 @@ Middle = Callable[[Tensor], "tuple[Tensor | None, Tensor | None]"]
 _DEVICES = ("cpu", "cuda", "meta")
 
 
-def around(x: Tensor, middle: Middle) -> Tensor:
+def around(x: Tensor, middle: Middle, mask: tuple[Tensor, Tensor | None] | None = None) -> Tensor:
     """out = x * scale + term with (scale, term) = middle(context), context[n, c] = mean_s x[n, c, s].
+
+    With a mask the context is :func:`gc_cuda.attention_pool`'s, and both gradients of x are made, and added.
 
     What the operators do not serve is computed by plain PyTorch, with the same results: an x that is not a
     dense [N, C, H, W], contiguous or channels_last, of float32, float16, bfloat16 or float64; a scale or term
@@ -44,6 +46,7 @@ def around(x: Tensor, middle: Middle) -> Tensor:
     Args:
         x: [N, C, H, W].
         middle: of the context, [N, C] in x's dtype. It is called once, and autograd records what it does.
+        mask: weight and bias of the 1x1 convolution that gives the logits of attention pooling; None: the mean.
 
     Returns:
         out, [N, C, H, W]; it may be changed in place.
@@ -53,9 +56,13 @@ def around(x: Tensor, middle: Middle) -> Tensor:
         ImportError: where the extension is missing or lacks CUDA; it says what to run.
     """
     if plain_pytorch_wanted() or torch.compiler.is_compiling() or not _is_served(x):
-        return _plain_broadcast(x, *_of_middle(middle, x.mean((2, 3))))
+        pooled = reference.average_pool(x) if mask is None else reference.attention_pool(x, *mask)
+        return _plain_broadcast(x, *_of_middle(middle, pooled))
     _extension.require()
-    checks.feature_map(x)
+    if x.is_cuda:
+        _extension.require_cuda()
+    if mask is not None:
+        return _around_attention(x, middle, mask)
     if not torch.is_grad_enabled():
         scale, term = _of_middle(middle, torch.ops.gc_cuda.pixel_sum.default(x, True))
         if not _fit(x, scale, term):
@@ -66,6 +73,22 @@ def around(x: Tensor, middle: Middle) -> Tensor:
     if not _fit(x, scale, term):
         return _plain_broadcast(x, scale, term)
     return _Broadcast.apply(x, map_token, vector_token, _like(x, scale), _like(x, term))
+
+
+def by_kernels(device: torch.device) -> bool:
+    """Whether a GPU takes this way: a newer path (docs/newer-paths.md), which is off at first."""
+    return _extension.has_cuda() and bool(_extension.compiled_module().around_on(capability(device)))
+
+
+def _around_attention(x: Tensor, middle: Middle, mask: tuple[Tensor, Tensor | None]) -> Tensor:
+    scale, term = _of_middle(middle, functional.attention_pool(x, *mask))
+    if not _fit(x, scale, term):
+        return _plain_broadcast(x, scale, term)
+    scale, term = _like(x, scale), _like(x, term)
+    if scale is None:
+        assert term is not None
+        return functional.broadcast_add(x, term)
+    return functional.broadcast_mul(x, scale) if term is None else functional.broadcast_mul_add(x, scale, term)
 
 
 def _is_served(x: Any) -> bool:
@@ -85,11 +108,17 @@ def _of_middle(middle: Middle, context: Tensor) -> tuple[Tensor | None, Tensor |
 
 def _fit(x: Tensor, *vectors: Tensor | None) -> bool:
     """Whether each vector has a value per image and channel, and x * scale + term has x's dtype."""
-    given = [vector for vector in vectors if vector is not None]
-    shapes = x.shape[:2], (*x.shape[:2], 1, 1)
-    if any(is_foreign(vector) or vector.shape not in shapes or vector.device != x.device for vector in given):
-        return False
-    return reduce(torch.promote_types, [vector.dtype for vector in given], x.dtype) == x.dtype
+    shape = x.shape[:2]
+    for vector in vectors:
+        if vector is None:
+            continue
+        if vector.shape != shape and vector.shape != (*shape, 1, 1):
+            return False
+        if vector.dtype != x.dtype and torch.promote_types(vector.dtype, x.dtype) != x.dtype:
+            return False
+        if vector.device != x.device or is_foreign(vector):
+            return False
+    return True
 
 
 def _like(x: Tensor, vector: Tensor | None) -> Tensor | None:
@@ -137,8 +166,8 @@ class _Pool(Function):
 class _Broadcast(Function):
     """out = x * scale + term; scale or term may be absent.
 
-    A gradient that has to be differentiable goes to x itself. Else x gets none, and the tokens carry the
-    gradient of out and scale.
+    x gets no gradient here: the tokens carry what _Pool makes it of. But x is an input, so that second
+    derivatives find it in the gradient of scale.
     """
 
     @staticmethod
@@ -161,22 +190,17 @@ class _Broadcast(Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         tensors = iter(ctx.saved_tensors)
         x, scale = (next(tensors) if kept else None for kept in ctx.is_kept)
-        needs_x, _, _, needs_scale, needs_term = ctx.needs_input_grad
+        _, _, _, needs_scale, needs_term = ctx.needs_input_grad
         grad_scale = grad_term = None
         if differentiable_wanted(grad):
             if x is not None and needs_scale:
                 grad_scale = (grad * x).sum((2, 3))
             if needs_term:
                 grad_term = grad.sum((2, 3))
-            grad_x = _plain_broadcast(grad, scale, None) if needs_x else None
-            return grad_x, None, None, grad_scale, grad_term
+            return None, grad, scale, grad_scale, grad_term
         grad = grad.contiguous(memory_format=ctx.layout)
         if needs_scale:
             grad_scale, grad_term = torch.ops.gc_cuda.broadcast_sums.default(grad, x)
         elif needs_term:
             grad_term = torch.ops.gc_cuda.pixel_sum.default(grad, False)
-        if not needs_term:
-            grad_term = None
-        if not needs_x:
-            return None, None, None, grad_scale, grad_term
-        return None, grad, scale, grad_scale, grad_term
+        return None, grad, scale, grad_scale, grad_term if needs_term else None

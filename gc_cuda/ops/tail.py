@@ -169,11 +169,12 @@ def by_kernels(device: torch.device) -> bool:
     """Whether the kernels of this GPU serve the tail: a newer path, which is off at first."""
     if torch.compiler.is_compiling() or not _extension.has_cuda():
         return False
-    return bool(_extension.compiled_module().tail_on(_capability(device)))
+    return bool(_extension.compiled_module().tail_on(capability(device)))
 
 
 @functools.cache
-def _capability(device: torch.device) -> int:
+def capability(device: torch.device) -> int:
+    """The compute capability of a GPU, 90 for 9.0."""
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
 

@@ -12,7 +12,7 @@ from gc_cuda.blocks import _fused
 from gc_cuda.blocks._parts import Look, Unserved
 from gc_cuda.models import kinds, swap
 from gc_cuda.ops.contexts import is_foreign, plain_pytorch_wanted
-from gc_cuda.recognition import proof, sight, structure, tracing
+from gc_cuda.recognition import proof, sight, source, structure, tracing
 from gc_cuda.recognition.candidates import channels_of, is_candidate
 from gc_cuda.recognition.example import channels_given
 from gc_cuda.recognition.formula import formula_of
@@ -116,6 +116,8 @@ def _judge(block: nn.Module, channels: int | None) -> Verdict:
     unsound = ""
     try:
         signatures = {mode: structure.read(Look(), block, mode).signature for mode in (True, False)}
+    except source.Unsafe as unsafe:
+        return Verdict(None, str(unsafe), True)
     except Unserved as unserved:
         unsound = str(unserved)
     known = [_verdicts[one] for one in signatures.values() if one in _verdicts]
@@ -143,15 +145,16 @@ def _of_mode(twin: Any, channels: int, unsound: str) -> Verdict:
     try:
         traced = tracing.trace(twin, channels)
         attends = sight.is_attention(traced.graph)
-        if unsound:
-            raise Unserved(unsound)
-        plan = plan_of(traced, formula_of(traced), twin)
-        if plan is None:
-            raise Unserved("attention over the pixels is fused with the transform of the fused operation only")
-        proof.demand(plan, twin, channels)
+        formula = formula_of(traced)
+        if traced.complaint:
+            raise Unserved(traced.complaint)
+        plan = plan_of(traced, formula, twin)
+        if not unsound:
+            proof.demand(plan, twin, channels)
+            return Verdict(plan, "", True)
     except Unserved as unserved:
-        return Verdict(None, str(unserved), attends)
-    return Verdict(plan, "", True)
+        return Verdict(None, unsound or str(unserved), attends)
+    return Verdict(None, unsound, attends)
 
 
 def _outline(block: nn.Module) -> Iterator[Any]:

@@ -49,6 +49,7 @@ class _Map(NamedTuple):
 class _Part(NamedTuple):
     """The map after a mean, or a sum, over some of its pixels; weighted by a mask's weights, or not."""
 
+    node: fx.Node
     is_mean: bool
     mask: Mask | None = None
 
@@ -134,6 +135,10 @@ class _Follower:
         handler = _HANDLERS.get(node.target)
         found = None if handler is None else handler(self, node)
         if found is None:
+            for part in inputs:
+                if isinstance(part, _Part):
+                    kind = "over a part of the pixels" if part.is_mean else "a sum of the pixels, and no mean"
+                    raise Unserved(f"{_named(part.node)} is {kind}")
             raise Unserved(f"{_named(node)} is done to the whole map")
         self.values[node] = found
 
@@ -214,7 +219,7 @@ def _mean(self: _Follower, node: fx.Node) -> Any:
     value = self.values[node.args[0]]  # type: ignore[index]
     dims = node.args[1] if len(node.args) > 1 else None
     if value == _Map():
-        value = _Part(True)
+        value = _Part(node, True)
     if not isinstance(value, _Part) or not value.is_mean or value.mask is not None or not dims:
         return None
     return _left(self, node, dims, value)
@@ -234,7 +239,7 @@ def _sum(self: _Follower, node: fx.Node) -> Any:
     value = self.values[node.args[0]]  # type: ignore[index]
     dims = node.args[1] if len(node.args) > 1 else None
     if value == _Map():
-        value = _Part(False)
+        value = _Part(node, False)
     if not isinstance(value, _Part) or value.is_mean or not dims:
         return None
     return _left(self, node, dims, value)
@@ -285,12 +290,31 @@ def _product(self: _Follower, node: fx.Node) -> Any:
     return self.context(node, value.mask) if self.dims(node) == "NC" else None
 
 
+def _einsum(self: _Follower, node: fx.Node) -> Any:
+    """The same product, spelled by letters of its author's."""
+    equation, operands = node.args[0], node.args[1]
+    labels, arrow, result = str(equation).replace(" ", "").partition("->")
+    each = labels.split(",")
+    if not arrow or len(each) != 2 or "." in labels:
+        return None
+    ours: dict[str, str] = {}  # an author's letter: that of the dimension
+    for names, operand in zip(each, operands):  # type: ignore[arg-type]
+        for name, letter in zip(names, self.all_dims(operand)):
+            if ours.setdefault(name, letter) != letter:
+                return None
+    maps = [one for one in operands if self.values.get(one) == _Map()]  # type: ignore[union-attr]
+    masks = [value.mask for value in map(self.values.get, operands) if isinstance(value, _Weights)]  # type: ignore
+    summed = "".join(letter for name, letter in ours.items() if name not in result).replace("1", "")
+    kept = "".join(ours[name] for name in result).replace("1", "")
+    return self.context(node, masks[0]) if (len(maps), len(masks), summed, kept) == (1, 1, "S", "NC") else None
+
+
 def _multiply(self: _Follower, node: fx.Node) -> Any:
     x, other = _ordered(self, node)
     value, by = self.values.get(x), self.values.get(other)  # type: ignore[arg-type]
     if value == _Map() and isinstance(by, _Weights):
         letters = self.all_dims(x).replace("C", "1")
-        return _Part(False, by.mask) if self.all_dims(other) == letters else None
+        return _Part(node, False, by.mask) if self.all_dims(other) == letters else None
     small = _broadcast(self, x, other)
     if small is None or not isinstance(value, _Map):
         return None
@@ -343,7 +367,7 @@ def is_pointwise(node: fx.Node) -> bool:
 _VIEWS = (
     *(aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints),
     *(aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.default, aten.squeeze.dims, aten.contiguous.default),
-    *(aten.clone.default, aten.alias.default, aten.unflatten.int),
+    *(aten.clone.default, aten.alias.default, aten.unflatten.int, aten.slice.Tensor),
 )
 _EXPANSIONS = (aten.expand.default, aten.expand_as.default)
 _HANDLERS: dict[Any, Callable[[_Follower, fx.Node], Any]] = {
@@ -352,6 +376,7 @@ _HANDLERS: dict[Any, Callable[[_Follower, fx.Node], Any]] = {
     **{target: _average for target in (aten.adaptive_avg_pool2d.default, aten.adaptive_avg_pool1d.default)},
     **{target: _convolution for target in (aten.conv2d.default, aten.conv2d.padding)},
     **{target: _product for target in (aten.matmul.default, aten.bmm.default)},
+    aten.einsum.default: _einsum,
     aten.mean.dim: _mean,
     aten.sum.dim_IntList: _sum,
     aten.div.Tensor: _divide,

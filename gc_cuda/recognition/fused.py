@@ -14,7 +14,7 @@ from gc_cuda.recognition.tracing import Traced
 _SHAPES_ONLY = (
     *(aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints),
     *(aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.default, aten.squeeze.dims, aten.unflatten.int),
-    *(aten.contiguous.default, aten.clone.default, aten.alias.default),
+    *(aten.contiguous.default, aten.clone.default, aten.alias.default, aten.slice.Tensor),
 )
 _DROPOUTS = (aten.dropout.default, aten.feature_dropout.default, aten.dropout_.default)
 _ACTIVATIONS = {

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from gc_cuda.blocks._parts import Names
-from gc_cuda.ops.around import around
+from gc_cuda.ops import checks
+from gc_cuda.ops.around import around, by_kernels
 from gc_cuda.ops.contexts import is_foreign
 from gc_cuda.recognition.formula import Formula
 from gc_cuda.recognition.fused import Fused, FusedBranch, fused_of
@@ -60,7 +61,8 @@ class Around(NamedTuple):
     """Pooling and broadcast fused around the middle of the block."""
 
     middle: Callable[..., tuple[Tensor | None, Tensor | None]]
-    places: tuple[Place, ...]  # of what the middle takes after the context
+    mask: int  # the tensors at the beginning that are of attention pooling: 0, 1 or 2
+    places: tuple[Place, ...]  # of the mask's, then of what the middle takes after the context
     shapes: tuple[torch.Size, ...]
     channels: int | None  # that x has to have; None: any number
     text: str
@@ -70,23 +72,30 @@ class Around(NamedTuple):
 
     def run(self, block: Any, own_forward: Callable[..., Any], x: Tensor, tensors: Sequence[Any]) -> Any:
         """The output; that of ``own_forward`` where nothing is gained or the graph does not stand for the call."""
-        if not torch.is_grad_enabled() or x.dim() != 4 or self.channels not in (None, x.shape[1]):
+        gains = torch.is_grad_enabled() or self.mask > 0
+        if not gains or x.dim() != 4 or self.channels not in (None, x.shape[1]):
+            return own_forward(block, x)
+        if x.is_cuda and not by_kernels(x.device):
             return own_forward(block, x)
         for tensor, shape in zip(tensors, self.shapes):
             if tensor is None or is_foreign(tensor) or tensor.shape != shape:
                 return own_forward(block, x)
+        if self.mask and not all(checks.fits(tensor, x) for tensor in tensors[: self.mask]):
+            return own_forward(block, x)
         return self.compute(x, tensors)
 
     def compute(self, x: Tensor, tensors: Sequence[Tensor]) -> Tensor:
-        return around(x, lambda context: self.middle(context, *tensors))
+        of_mask, others = tensors[: self.mask], tensors[self.mask :]
+        mask = (of_mask[0], of_mask[1] if self.mask > 1 else None) if self.mask else None
+        return around(x, lambda context: self.middle(context, *others), mask)
 
 
-def plan_of(traced: Traced, formula: Formula, block: nn.Module) -> FusedPlan | Around | None:
-    """The plan for a graph; None where there is none for its pooling."""
+def plan_of(traced: Traced, formula: Formula, block: nn.Module) -> FusedPlan | Around:
+    """The plan for a graph."""
     fused = fused_of(traced, formula)
     if fused is not None and all(_has_its_biases(block, branch) for branch in (fused.add, fused.mul)):
         return FusedPlan(fused)
-    return None if formula.mask is not None else _around(traced, formula)
+    return _around(traced, formula)
 
 
 def _around(traced: Traced, formula: Formula) -> Around:
@@ -94,8 +103,9 @@ def _around(traced: Traced, formula: Formula) -> Around:
     context = graph.placeholder("context")
     (x,) = (node for node in traced.graph.nodes if node.op == "placeholder")
     copies: dict[fx.Node, fx.Node] = {}
-    places: list[Place] = []
-    shapes: list[torch.Size] = []
+    mask = [node for node in formula.mask or () if node is not None]
+    places = [traced.places[node] for node in mask]
+    shapes = [node.meta["val"].shape for node in mask]
     used = {one for node in formula.small for one in node.all_input_nodes}
     for node in traced.graph.nodes:
         if node.op == "get_attr" and node in used:
@@ -127,11 +137,12 @@ def _around(traced: Traced, formula: Formula) -> Around:
     graph.eliminate_dead_code(lambda node: node.op != "call_method")
     module = fx.GraphModule(nn.Module(), graph)
     operations = [_word(node) for node in formula.small if node.target is not operator.getitem]
+    pooled = "attention(x)" if mask else "mean(x)"
     factor = "" if formula.scale is None else " * s"
     term = "" if formula.term is None else " + t"
     ends = ", ".join(name for name, end in (("s", formula.scale), ("t", formula.term)) if end is not None)
-    text = f"x{factor}{term}, {ends} = its own {' '.join(word for word in operations if word)} of mean(x)"
-    return Around(module.forward, tuple(places), tuple(shapes), traced.channels, text)
+    text = f"x{factor}{term}, {ends} = its own {' '.join(word for word in operations if word)} of {pooled}"
+    return Around(module.forward, len(mask), tuple(places), tuple(shapes), traced.channels, text)
 
 
 _UNTOLD = ("view", "reshape", "unsqueeze", "squeeze", "transpose", "flatten", "add", "permute", "contiguous")

@@ -27,8 +27,11 @@ def is_attention(graph: fx.Graph) -> bool:
             return True
         if reduced.intersection(inputs):
             reduced.add(node)
-        elif whole.intersection(inputs) and isinstance(node.meta.get("val"), Tensor):
-            (reduced if _numel(node.meta["val"]) < size else whole).add(node)
+        elif whole.intersection(inputs):
+            value = node.meta.get("val")
+            first = value[0] if isinstance(value, (tuple, list)) and value else value
+            if isinstance(first, Tensor):
+                (reduced if _numel(first) < size else whole).add(node)
     return False
 
 

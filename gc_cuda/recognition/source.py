@@ -41,13 +41,19 @@ _WRITES = frozenset(
 _SIMPLE = (int, float, str, bytes, type(None), type(Ellipsis))
 
 
+_ABSENT = object()
+
+
 class Global(NamedTuple):
     """A global that is read: in which dictionary, and what was there; absent where the name is Python's own."""
 
     dictionary: dict[str, Any]
     name: str
     value: Any
-    absent: bool
+
+
+class Unsafe(Unserved):
+    """It may change something outside of the module: so it is not even traced."""
 
 
 class Code(NamedTuple):
@@ -55,7 +61,20 @@ class Code(NamedTuple):
 
     attributes: frozenset[str]  # names of attributes, of whatever object
     globals: tuple[Global, ...]
-    complaint: str  # why a graph does not stand for it; "" if it does
+    members: tuple[tuple[type, str, Any], ...]  # of the class and its bases
+    functions: tuple[tuple[types.FunctionType, types.CodeType], ...]
+    complaint: Unserved | None  # why a graph does not stand for it
+
+    def holds(self) -> bool:
+        """Whether all that was read is as it was."""
+        return (
+            all(entry.dictionary.get(entry.name, _ABSENT) is entry.value for entry in self.globals)
+            and all(vars(base).get(name, _ABSENT) is value for base, name, value in self.members)
+            and all(function.__code__ is code for function, code in self.functions)
+        )
+
+
+NOTHING = Code(frozenset(), (), (), (), None)
 
 
 def code_of(kind: type[nn.Module], *functions: types.FunctionType) -> Code:
@@ -68,23 +87,27 @@ class _Reader:
         self.kind = kind
         self.attributes: set[str] = set()
         self.globals: dict[tuple[int, str], Global] = {}
-        self.seen: set[int] = set()
+        self.members: list[tuple[type, str, Any]] = [(kind, "forward", vars(kind).get("forward", _ABSENT))]
+        self.seen: dict[int, types.FunctionType] = {}
 
     def result(self, *functions: Any) -> Code:
+        complaint = None
         try:
             for function in functions:
                 self.function(function)
-            complaint = ""
         except Unserved as unserved:
-            complaint = str(unserved)
-        return Code(frozenset(self.attributes), tuple(self.globals.values()), complaint)
+            complaint = unserved
+        codes = tuple((function, function.__code__) for function in self.seen.values())
+        return Code(
+            frozenset(self.attributes), tuple(self.globals.values()), tuple(self.members), codes, complaint
+        )
 
     def function(self, function: Any) -> None:
         if not isinstance(function, types.FunctionType):
             raise Unserved(f"{getattr(function, '__qualname__', function)!s} is not a plain Python function")
         if id(function) in self.seen or _is_torchs(function):
             return
-        self.seen.add(id(function))
+        self.seen[id(function)] = function
         names = function.__code__.co_freevars
         for name, cell in zip(names, function.__closure__ or ()):
             if name != "__class__":
@@ -99,7 +122,8 @@ class _Reader:
         for instruction in dis.get_instructions(code):
             name, kind = instruction.argval, instruction.opname
             if kind in _WRITES:
-                raise Unserved(f"{function.__name__} writes {_shown(name, kind)}")
+                failure = Unsafe if "GLOBAL" in kind else Unserved
+                raise failure(f"{function.__name__} writes {_shown(name, kind)}")
             if kind in ("IMPORT_NAME", "IMPORT_FROM"):
                 raise Unserved(f"{function.__name__} imports {name}")
             if kind in ("LOAD_GLOBAL", "LOAD_NAME"):
@@ -119,6 +143,8 @@ class _Reader:
             raise Unserved(f"{function.__name__} reads {name}, which no graph records")
         self.attributes.add(name)
         for base in self.kind.__mro__:
+            if base is not object and base is not nn.Module:
+                self.members.append((base, name, vars(base).get(name, _ABSENT)))
             if name not in vars(base) or base is object:
                 continue
             if base is nn.Module:
@@ -138,13 +164,13 @@ class _Reader:
         if name not in dictionary:
             if name not in _BUILTINS or not hasattr(builtins, name):
                 raise Unserved(f"{function.__name__} uses {name}")
-            self.globals[id(dictionary), name] = Global(dictionary, name, None, True)
+            self.globals[id(dictionary), name] = Global(dictionary, name, _ABSENT)
             return
         value = dictionary[name]
-        self.globals[id(dictionary), name] = Global(dictionary, name, value, False)
+        self.globals[id(dictionary), name] = Global(dictionary, name, value)
         if isinstance(value, types.ModuleType):
             if value.__name__ != "math" and not is_of_torch(value.__name__):
-                raise Unserved(f"{function.__name__} reads the module {value.__name__}")
+                raise Unsafe(f"{function.__name__} reads the module {value.__name__}")
         elif isinstance(value, types.FunctionType):
             self.function(value)
         elif isinstance(value, type):

@@ -55,14 +55,18 @@ def read(look: Look, block: nn.Module, training: bool | None = None) -> Structur
             raise Unserved(f"{path or 'it'} is parametrized")
         look.children(module)
         code = _code(module, kind)
-        if code.complaint:
-            raise Unserved(code.complaint)
+        if code.complaint is not None:
+            raise code.complaint
         for name, value in _attributes(look, module, code):
             if name == "training" and training is not None:
                 value = training
             signature.append((name, type(value), value))
         for entry in code.globals:
             look.entry(entry.dictionary, entry.name)
+            signature.append((entry.name, type(entry.value), entry.value))
+        for function, instructions in code.functions:
+            look.function(function)
+            signature.append(instructions)
         tensors = _tensors(module)
         held = tuple((name, numbers.setdefault(id(part), len(numbers))) for name, part in module._modules.items())
         shapes = tuple(
@@ -83,12 +87,12 @@ def parts(block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def _code(module: nn.Module, kind: type[nn.Module]) -> source.Code:
     if kind.__module__.startswith("torch.nn.") and kind.forward.__module__.startswith("torch."):
-        return source.Code(frozenset(), (), "")
+        return source.NOTHING
     functions = tuple(
         value for name, value in vars(module).items() if isinstance(value, types.FunctionType) and name[0] != "_"
     )
-    key = kind, kind.forward, functions
-    if key not in _codes:
+    key = kind, functions
+    if key not in _codes or not _codes[key].holds():
         _codes[key] = source.code_of(kind, *functions)
     return _codes[key]
 

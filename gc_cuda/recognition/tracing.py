@@ -14,8 +14,8 @@ from gc_cuda.blocks._parts import Unserved
 from gc_cuda.models import swap
 from gc_cuda.recognition.structure import Place
 
-# Sizes of the maps that are traced: all different, so that each has a symbol of its own.
-_SIZES = (5, 7, 11, 13, 17)
+# Sizes of the maps that are traced: all different, so that each has a symbol of its own; images, and pixels.
+_IMAGES, _PIXELS = (3, 5), (11, 13, 17)
 
 
 class Traced(NamedTuple):
@@ -24,6 +24,7 @@ class Traced(NamedTuple):
     graph: fx.Graph
     places: dict[fx.Node, Place]  # of the nodes that are parameters and buffers
     channels: int | None  # that x has to have; None: any number
+    complaint: str  # why the graph does not hold for all sizes; "" if it does
 
 
 def copy_of(block: nn.Module) -> Any:
@@ -60,7 +61,8 @@ def _awake(tensor: Tensor) -> Tensor:
 
 def sizes(channels: int) -> tuple[int, int, int, int]:
     """N, C, H and W of a map to trace, all different."""
-    n, h, w = [size for size in _SIZES if size != channels][:3]
+    n = next(size for size in _IMAGES if size != channels)
+    h, w, *_ = (size for size in _PIXELS if size != channels)
     return n, channels, h, w
 
 
@@ -90,7 +92,7 @@ def trace(block: Any, channels: int) -> Traced:
     """The graph of ``block``, a copy.
 
     Raises:
-        Unserved: if it cannot be traced, or holds only for some sizes.
+        Unserved: if it cannot be traced.
     """
     from torch.fx.experimental import proxy_tensor  # it takes a second, and few need it
 
@@ -118,22 +120,27 @@ def trace(block: Any, channels: int) -> Traced:
             if id(tensor) not in names:
                 raise Unserved("it reads a tensor that is neither a parameter nor a buffer")
             places[node] = names[id(tensor)]
-    return Traced(traced.graph, places, _channels(traced.graph, channels))
+    return Traced(traced.graph, places, *_held_for(traced.graph, channels))
 
 
-def _channels(graph: fx.Graph, channels: int) -> int | None:
-    """The channels that the graph holds for; raises Unserved if it does not hold for all batches and pixels."""
+def _held_for(graph: fx.Graph, channels: int) -> tuple[int | None, str]:
+    """The channels that the graph holds for, and why it does not hold for all batches and pixels."""
     (x,) = (node for node in graph.nodes if node.op == "placeholder")
     value = x.meta["val"]
-    n, c, h, w = value.shape
-    fixed = isinstance(c, int)
+    n, c, h, w = map(_expression, value.shape)
     for size in (n, h, w):
-        if isinstance(size, int):
-            raise Unserved(f"its graph holds for one size alone: {size}")
-    own = {str(size) for size in (n, h, w)}
+        if size.isdigit():
+            return channels, f"its graph is for one size alone: {size}"
+    own, is_any = {n, h, w}, not c.isdigit()
     for guard in value.fake_mode.shape_env.guards:
-        symbols = {str(symbol) for symbol in guard.expr.free_symbols}
-        if symbols & own:
-            raise Unserved(f"its graph depends on the size of the map: {guard.expr}")
-        fixed = True
-    return channels if fixed else None
+        if {str(symbol) for symbol in guard.expr.free_symbols} & own:
+            names = str(guard.expr)
+            for letter, size in zip("NHW", (n, h, w)):
+                names = names.replace(size, letter)
+            return channels, f"its graph depends on the size of the map: {names}"
+        is_any = False
+    return (None if is_any else channels), ""
+
+
+def _expression(size: Any) -> str:
+    return str(size.node.expr) if isinstance(size, torch.SymInt) else str(size)

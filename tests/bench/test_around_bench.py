@@ -9,7 +9,7 @@ def test_a_run(bench, monkeypatch, tmp_path, capsys):
     around = bench("around")
     monkeypatch.setattr(around, "SIZES", {"7x7": (32, 7, 7)})
     path = tmp_path / "result.json"
-    arguments = ["--sizes", "7x7", "--batch", "2", "--seconds", "0", "--rounds", "1", "--json", str(path)]
+    arguments = ["--sizes", "7x7", "--batches", "2", "--seconds", "0", "--rounds", "1", "--json", str(path)]
     assert around.main(arguments) == 0
     rows = json.loads(path.read_text())["rows"]
     assert [(row["work"], row["layout"], row["middle"]) for row in rows] == [

@@ -17,7 +17,10 @@ extension = importlib.import_module("gc_cuda._C")
 plan = extension.plan
 
 SM_75 = {"multiprocessors": 40, "shared_bytes": 65536}
-NAMES = ("staged_grad", "tiles_ahead", "late_merge", "early_start", "full_machine", "neighbours", "tail")
+NAMES = (
+    *("staged_grad", "tiles_ahead", "late_merge", "early_start", "full_machine", "neighbours"),
+    *("tail", "around"),
+)
 
 
 @pytest.fixture(autouse=True)
@@ -70,6 +73,12 @@ class TestSwitch:
         for paths, on in (("tail", True), ("all", True), ("staged_grad", False), ("none", False)):
             extension.choose_paths(paths)
             assert extension.tail_on(75) == extension.tail_on(120) == on, paths
+
+    def test_around_is_off_until_it_is_asked_for(self) -> None:
+        assert not extension.around_on(90)
+        for paths, on in (("around", True), ("all", True), ("tail", False), ("none", False)):
+            extension.choose_paths(paths)
+            assert extension.around_on(75) == extension.around_on(120) == on, paths
 
     def test_plans_are_the_measured_ones_unless_asked(self) -> None:
         for kernel in ("pool_mask", "pool_uniform", "pool_backward_block", "broadcast"):

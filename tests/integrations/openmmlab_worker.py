@@ -16,6 +16,7 @@ import types
 from pathlib import Path
 
 import torch
+from inserted import POSITIONS, check_by_hand
 from small_steps import assert_same_steps, steps
 from torch import nn
 
@@ -177,6 +178,68 @@ def tails():
     assert reasons == {"Bottle2neck overrides forward of Bottleneck"}, reasons
 
 
+def inserted_and_built(kind, stages, positions, **options):
+    """A backbone with blocks from insert, and one with the plugins of a config: they have the same names."""
+    ours, plugins = kind(**options), []
+    for i, position in enumerate(positions):
+        names = gc_cuda.insert(ours, stages, position=position, postfix=i or "")
+        assert names[0] == f"layer2.0.context_block{i or ''}"
+        cfg = {"type": "ContextBlock", "ratio": 1 / 16, "postfix": i or ""}
+        has_it = tuple(f"layer{i + 1}" in stages for i in range(options.get("num_stages", 4)))
+        plugins.append({"cfg": cfg, "stages": has_it, "position": position})
+    theirs = kind(plugins=plugins, **options)
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    return ours, theirs
+
+
+def insertion():
+    """What insert makes is what a config makes: names, strict loads both ways, results; and by hand."""
+    from mmdet.models.backbones import RegNet, Res2Net, ResNet, ResNeXt
+
+    sizes = {"num_stages": 2, "strides": (1, 2), "dilations": (1, 1), "out_indices": (1,), "norm_eval": False}
+    x = torch.randn(2, 3, 32, 64, dtype=torch.float64)
+    for kind, options in (
+        (ResNet, {"depth": 50}),
+        (ResNet, {"depth": 50, "style": "caffe", "with_cp": True}),
+        (ResNeXt, {"depth": 50, "groups": 32, "base_width": 4}),
+        (ResNeXt, {"depth": 50, "groups": 2, "base_width": 64}),  # twice as wide
+        (RegNet, {"arch": "regnetx_400mf"}),
+    ):
+        for positions in (*((one,) for one in POSITIONS), POSITIONS[1:]):
+            with torch.device("meta"):
+                whole = inserted_and_built(kind, ("layer2", "layer3", "layer4"), positions, **options)
+            shapes = [[tensor.shape for tensor in one.state_dict().values()] for one in whole]
+            assert shapes[0] == shapes[1]
+            if kind is RegNet:
+                continue
+            ours, theirs = inserted_and_built(kind, ("layer2",), positions, **options, **sizes)
+            ours.load_state_dict(randomised(theirs).state_dict(), strict=True)
+            theirs.load_state_dict(ours.state_dict(), strict=True)
+            assert {type(block) for block in blocks_of(ours).values()} == {gc_cuda.ContextBlock}
+            models = [Single(model).double().train() for model in (ours, theirs)]
+            assert_same_steps(*(steps(model, x, 1) for model in models), 1e-7)
+            bottleneck = ours.layer2[0]
+            bottleneck.with_cp = False  # which moves the statistics twice
+            names = {one: f"context_block{i or ''}" for i, one in enumerate(positions)}
+            check_by_hand(bottleneck, names, torch.randn(2, bottleneck.conv1.in_channels, 6, 5).double())
+            print(f"{kind.__name__}, {options}, {positions}")
+    ours = ResNet(depth=50)
+    gc_cuda.insert(ours)
+    ours.init_weights()
+    for block in blocks_of(ours).values():
+        assert not block.channel_add_conv[3].weight.any(), "the identity, although the backbone filled it"
+    for other, message in (
+        (Res2Net(depth=50, scales=4, base_width=26), "layer2.0 is a Bottle2neck with a forward of its own"),
+        (ResNet(depth=18), "a BasicBlock has no place for a block: take a ResNet of 50 layers or more"),
+    ):
+        try:
+            gc_cuda.insert(other)
+        except ValueError as error:
+            assert message in str(error), error
+        else:
+            raise AssertionError(f"not refused: {message}")
+
+
 class Single(nn.Module):
     """The last of a backbone's outputs."""
 
@@ -243,6 +306,7 @@ def first_generation():
 PARTS = {
     "detection": detection,
     "tails": tails,
+    "insertion": insertion,
     "segmentation": segmentation,
     "first generation": first_generation,
 }

@@ -29,7 +29,8 @@ def run(part, *folders):
 
 
 @pytest.mark.parametrize(
-    ("part", "package"), [("detection", "mmdet"), ("tails", "mmdet"), ("segmentation", "mmseg")]
+    ("part", "package"),
+    [("detection", "mmdet"), ("tails", "mmdet"), ("insertion", "mmdet"), ("segmentation", "mmseg")],
 )
 def test_published_models(part, package):
     lacking = [name for name in ("mmcv", "mmengine", package) if importlib.util.find_spec(name) is None]

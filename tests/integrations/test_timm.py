@@ -11,6 +11,7 @@ import copy
 import pytest
 import torch
 from block_cases import Spy
+from inserted import POSITIONS, check_by_hand, check_positions
 from small_steps import assert_same_steps, steps
 from torch import nn
 from whole_models import (
@@ -31,6 +32,7 @@ timm = pytest.importorskip("timm", reason="timm is not installed")
 
 from timm.layers import GlobalContext, SEModule  # noqa: E402
 from timm.models._efficientnet_blocks import SqueezeExcite  # noqa: E402
+from timm.models._features_fx import FeatureGraphNet  # noqa: E402
 
 # timm's name of the model, its blocks, the bound
 MODELS = {
@@ -116,6 +118,49 @@ def test_insert(random, name):
     check_inserted(model, "se", random(1, 3, 64, 64))
 
 
+# the channels after the first two convolutions of layer2; the third has 512
+WIDTHS = {"resnet50": 128, "resnext50_32x4d": 256, "wide_resnet50_2": 256}
+
+
+@pytest.mark.parametrize("name", WIDTHS)
+@pytest.mark.parametrize("position", POSITIONS)
+def test_insert_at_a_position(random, name, position):
+    model, place = timm.create_model(name), "se" if position == "after_conv3" else "context_block"
+    check_positions(model, position, place)
+    bottleneck = model.layer2[0]
+    channels = 512 if position == "after_conv3" else WIDTHS[name]
+    assert bottleneck.get_submodule(place).in_channels == channels
+    check_by_hand(bottleneck, {position: place}, random(2, 256, 6, 5))
+
+
+def test_insert_beside_what_timm_has_there(random):
+    """Squeeze-and-excitation after conv3, stochastic depth and anti-aliasing stay; the block is behind the
+    latter, where the map has the size that conv2 gives it in other models."""
+    model = timm.create_model("seresnet50", drop_path_rate=0.2, aa_layer=timm.layers.BlurPool2d)
+    b = model.layer2[0]
+    assert gc_cuda.insert(model, ["layer2"], position="after_conv2")[0] == "layer2.0.context_block"
+    gc_cuda.insert(model, ["layer2"], position="after_conv1", postfix="_first")
+    awake(b)
+    x = random(2, 256, 7, 6)
+
+    def by_hand():
+        out = b.context_block_first(b.bn1(b.conv1(x)).relu())
+        out = b.context_block(b.aa(b.bn2(b.conv2(out)).relu()))
+        return (b.drop_path(b.se(b.bn3(b.conv3(out)))) + b.downsample(x)).relu()
+
+    seen = []
+    b.context_block.register_forward_hook(lambda module, args, out: seen.append(out.shape))
+    for accelerated in (False, True):
+        assert (gc_cuda.accelerate(b).tails == [""]) if accelerated else True
+        for training in (True, False):
+            b.train(training)
+            torch.manual_seed(5)
+            actual = b(x)
+            torch.manual_seed(5)
+            torch.testing.assert_close(actual, by_hand(), rtol=1e-9, atol=1e-9)
+    assert set(seen) == {(2, 128, 4, 3)}
+
+
 def test_insert_stands_after_the_norm(random):
     bottleneck = timm.create_model("resnet50").layer2[1].eval()
     model = nn.ModuleDict({"layer2": nn.Sequential(bottleneck)})
@@ -144,6 +189,21 @@ def test_copies(random):
     twin, x = copy.deepcopy(model), random(1, 3, 64, 64)
     assert_runs_fused(twin.stages[0][0].attn)
     assert_same(step(twin, x), step(model, x), 0)
+
+
+@pytest.mark.parametrize("name", ["efficientnet_b0", "gcresnet50t", "legacy_seresnet18", "seresnet50"])
+def test_features_of_an_accelerated_model_by_fx(random, name):
+    """timm makes the graph of the model that it is given: its blocks run fused where it was accelerated."""
+    model = awake(timm.create_model(name, num_classes=5).eval())
+    x = random(1, 3, 64, 64)
+    expected = FeatureGraphNet(copy.deepcopy(model), (1, 4))(x)
+    blocks = len(gc_cuda.accelerate(model).accelerated)
+    features = FeatureGraphNet(model, (1, 4)).eval()
+    with Spy() as spy:
+        actual = features(x)
+    assert spy.names().count("gc_cuda::global_context_kept") == blocks
+    for one, other in zip(actual, expected):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import io
 import pytest
 import torch
 from block_cases import Spy
+from inserted import POSITIONS, check_by_hand, check_positions
 from small_steps import assert_same_steps, steps
 from torch import nn
 from whole_models import (
@@ -65,20 +66,55 @@ def test_left_alone():
     }
 
 
-def test_feature_extractor_of_an_accelerated_model(random):
-    """torch.fx records PyTorch's own operators."""
-    model = awake(torchvision.models.mobilenet_v3_small(num_classes=5).eval())
-    x = random(1, 3, 64, 64)
-    expected = create_feature_extractor(model, ["features.12"])(x)
+def fused(module, x):
+    """The output, and how many blocks ran fused."""
+    with Spy() as spy:
+        out = module(x)
+    return out, spy.names().count("gc_cuda::global_context_kept")
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+def test_feature_extractor_of_an_accelerated_model(random, training):
+    """Its two graphs, of both modes, hold the blocks."""
+    model = awake(torchvision.models.regnet_y_400mf(num_classes=5))
+    x = random(2, 3, 64, 64)
+    nodes = ["trunk_output.block1", "trunk_output.block2.block2-0.f.se"]
+    plain = create_feature_extractor(copy.deepcopy(model), nodes).train(training)
     gc_cuda.accelerate(model)
-    actual = create_feature_extractor(model, ["features.12"])(x)
-    torch.testing.assert_close(actual, expected)
+    ours = create_feature_extractor(model, nodes).train(training)
+    for extractor in (ours, copy.deepcopy(ours).train(training)):  # a copy of theirs starts in training
+        actual, blocks = fused(extractor, x)
+        assert blocks == 2
+        for name, expected in plain(x).items():
+            torch.testing.assert_close(actual[name], expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", ["resnet50", "resnext50_32x4d"])
 def test_insert(random, name):
     model = torchvision.models.get_model(name, num_classes=5).eval().double()
     check_inserted(model, "context_block", random(1, 3, 64, 64))
+
+
+# the channels after the first two convolutions of layer2; the third has 512
+WIDTHS = {"resnet50": 128, "resnext50_32x4d": 256, "wide_resnet50_2": 256}
+
+
+@pytest.mark.parametrize("name", WIDTHS)
+@pytest.mark.parametrize("position", POSITIONS)
+def test_insert_at_a_position(random, name, position):
+    with torch.device("meta"):
+        model = torchvision.models.get_model(name)
+    check_positions(model, position, "context_block")
+    bottleneck = model.layer2[0].to_empty(device="cpu")
+    for buffer in bottleneck.buffers():
+        nn.init.ones_(buffer)
+    assert bottleneck.context_block.in_channels == (512 if position == "after_conv3" else WIDTHS[name])
+    check_by_hand(bottleneck, {position: "context_block"}, random(2, 256, 6, 5))
+
+
+def test_insert_refuses_basic_blocks():
+    with pytest.raises(ValueError, match=r"made of \['BasicBlock'\]; a BasicBlock has no place for a block"):
+        gc_cuda.insert(torchvision.models.resnet18())
 
 
 def test_insert_stands_after_the_norm(random):
@@ -166,15 +202,22 @@ def test_copies_of_a_model_with_tails(random):
         torch.testing.assert_close(twin(x), model(x), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.filterwarnings("error::UserWarning")  # of graphs that differ between the modes
 def test_feature_extractor_of_a_model_with_tails(random):
-    """PyTorch's own operators, unless the bottlenecks are leaves."""
-    model, x = with_blocks().eval(), random(1, 3, 64, 64)
-    expected = create_feature_extractor(model, ["layer4"])(x)
-    report = gc_cuda.accelerate(model)
-    leaves = [type(model.get_submodule(name)) for name in report.tails]
-    for options in ({}, {"tracer_kwargs": {"leaf_modules": leaves}}):
-        actual = create_feature_extractor(model, ["layer4"], **options)(x)
-        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
+    """The bottlenecks' nodes keep their names and the blocks are nodes, unless the bottlenecks are leaves."""
+    plain, x = with_blocks().eval(), random(1, 3, 64, 64)
+    model = copy.deepcopy(plain)
+    leaves = [type(model.get_submodule(name)) for name in gc_cuda.accelerate(model).tails]
+    for nodes, options in (
+        (["layer4.0.bn3", "layer4.1.context_block", "layer4.2.relu_2"], {}),
+        (["layer4"], {"tracer_kwargs": {"leaf_modules": leaves}}),
+    ):
+        actual, blocks = fused(create_feature_extractor(model, nodes, **options).eval(), x)
+        assert blocks == (0 if options else 3)
+        for name, expected in create_feature_extractor(plain, nodes).eval()(x).items():
+            torch.testing.assert_close(actual[name], expected, rtol=1e-9, atol=1e-9)
+    with pytest.raises(ValueError, match=r"'layer4\.0\.context_block\.softmax' is not present in model"):
+        create_feature_extractor(model, ["layer4.0.context_block.softmax"])
 
 
 @pytest.mark.parametrize(

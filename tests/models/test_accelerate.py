@@ -255,7 +255,7 @@ def test_the_report_prints_as_a_table():
 
 
 def test_what_runs_by_the_own_forward(random):
-    """A trace of torch.fx or torch.jit is one of PyTorch's own operators; it goes where gc_cuda is not."""
+    """A trace of torch.jit is one of PyTorch's own operators; it goes where gc_cuda is not."""
     net = model().eval()
     x = random(1, 3, 7, 7)
     gc_cuda.accelerate(net)
@@ -356,24 +356,6 @@ def test_what_the_operator_does_not_take_runs_as_before(random):
     expected = net(x)
     gc_cuda.accelerate(net)
     assert torch.equal(net(x), expected)
-
-
-def test_a_traced_model_is_plain_pytorch_unless_the_blocks_are_leaves(random):
-    """As accelerate's docstring says."""
-    net, x = model().eval(), random(1, 3, 7, 7)
-    report = gc_cuda.accelerate(net)
-    blocks = {type(net.get_submodule(name)) for name in report.accelerated}
-
-    class Leaves(torch.fx.Tracer):
-        def is_leaf_module(self, module, name):
-            return type(module) in blocks or super().is_leaf_module(module, name)
-
-    for tracer, fused in ((torch.fx.Tracer(), False), (Leaves(), True)):
-        traced = torch.fx.GraphModule(net, tracer.trace(net))
-        with torch.no_grad(), Spy() as spy:
-            out = traced(x)
-        assert ("gc_cuda::global_context" in spy.names()) == fused
-        torch.testing.assert_close(out, net(x), rtol=1e-12, atol=1e-12)
 
 
 def test_one_compilation_for_blocks_of_one_kind(random):

@@ -1,5 +1,5 @@
-"""What PyTorch users do to a model: loss scaling, checkpointing, copying, saving, torch.fx,
-torch.func, deterministic algorithms, an optimizer's life.
+"""What PyTorch users do to a model: loss scaling, checkpointing, copying, saving, torch.func, deterministic
+algorithms, an optimizer's life.
 """
 
 from __future__ import annotations
@@ -196,30 +196,6 @@ def test_meta_device_then_materialized(random):
     twin = Net()
     twin.load_state_dict(weights, assign=True)
     assert torch.equal(twin(x), net(x))
-
-
-# Graphs of modules
-
-
-def test_fx_keeps_the_block_as_a_node(random):
-    net = new_net()
-    traced = torch.fx.symbolic_trace(net)
-    called = [node.target for node in traced.graph.nodes if node.op == "call_module"]
-    assert called == ["stem", "first", "down", "second", "head"]
-    x = random(*SIZE, dtype=torch.float32)
-    assert torch.equal(traced(x), net(x))
-    for actual, one in zip(gradients(traced, traced(x)), gradients(net, net(x))):
-        assert torch.equal(actual, one)
-    for again in (copy.deepcopy(traced), pickle.loads(pickle.dumps(traced))):
-        assert torch.equal(again(x), net(x))
-    shapes = torch.fx.passes.shape_prop.ShapeProp(traced)
-    assert shapes.propagate(x).shape == (2, 5)
-
-
-def test_fx_of_a_block_alone_is_refused():
-    """A graph has no name for its own root."""
-    with pytest.raises(TypeError, match="symbolic_trace needs a model that holds the block"):
-        torch.fx.symbolic_trace(gc_cuda.ContextBlock(16, 1 / 4))
 
 
 def test_hooks_are_called(random):

@@ -276,7 +276,7 @@ def test_onnx(dynamo, tmp_path):
     assert {node.domain for node in nodes} <= {"", "ai.onnx"}
 
 
-def test_a_trace_of_torch_fx_is_plain_pytorch_unless_the_bottlenecks_are_leaves(operations):
+def test_torch_fx_traces_a_bottleneck_with_its_block_as_a_node_unless_it_is_a_leaf(operations):
     plain, ours = (net.eval() for net in two())
     x = random_of(SIZE)
     kinds = {type(ours.get_submodule(name)) for name in gc_cuda.accelerate(ours).tails}
@@ -285,8 +285,13 @@ def test_a_trace_of_torch_fx_is_plain_pytorch_unless_the_bottlenecks_are_leaves(
         def is_leaf_module(self, module, name):
             return type(module) in kinds or super().is_leaf_module(module, name)
 
-    for tracer, count in ((torch.fx.Tracer(), 0), (Leaves(), 2)):
+    for tracer, count, node in (
+        (torch.fx.Tracer(), 0, "1.0.context_block"),
+        (torch.fx.Tracer(), 0, "1.0.relu"),
+        (Leaves(), 2, "1.0"),
+    ):
         traced = torch.fx.GraphModule(ours, tracer.trace(ours))
+        assert node in [one.target for one in traced.graph.nodes]
         torch.testing.assert_close(traced(x), plain(x), rtol=1e-12, atol=1e-12)
         assert operations.count == count
 

@@ -235,29 +235,6 @@ class NormedSE(nn.Module):
         return x * torch.sigmoid(self.middle(self.pool(x)))
 
 
-class CentredSE(nn.Module):
-    """Its middle mixes the images, as a batch norm does."""
-
-    def __init__(self):
-        super().__init__()
-        self.fc = nn.Conv2d(CHANNELS, CHANNELS, 1)
-
-    def forward(self, x):
-        pooled = x.mean((2, 3), keepdim=True)
-        return x * torch.sigmoid(self.fc(pooled - pooled.mean(0, keepdim=True)))
-
-
-class DetachedSE(nn.Module):
-    """Without a gradient through the pooling."""
-
-    def __init__(self):
-        super().__init__()
-        self.fc = nn.Conv2d(CHANNELS, CHANNELS, 1)
-
-    def forward(self, x):
-        return x * torch.sigmoid(self.fc(x.mean((2, 3), keepdim=True).detach()))
-
-
 class AddedSE(nn.Module):
     """It adds its term, ungated."""
 
@@ -268,6 +245,25 @@ class AddedSE(nn.Module):
     def forward(self, x):
         n, c, _, _ = x.shape
         return x + self.b(F.relu(self.a(x.mean(dim=(2, 3))))).view(n, c, 1, 1)
+
+
+class MixingSE(ConvSE):
+    """Images of a batch meet in the middle, as in a batch norm."""
+
+    def forward(self, x):
+        pooled = x.mean((2, 3), keepdim=True)
+        return x * torch.sigmoid(
+            self.excite(self.nonlinear(self.squeeze(pooled - pooled.mean(0, keepdim=True))))
+        )
+
+
+class DetachedSE(ConvSE):
+    """No gradient passes through the pooling."""
+
+    def forward(self, x):
+        return x * torch.sigmoid(
+            self.excite(self.nonlinear(self.squeeze(x.mean((2, 3), keepdim=True).detach())))
+        )
 
 
 class Residual(nn.Module):
@@ -316,6 +312,6 @@ BLOCKS = {
     "convolution over channels": Block(ECALayer, AROUND),
     "one layer": Block(OneLayerSE, AROUND),
     "batch norm": Block(NormedSE, AROUND),
-    "centred": Block(CentredSE, AROUND),
+    "mixed batch": Block(MixingSE, AROUND),
     "detached": Block(DetachedSE, AROUND),
 }

