@@ -133,7 +133,7 @@ check_cuda() {
   need "${test_needs[@]}" "${model_needs[@]}"
   say "testing the models of timm and torchvision"
   (cd / && "$python" -m pytest -q -c "$root/pyproject.toml" -p no:cacheprovider \
-    "$root"/tests/{integrations/test_{timm,torchvision},docs/test_readme,models/test_old_files,blocks/test_parts}.py)
+    "$root"/tests/{integrations/test_{timm,timm_recognized,torchvision},docs/test_readme,models/test_old_files,blocks/test_parts}.py)
 }
 
 verb=${1:-build}

@@ -30,7 +30,7 @@ import torch
 import torchvision
 from architectures import build, family_of, names, on_meta, quiet, size_of
 from attention_blocks import Finder
-from recognized_page import AROUND, FUSED, LEFT, SERVED, UNSEEN, page
+from recognized_page import AROUND, FUSED, LEFT, NAMED, SERVED, UNSEEN, page
 from tables import cpu_name
 from torch import Tensor, nn
 
@@ -78,8 +78,9 @@ def look_at(name: str, finder: Finder) -> dict[str, Any]:
         done = done_with(gc_cuda.accelerate(model))
         seconds = time.perf_counter() - start
         gc_cuda.restore(model)
-    for path in done:
-        kinds.setdefault(path, type(model.get_submodule(path)).__name__)
+    for path in done.keys() - kinds.keys():
+        kinds[path] = type(model.get_submodule(path)).__name__
+        done[path] = NAMED if done[path][0] == LEFT else done[path][0], done[path][1]
     counts = Counter((kind, *done.get(path, (UNSEEN, ""))) for path, kind in kinds.items())
     return {
         "family": family_of(name),

@@ -11,6 +11,7 @@ from markdown_text import number, table
 
 # What was done with a block
 FUSED, AROUND, LEFT, UNSEEN = "one operation", "around its middle", "left alone", "not in the report"
+NAMED = "left alone, and no block"  # the report names it all the same
 SERVED = (FUSED, AROUND)
 LEAST_MILLISECONDS = 2  # a model that takes less is listed and not judged
 LIMIT = 1.03
@@ -58,22 +59,8 @@ def page(content: dict[str, Any]) -> Iterator[str]:
         )
     titles = ("family", "class", "what is done", "formula, or why not", "models", "blocks")
     yield from table((*titles, "compared", "differs in evaluation", "in training"), lines, left=4)
-    counts = Counter[str]()
-    for found in models.values():
-        for blocks in found["blocks"]:
-            counts[blocks["done"]] += blocks["count"]
-    having = sum(1 for found in models.values() if found["blocks"])
-    whole = sum(
-        1
-        for found in models.values()
-        if found["blocks"] and all(blocks["done"] in SERVED for blocks in found["blocks"])
-    )
     yield ""
-    yield (
-        f"Of {len(models)} architectures {having} have blocks, {whole} have all of them served: "
-        + ", ".join(f"{counts[done]} {done}" for done in (FUSED, AROUND, LEFT, UNSEEN) if counts[done])
-        + "."
-    )
+    yield _sentence(models)
     slowest = max(models, key=lambda name: models[name]["seconds"])
     yield f"The longest `accelerate` took {number(models[slowest]['seconds'], 2)} s, of {slowest}."
     failed = defaultdict(list)
@@ -87,6 +74,18 @@ def page(content: dict[str, Any]) -> Iterator[str]:
         yield from (f"- {error}: {', '.join(names)}" for error, names in failed.items())
     if content["times"]:
         yield from page_of_times(content)
+
+
+def _sentence(models: dict[str, Any]) -> str:
+    counts, having, whole = Counter[str](), 0, 0
+    for found in models.values():
+        real = [blocks for blocks in found["blocks"] if blocks["done"] != NAMED]
+        having += bool(real)
+        whole += bool(real) and all(blocks["done"] in SERVED for blocks in real)
+        for blocks in real:
+            counts[blocks["done"]] += blocks["count"]
+    told = ", ".join(f"{counts[done]} {done}" for done in (FUSED, AROUND, LEFT, UNSEEN) if counts[done])
+    return f"Of {len(models)} architectures {having} have blocks, {whole} have all of them served: {told}."
 
 
 def _differences(of: dict[str, Any]) -> tuple[str, str, str]:

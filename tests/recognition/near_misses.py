@@ -94,6 +94,13 @@ class RowSE(TwoConvs):
         return x * self.scale(x.mean(2, keepdim=True))
 
 
+class BatchMeanSE(TwoConvs):
+    """The mean over the pixels of all images."""
+
+    def forward(self, x):
+        return x * self.scale(x.mean((0, 2, 3), keepdim=True))
+
+
 class SizeDependentSE(TwoConvs):
     def forward(self, x):
         pooled = x.mean((2, 3), keepdim=True)
@@ -130,6 +137,7 @@ NEAR_MISSES = {
     "spatial attention": NearMiss(SpatialAttention, "mean|channels|max"),
     "fixed kernel": NearMiss(FixedPoolSE, "avg_pool", (7, 7)),
     "one dimension": NearMiss(RowSE, "mean"),
+    "mean over the batch": NearMiss(BatchMeanSE, "mean"),
     "a size decides": NearMiss(SizeDependentSE, "size"),
     "sum": NearMiss(SumSE, "sum"),
     "mean of squares": NearMiss(SquaredSE, "square|pow|mean"),
