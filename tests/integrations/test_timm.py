@@ -170,6 +170,9 @@ def test_insert_beside_what_timm_has_there(random):
             torch.manual_seed(5)
             torch.testing.assert_close(actual, by_hand(), rtol=1e-9, atol=1e-9)
     assert set(seen) == {(2, 128, 4, 3)}
+    b.context_block._forward_hooks.clear()
+    compiled = torch.compile(b, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), by_hand(), rtol=1e-9, atol=1e-9)
 
 
 def test_insert_stands_after_the_norm(random):
