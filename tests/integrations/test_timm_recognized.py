@@ -16,8 +16,7 @@ import pytest
 from block_cases import Spy
 from paths import BENCH
 from small_steps import assert_same_steps, steps
-from torch import nn
-from whole_models import FLOAT32_CONSTANT, FLOAT64, check_accelerated
+from whole_models import FLOAT32_CONSTANT, FLOAT64, awake, check_accelerated
 
 import gc_cuda
 from gc_cuda.recognition import plan
@@ -73,10 +72,7 @@ def test_models(random, name):
 @pytest.mark.parametrize("name", ["rexnet_100", "ecaresnet26t"])
 def test_training(random, name):
     """With batch statistics, in the blocks too, and running averages; a training step of eager's."""
-    plain = model_of(name, drop_rate=0).double().train()
-    for module in plain.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.5)
+    plain = awake(model_of(name, drop_rate=0)).train()
     ours = copy.deepcopy(plain)
     gc_cuda.accelerate(ours, tails=False)
     x = random(4, 3, 64, 64)
