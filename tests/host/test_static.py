@@ -114,7 +114,7 @@ def _compile(source: Path, virtual: str, real: tuple[str, ...]) -> Path:
     compiler = hostbuild.nvcc()
     assert compiler is not None
     version = subprocess.run([str(compiler), "--version"], capture_output=True, text=True, check=True).stdout
-    folder = _folder(f"{source.stem}-{virtual}", version, source.read_text(), *real)
+    folder = _folder(f"{source.stem}-{real[0]}", version, source.read_text(), *real)
     if (folder / "log").exists():
         return folder
     shutil.rmtree(folder, ignore_errors=True)
