@@ -32,7 +32,7 @@ CACHE = ROOT / "build" / "host"
 LAUNCH = CACHE / "launch"
 JOBS = 2
 COMPILE_TIMEOUT_S = 600
-RUN_TIMEOUT_S = 300
+RUN_TIMEOUT_S = 600
 
 RACE_CHECKER = ("race", "race_memory", "tsan_hooks")
 
