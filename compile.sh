@@ -113,8 +113,9 @@ sys.exit(spec is None or spec.origin != sys.argv[1])' "$root/gc_cuda/__init__.py
   "$python" -m gc_cuda
 }
 
-# The real CUDA extension, for every architecture, checked without a GPU. It is installed from a wheel, apart from the
-# build in the source folder, and any GPU is hidden so that the result is the same everywhere.
+# The real CUDA extension, for every architecture or those of TORCH_CUDA_ARCH_LIST, checked without a GPU. It is
+# installed from a wheel, apart from the build in the source folder, and any GPU is hidden so that the result is the
+# same everywhere.
 check_cuda() {
   make_environment "$root/.venv-cuda"
   say "environment: $python"

@@ -16,6 +16,7 @@ matplotlib for a picture.
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import sys
 from pathlib import Path
@@ -119,6 +120,8 @@ class World:
 
     def close(self) -> None:
         if self.size > 1:
+            # DDP holds itself, and must be gone before the group, or gloo's destructor may wait for ever.
+            gc.collect()
             dist.destroy_process_group()
 
 

@@ -98,6 +98,12 @@ def parameters(block: Any, read: Read, x: Any) -> list[Any] | None:
     return None if any(map(is_foreign, flat)) else flat
 
 
+def policy_known_of(block: Any) -> Any:
+    """What the block's policy was when it was looked at last; None before."""
+    known = _known.get(block)
+    return None if known is None else known.policy
+
+
 def recipe_of(block: Any, read: Read) -> Recipe:
     """What the block computes; raises Unserved if its parts compute something else."""
     return read(_parts.Look(), block)

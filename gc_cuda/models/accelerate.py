@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import fx, nn
 
 from gc_cuda import _extension, _values
 from gc_cuda.blocks._fused import Read, recipe_of, run
@@ -35,8 +35,8 @@ def accelerate(
     operation. With anything else between (batch norm, one layer, a convolution over channels, other
     activations and gates) the pooling and the broadcast run fused around the block's own operations, in
     training on maps large enough to gain, and with attention always; on CUDA that waits for a GPU
-    (``GC_CUDA_PATHS=around``). docs/recognition.md says what is demanded of such a module. The report names the formula that was found,
-    and of every attention block that it sees and does not serve the reason.
+    (``GC_CUDA_PATHS=around``). docs/recognition.md says what is demanded of such a module. The report names
+    the formula that was found, and of every attention block that it sees and does not serve the reason.
 
     A tail is the end of a bottleneck: batch norm, block, addition of the shortcut, ReLU. It is one operation
     (:func:`gc_cuda.bn_context_add_relu`), which keeps what a bottleneck without a block keeps for the
@@ -125,9 +125,19 @@ def accelerate(
             formula, compiled = _told(module)
         own_name = kinds.full_name(swap.innermost(type(module)))
         entries.append(Entry(name, own_name, action, reason, part, compiled, formula))
-    return Report(tuple(entries), "" if recognition.available() else _BY_NAME_ALONE)
+    return Report(tuple(entries), _remark(model, found))
 
 
+def _remark(model: nn.Module, found: list[_Part]) -> str:
+    if not found and any(isinstance(module, fx.GraphModule) for module in model.modules()):
+        return _TRACED
+    return "" if recognition.available() else _BY_NAME_ALONE
+
+
+_TRACED = (
+    "it is a graph of torch.fx, in which blocks are single operations: accelerate the model before it is "
+    "traced, and its blocks are nodes of the graph that run fused"
+)
 _BY_NAME_ALONE = (
     "only blocks of classes that gc_cuda knows by name were looked for: to recognize others by what they "
     f"compute wants torch {'.'.join(map(str, recognition.OLDEST_TORCH))} or newer"

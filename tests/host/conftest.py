@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import hostbuild
 import pytest
@@ -37,3 +39,22 @@ def driver(pytestconfig: pytest.Config) -> Callable[[str, str], hostbuild.Driver
     targets = pytestconfig.stash[_TARGETS]
     programs = hostbuild.build_all(targets)
     return lambda name, build: hostbuild.Driver(programs[name, build])
+
+
+@pytest.fixture(scope="session")
+def pool() -> Iterator[ThreadPoolExecutor]:
+    """For programs of tests that await their own: a module begins all that its selected tests will want."""
+    with ThreadPoolExecutor(hostbuild.JOBS) as pool:
+        yield pool
+        pool.shutdown(cancel_futures=True)  # where a run was stopped
+
+
+@pytest.fixture(scope="session")
+def selected(request: pytest.FixtureRequest) -> Callable[[str], list[dict[str, Any]]]:
+    """A function: the parameters of the selected tests with this name."""
+
+    def parameters_of(name: str) -> list[dict[str, Any]]:
+        items = [item for item in request.session.items if isinstance(item, pytest.Function)]
+        return [item.callspec.params for item in items if item.originalname == name]
+
+    return parameters_of

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import hostbuild
 import pytest
@@ -20,9 +22,19 @@ PAIRS = [
 ]
 
 
+@pytest.fixture(scope="module")
+def runs(
+    driver: Callable[[str, str], Driver],
+    pool: ThreadPoolExecutor,
+    selected: Callable[[str], list[dict[str, Any]]],
+) -> dict[tuple[str, str], Future[tuple[int, str]]]:
+    pairs = [(one["name"], one["build"]) for one in selected("test_kernels")]
+    return {pair: pool.submit(driver(*pair), *ARGUMENTS[pair[1]]) for pair in pairs}
+
+
 @pytest.mark.parametrize(("name", "build"), PAIRS)
-def test_kernels(driver: Callable[[str, str], Driver], name: str, build: str) -> None:
-    code, output = driver(name, build)(*ARGUMENTS[build])
+def test_kernels(runs: dict[tuple[str, str], Future[tuple[int, str]]], name: str, build: str) -> None:
+    code, output = runs[name, build].result()
     assert code == 0, output
     assert " 0 failures" in output
 

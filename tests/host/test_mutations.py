@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import hostbuild
 import pytest
@@ -38,16 +40,35 @@ with_race_drivers = [pytest.mark.needs_driver(name, "race") for name in KERNEL_D
 
 
 @pytest.fixture(scope="module")
-def reached(driver: Drivers) -> dict[str, set[int]]:
+def reached(driver: Drivers, pool: ThreadPoolExecutor) -> dict[str, set[int]]:
     """Which sites each driver comes to when nothing is dropped."""
+    runs = {name: pool.submit(driver(name, "race"), "--schedule", "ascending:0") for name in KERNEL_DRIVERS}
     found = {}
-    for name in KERNEL_DRIVERS:
-        code, output = driver(name, "race")("--schedule", "ascending:0")
+    for name, run in runs.items():
+        code, output = run.result()
         assert code == 0, output
         last = re.search(r"; sites(.*)$", output)
         assert last is not None, output
         found[name] = set(map(int, last[1].split()))
     return found
+
+
+@pytest.fixture(scope="module")
+def runs(
+    driver: Drivers,
+    pool: ThreadPoolExecutor,
+    reached: dict[str, set[int]],
+    selected: Callable[[str], list[dict[str, Any]]],
+) -> dict[str, dict[str, Future[tuple[int, str]]]]:
+    """For each selected site, what the drivers that come to it say without it."""
+
+    def without(number: int) -> dict[str, Future[tuple[int, str]]]:
+        arguments = ("--drop-site", str(number), *ONE_SCHEDULE)
+        users = [name for name in KERNEL_DRIVERS if number in reached[name]]
+        return {name: pool.submit(driver(name, "race"), *arguments) for name in users}
+
+    sites = [one["site"] for one in selected("test_drop")]
+    return {site: without(SITES.index(site)) for site in sites}
 
 
 @pytest.fixture(scope="module")
@@ -67,14 +88,12 @@ class TestEverySiteIsNecessary:
 
     @pytest.mark.parametrize("site", SITES)
     def test_drop(
-        self, driver: Drivers, reached: dict[str, set[int]], findings: dict[str, str], site: str
+        self, runs: dict[str, dict[str, Future[tuple[int, str]]]], findings: dict[str, str], site: str
     ) -> None:
-        number = SITES.index(site)
-        users = [name for name in KERNEL_DRIVERS if number in reached[name]]
-        assert users, f"no driver comes to {site}"
+        assert runs[site], f"no driver comes to {site}"
         silent = []
-        for name in users:
-            code, output = driver(name, "race")("--drop-site", str(number), *ONE_SCHEDULE)
+        for name, run in runs[site].items():
+            code, output = run.result()
             report = re.search(r"^FAIL (\S+), schedule \S+ (.*)$", output, re.MULTILINE)
             if code == 1 and report is not None:
                 assert any(word in report[2] for word in REPORTS), report[0]

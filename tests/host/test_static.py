@@ -1,10 +1,13 @@
 """Checks of the compiled kernels without a GPU.
 
-nvcc compiles the launch files of csrc/cuda, which contain every instantiation, for sm_80, 86 and 89, and
-the hot instantiations for the other architectures of CUDA 13 (`./compile.sh cuda` compiles the rest for them,
-which takes minutes). NVRTC 12.6 compiles every instantiation for sm_70. Hot kernels are those that move whole
-16-byte vectors of float32, float16 or bfloat16 feature maps, and the transform on such types: they must not
-spill registers, and those on feature maps must have 16-byte loads.
+nvcc compiles the launch files of csrc/cuda, which contain every instantiation, for sm_80, and the hot
+instantiations for the other architectures of CUDA 13. NVRTC 12.6 compiles every instantiation for sm_70. Hot
+kernels are those that move whole 16-byte vectors of float32, float16 or bfloat16 feature maps, and the
+transform on such types: they must not spill registers, and those on feature maps must have 16-byte loads.
+
+The other instantiations say nothing that depends on the architecture but through __CUDA_ARCH__. So the gate
+compiles them once for each of its cases: here for sm_80, and in the CUDA build for the architectures named in
+.ci/run. `./compile.sh cuda` by itself compiles all for all.
 """
 
 from __future__ import annotations
@@ -21,12 +24,14 @@ import pytest
 from cudatools import Resources
 from hostbuild import CACHE, JOBS, ROOT
 
-# The kernels have no code of their own for sm_86 or sm_89: one PTX serves.
-EVERY_KERNEL = ("compute_80", ("sm_80", "sm_86", "sm_89"))
-HOT_KERNELS = tuple((f"compute_{n}", (f"sm_{n}",)) for n in (75, 90, 100, 120))
+EVERY_KERNEL = ("compute_80", ("sm_80",))
+HOT_KERNELS = (
+    ("compute_80", ("sm_86", "sm_89")),  # the kernels have no code of their own for these: one PTX serves
+    *((f"compute_{n}", (f"sm_{n}",)) for n in (75, 90, 100, 120)),
+)
 ARCHITECTURES = {name for _, names in (EVERY_KERNEL, *HOT_KERNELS) for name in names}
-DISASSEMBLED = "sm_80"
-LAUNCH_FILES = tuple(hostbuild.launch_files())
+# Backwards, for the last take longest, and what begins last should not.
+LAUNCH_FILES = tuple(reversed(hostbuild.launch_files()))
 COMPILE_TIMEOUT_S = 900
 ELEMENT_BYTES = {"float": 4, "__half": 2, "__nv_bfloat16": 2}  # float64 is for checks, not for speed
 
@@ -108,7 +113,7 @@ def _compile(source: Path, virtual: str, real: tuple[str, ...]) -> Path:
     compiler = hostbuild.nvcc()
     assert compiler is not None
     version = subprocess.run([str(compiler), "--version"], capture_output=True, text=True, check=True).stdout
-    folder = _folder(f"{source.stem}-{virtual}", version, source.read_text(), *real)
+    folder = _folder(f"{source.stem}-{real[0]}", version, source.read_text(), *real)
     if (folder / "log").exists():
         return folder
     shutil.rmtree(folder, ignore_errors=True)
@@ -123,6 +128,22 @@ def _compile(source: Path, virtual: str, real: tuple[str, ...]) -> Path:
             file.unlink()
     (folder / "log").write_text(said.stdout + said.stderr)
     return folder
+
+
+def test_every_instantiation_is_compiled_for_each_case_of_the_sources() -> None:
+    """By the gate, whose CUDA build leaves architectures out that have no code of their own."""
+    sources = [path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".cu", ".cpp")]
+    asked = [one for path in sources for one in re.findall(r"__CUDA_ARCH\w*.*", path.read_text())]
+    begins = [int(match[1]) for one in asked if (match := re.fullmatch(r"__CUDA_ARCH__ >= (\d+)", one))]
+    assert len(begins) == len(asked) > 0, asked
+    built = re.search(r"TORCH_CUDA_ARCH_LIST='(.*)\+PTX'", (ROOT / ".ci" / "run").read_text())
+    assert built is not None
+    compiled = [80, *(int(name.replace(".", "")) for name in built[1].split(";"))]
+
+    def case_of(architecture: int) -> int:
+        return sum(10 * architecture >= begin for begin in begins)
+
+    assert {case_of(int(name[3:])) for name in ARCHITECTURES} == set(map(case_of, compiled))
 
 
 @pytest.fixture(scope="module")
@@ -202,14 +223,18 @@ def test_a_thread_takes_no_more_registers_than_plans_count_on(resources: list[Re
     assert not more, "\n" + cudatools.table(more)
 
 
-@pytest.mark.parametrize("launch_file", [name for name in LAUNCH_FILES if "transform" not in name])
-def test_hot_kernels_load_16_bytes(every_kernel: dict[str, Path], launch_file: str) -> None:
-    cubins = list(every_kernel[launch_file].glob(f"*{DISASSEMBLED}*.cubin"))
-    assert len(cubins) == 1
+def machine_code(folder: Path) -> dict[str, str]:
+    """That of each kernel, by name, where _compile() was for one architecture."""
+    (cubin,) = folder.glob("*.cubin")
     try:
-        code = cudatools.disassemble(cubins[0])
+        return cudatools.disassemble(cubin)
     except cudatools.Unavailable as error:
         pytest.skip(str(error))
+
+
+@pytest.mark.parametrize("launch_file", [name for name in LAUNCH_FILES if "transform" not in name])
+def test_hot_kernels_load_16_bytes(every_kernel: dict[str, Path], launch_file: str) -> None:
+    code = machine_code(every_kernel[launch_file])
     hot = {kernel: text for kernel, text in code.items() if moves_vectors(kernel)}
     assert hot
     # Into registers, or into shared memory while the thread goes on.
@@ -219,11 +244,7 @@ def test_hot_kernels_load_16_bytes(every_kernel: dict[str, Path], launch_file: s
 
 @pytest.mark.parametrize("launch_file", ["pool_backward", "pool_forward"])
 def test_staged_tiles_bypass_the_registers(every_kernel: dict[str, Path], launch_file: str) -> None:
-    cubins = list(every_kernel[launch_file].glob(f"*{DISASSEMBLED}*.cubin"))
-    try:
-        code = cudatools.disassemble(cubins[0])
-    except cudatools.Unavailable as error:
-        pytest.skip(str(error))
+    code = machine_code(every_kernel[launch_file])
     staged = {kernel: text for kernel, text in code.items() if re.search(r"\(gc::Path\)[12]\b", kernel)}
     assert len(staged) >= 20
     through_registers = [kernel for kernel, text in staged.items() if "LDGSTS" not in text]
@@ -234,11 +255,7 @@ def test_staged_tiles_bypass_the_registers(every_kernel: dict[str, Path], launch
 
 def test_newer_ways_of_uniform_pooling_load_without_a_division(every_kernel: dict[str, Path]) -> None:
     """A block's first load waits for all that comes before it."""
-    cubin = next(every_kernel["pool_forward"].glob(f"*{DISASSEMBLED}*.cubin"))
-    try:
-        code = cudatools.disassemble(cubin)
-    except cudatools.Unavailable as error:
-        pytest.skip(str(error))
+    code = machine_code(every_kernel["pool_forward"])
     before_load = {
         kernel: text.split("LDG")[0] for kernel, text in code.items() if "(gc::Weighting)2" in kernel
     }

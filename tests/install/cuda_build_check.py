@@ -5,6 +5,7 @@ A program and not a pytest module, since it must see the installed package and n
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -51,7 +52,9 @@ def check_configuration() -> None:
     check(config["version"] == gc_cuda.__version__, "the version is that of the package")
     check(config["torch"] == torch.__version__, f"built for the torch that is here, {torch.__version__}")
     check(config["cuda"].split(".")[0] == torch.version.cuda.split(".")[0], "CUDA is that of torch")
-    expected = _toolkit.default_arch_list(config["cuda"], torch.version.cuda)
+    expected = os.environ.get("TORCH_CUDA_ARCH_LIST") or _toolkit.default_arch_list(
+        config["cuda"], torch.version.cuda
+    )
     check(config["arch_list"] == expected, f"architectures: {expected}")
 
 

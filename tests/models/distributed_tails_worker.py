@@ -15,6 +15,7 @@ import warnings
 import torch
 import torch.distributed as dist
 from bottlenecks import MMDET, TORCHVISION, new_net, stand_ins
+from process_group import end_process_group
 from small_steps import STEPS, assert_same_steps, steps
 from torch import Tensor, nn
 
@@ -63,11 +64,7 @@ def norm_eval(net: nn.Module) -> nn.Module:
     return net
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")  # DDP's advice about options that a small model does not need
-    sys.modules |= stand_ins()
-    dist.init_process_group("gloo")
+def compare() -> None:
     per_rank = BATCH // dist.get_world_size()
     mine = slice(dist.get_rank() * per_rank, (dist.get_rank() + 1) * per_rank)
     for framework, settings, options in TRAINING:
@@ -82,8 +79,16 @@ def main() -> None:
     model = nn.parallel.DistributedDataParallel(ours, static_graph=True)
     expected, actual = mean_steps(alone, images()), mean_steps(model, images()[mine])
     assert_same_steps(actual, expected)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")  # DDP's advice about options that a small model does not need
+    sys.modules |= stand_ins()
+    dist.init_process_group("gloo")
+    compare()
     print("compared")
-    dist.destroy_process_group()
+    end_process_group()
 
 
 if __name__ == "__main__":

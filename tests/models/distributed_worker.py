@@ -11,6 +11,7 @@ import sys
 
 import torch
 import torch.distributed as dist
+from process_group import end_process_group
 from small_net import Net, new_net
 from torch import Tensor, nn
 
@@ -52,13 +53,8 @@ def fsdp_averages(device: torch.device) -> bool:
     return torch.equal(whole(layer.bias.grad), torch.ones(2))
 
 
-def main(kind: str, folder: str, device_type: str) -> None:
-    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    torch.set_num_threads(1)
-    device = torch.device(device_type, rank) if device_type == "cuda" else torch.device("cpu")
-    if device_type == "cuda":
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
+def compute(kind: str, folder: str, device: torch.device) -> None:
+    rank, world = dist.get_rank(), dist.get_world_size()
     net: Net = new_net().to(device)
     model: nn.Module
     if kind == "ddp":
@@ -67,9 +63,8 @@ def main(kind: str, folder: str, device_type: str) -> None:
         from torch.distributed.fsdp import fully_shard
 
         if not fsdp_averages(device):
-            dist.destroy_process_group()
             return
-        mesh = dist.init_device_mesh(device_type, (world,))
+        mesh = dist.init_device_mesh(device.type, (world,))
         for block in (net.first, net.second):
             fully_shard(block, mesh=mesh)
         model = fully_shard(net, mesh=mesh)
@@ -82,7 +77,17 @@ def main(kind: str, folder: str, device_type: str) -> None:
             [{name.removeprefix(strip): t for name, t in one.items()} for one in (*gradients, parameters)],
             os.path.join(folder, f"{kind}.pt"),
         )
-    dist.destroy_process_group()
+
+
+def main(kind: str, folder: str, device_type: str) -> None:
+    torch.set_num_threads(1)
+    device = torch.device("cpu")
+    if device_type == "cuda":
+        device = torch.device(device_type, int(os.environ["RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
+    compute(kind, folder, device)
+    end_process_group()
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from block_cases import Configuration
 from evaluate import LAYOUTS
+from process_group import end_process_group
 from tail_cases import GC_TRAIN, NO_BLOCK, RUNNING, Tail, draw_tail, run_tail, tail_of
 from torch import Tensor
 
@@ -205,7 +206,7 @@ def main() -> None:
     where_it_is_refused()
     dist.barrier()
     print("compared")
-    dist.destroy_process_group()
+    end_process_group()
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import torch.autograd.forward_ad as forward_ad
 from block_cases import Spy
 from gcnet_double import ContextBlock as TheirBlock
 from gcnet_double import gcnet  # noqa: F401 (a fixture of every test)
+from process_group import end_process_group
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from whole_models import awake
@@ -424,14 +425,16 @@ def test_gradients_have_the_strides_of_their_parameters(module, random, recwarn)
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
 def test_ddp_does_not_warn_after_channels_last(tmp_path, random, recwarn):
+    def train(net: nn.Module) -> None:
+        net = nn.parallel.DistributedDataParallel(net, find_unused_parameters=True)
+        net(random(*SIZE, dtype=torch.float32)).square().sum().backward()
+
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1
     )
     try:
         for make in MODULES.values():
-            net = awake(make()).float().to(memory_format=torch.channels_last)
-            net = nn.parallel.DistributedDataParallel(net, find_unused_parameters=True)
-            net(random(*SIZE, dtype=torch.float32)).square().sum().backward()
+            train(awake(make()).float().to(memory_format=torch.channels_last))
     finally:
-        torch.distributed.destroy_process_group()
+        end_process_group()
     assert not [warning for warning in recwarn if "strides" in str(warning.message)]

@@ -166,3 +166,11 @@ def test_a_graph_of_torch_fx_keeps_it(random, make):
     actual = step(graph, x)
     for name, tensor in expected.items():
         torch.testing.assert_close(actual[name], tensor, rtol=1e-10, atol=1e-10)
+
+
+def test_a_graph_that_was_made_before_says_so():
+    """As timm's feature_cls="fx" makes it: no block is left in it to be seen."""
+    graph = torch.fx.symbolic_trace(Residual(ConvSE()))
+    report = gc_cuda.accelerate(graph)
+    assert not report.entries
+    assert "accelerate the model before it is traced" in str(report)

@@ -11,6 +11,7 @@
 // Decomposition: block (image * splits + split, chunk) walks the tiles of its split for its chunk of channels. What a
 // channel needs of the vectors is worked out once and kept in registers. Without statistics of the batch the gradients of
 // the norm's parameters are computed here, too: by the first warps of the blocks, before their tiles (norm_gradients.h).
+// One instantiation serves all of the formula: what is absent is 0, and its map is not read.
 //
 // Moves: g and grad_y once, with statistics of the batch y once (N*C*S elements each); with attention, 2 * N*S values for
 // each chunk of channels.
@@ -35,7 +36,7 @@ struct GradYTraits : KernelTraits {
 
 namespace gc {
 
-template <typename T, Layout kLayout, int kRows, int kWidth, bool kAttention, bool kOfBatch>
+template <typename T, Layout kLayout, int kRows, int kWidth>
 GC_KERNEL(kMaxThreads, 1)
 grad_y(const GradYArgs args) {
   using A = Acc<T>;
@@ -44,7 +45,9 @@ grad_y(const GradYArgs args) {
   constexpr int kPixels = TileT::kPixels;
   static_assert(has_tile<GradYTraits>(kRows, kLayout, sizeof(T)), "no plan has such tiles");
   const typename TileT::Map map(args.walk);
-  if constexpr (!kOfBatch) {
+  const bool of_batch = args.y != nullptr;
+  const bool attends = args.attention != nullptr;
+  if (!of_batch) {
     // Warp by warp over the blocks, for none is to have much more to do than others.
     const int blocks = port::grid_x() * port::grid_y();
     const int warp = port::thread_index() / kWarp * blocks + port::block_y() * port::grid_x() + port::block_x();
@@ -66,45 +69,43 @@ grad_y(const GradYArgs args) {
     const A slope = slope_at<T>(args.norm, c);
     scale[i] = args.scale != nullptr ? slope * static_cast<const A*>(args.scale)[nc] : slope;
     const A grad_context = args.grad_context != nullptr ? static_cast<const A*>(args.grad_context)[nc] : A(0);
-    if constexpr (kAttention) {
+    if (attends) {
       direct[i] = slope * grad_context;
       weight[i] = slope * read<T>(args.mask_weight, c);
     } else {
       term[i] = grad_context / static_cast<A>(map.pixels);
     }
-    if constexpr (kOfBatch) {
+    if (of_batch) {
       const A count = static_cast<A>(args.walk.images) * static_cast<A>(map.pixels);
       const A inverse_std = inverse_std_at<T>(args.norm, c);
       term[i] -= static_cast<const A*>(args.grad_bias)[c] / count;
       curve[i] = -(slope * inverse_std) * (static_cast<const A*>(args.grad_weight)[c] / count);
       mean[i] = mean_at<T>(args.norm, c);
     }
-    term[i] *= slope;
+    if (of_batch || !attends) term[i] *= slope;  // a 0 stays 0, whatever the slope
   }
 
   for (int tile_index = map.first_tile; tile_index < map.end_tile; ++tile_index) {
     const int pixel0 = tile_index * map.tile_pixels();
-    TileT grad, y;
+    TileT grad, y{};
     grad.load(static_cast<const T*>(args.grad) + map.image0(), map, pixel0);
-    if constexpr (kOfBatch) y.load(static_cast<const T*>(args.y) + map.image0(), map, pixel0);
+    if (of_batch) y.load(static_cast<const T*>(args.y) + map.image0(), map, pixel0);
     A attention[kPixels], grad_logit[kPixels];
-    if constexpr (kAttention) {
-      GC_UNROLL
-      for (int p = 0; p < kPixels; ++p) {
-        const int pixel = map.pixel(pixel0, p);
-        const bool inside = pixel < map.pixels;
-        attention[p] = inside ? static_cast<const A*>(args.attention)[map.pixels0() + pixel] : A(0);
-        grad_logit[p] = inside ? static_cast<const A*>(args.grad_logits)[map.pixels0() + pixel] : A(0);
-      }
+    GC_UNROLL
+    for (int p = 0; p < kPixels; ++p) {
+      const int pixel = map.pixel(pixel0, p);
+      const bool read = attends && pixel < map.pixels;
+      attention[p] = read ? static_cast<const A*>(args.attention)[map.pixels0() + pixel] : A(0);
+      grad_logit[p] = read ? static_cast<const A*>(args.grad_logits)[map.pixels0() + pixel] : A(0);
     }
     GC_UNROLL
     for (int c = 0; c < kChannels; ++c) {
       GC_UNROLL
       for (int p = 0; p < kPixels; ++p) {
         A v = grad(c, p) * scale[c];
-        if constexpr (kAttention) v += attention[p] * direct[c] + grad_logit[p] * weight[c];
-        if constexpr (kOfBatch || !kAttention) v += term[c];
-        if constexpr (kOfBatch) v += curve[c] * (y(c, p) - mean[c]);
+        v += attention[p] * direct[c] + grad_logit[p] * weight[c];
+        v += term[c];
+        v += curve[c] * (y(c, p) - mean[c]);
         grad.set(c, p, v);
       }
     }

@@ -82,7 +82,7 @@ GC_DEVICE void keep_norm(const ResidualArgs& args) {
   }
 }
 
-template <typename T, Layout kLayout, int kRows, int kWidth, bool kIdentity>
+template <typename T, Layout kLayout, int kRows, int kWidth>
 GC_KERNEL(kMaxThreads, 1)
 residual(const ResidualArgs args) {
   using A = Acc<T>;
@@ -102,15 +102,15 @@ residual(const ResidualArgs args) {
   for (int tile_index = map.first_tile; tile_index < map.end_tile; ++tile_index) {
     const int pixel0 = tile_index * map.tile_pixels();
     TileT tile;
-    [[maybe_unused]] TileT identity;
+    TileT identity{};
     tile.load(static_cast<const T*>(args.y) + map.image0(), map, pixel0);
-    if constexpr (kIdentity) identity.load(static_cast<const T*>(args.identity) + map.image0(), map, pixel0);
+    if (args.identity != nullptr) identity.load(static_cast<const T*>(args.identity) + map.image0(), map, pixel0);
     GC_UNROLL
     for (int c = 0; c < TileT::kChannels; ++c) {
       GC_UNROLL
       for (int p = 0; p < TileT::kPixels; ++p) {
         A v = of[c](tile(c, p));
-        if constexpr (kIdentity) v += identity(c, p);
+        if (args.identity != nullptr) v += identity(c, p);
         tile.set(c, p, relu_of(v, args.relu));
       }
     }
@@ -119,7 +119,7 @@ residual(const ResidualArgs args) {
 }
 
 // For NCHW where a row is not a multiple of a vector but the image is, as broadcast_flat.
-template <typename T, int kRows, bool kIdentity>
+template <typename T, int kRows>
 GC_KERNEL(kMaxThreads, 1)
 residual_flat(const ResidualArgs args) {
   using A = Acc<T>;
@@ -134,7 +134,8 @@ residual_flat(const ResidualArgs args) {
   const unsigned pixels = walk.pixels;
   const long long channels0 = static_cast<long long>(image) * walk.channels;
   const T* const y = static_cast<const T*>(args.y) + channels0 * pixels;
-  [[maybe_unused]] const T* const identity = static_cast<const T*>(args.identity) + channels0 * pixels;
+  const bool adds = args.identity != nullptr;
+  const T* const identity = adds ? static_cast<const T*>(args.identity) + channels0 * pixels : nullptr;
   T* const out = static_cast<T*>(args.out) + channels0 * pixels;
   const unsigned tile_elements = kRows * kStep * port::block_threads();
   port::wait_for_launch_before<kWaitResidualFlat>();
@@ -142,14 +143,12 @@ residual_flat(const ResidualArgs args) {
   for (int tile = first; tile < end; ++tile) {
     const unsigned begin = tile * tile_elements + port::thread_index() * kStep;
     PackedVector<T> rows[kRows];
-    [[maybe_unused]] PackedVector<T> identity_rows[kRows];
+    PackedVector<T> identity_rows[kRows]{};
     GC_UNROLL
     for (int r = 0; r < kRows; ++r) {
       const unsigned at = begin + r * kStep * port::block_threads();
       if (at < elements) rows[r].template load<kStep>(0, y + at);
-      if constexpr (kIdentity) {
-        if (at < elements) identity_rows[r].template load<kStep>(0, identity + at);
-      }
+      if (adds && at < elements) identity_rows[r].template load<kStep>(0, identity + at);
     }
     GC_UNROLL
     for (int r = 0; r < kRows; ++r) {
@@ -167,7 +166,7 @@ residual_flat(const ResidualArgs args) {
         }
         --left;
         A v = of(rows[r].get(e));
-        if constexpr (kIdentity) v += identity_rows[r].get(e);
+        if (adds) v += identity_rows[r].get(e);
         rows[r].set(e, relu_of(v, args.relu));
       }
       rows[r].template store<kStep>(0, out + at);

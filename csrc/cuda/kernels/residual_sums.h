@@ -14,7 +14,7 @@
 // combined as in pool_forward: in registers, over the block's pixel threads, and over the splits in order by the last
 // blocks of an image and chunk (split_merge.h).
 //
-// Moves: grad, out, y and g once each (N*C*S elements), as far as they are given.
+// Moves: grad, out, y and g once each (N*C*S elements), as far as they are given: one instantiation serves all cases.
 #pragma once
 
 #include "tail_backward_args.h"
@@ -45,23 +45,24 @@ struct ResidualSumsTraits : KernelTraits {
 
 namespace gc {
 
-// kMasks: there is an out. kProducts: there is a y.
-template <typename T, Layout kLayout, int kRows, int kWidth, bool kMasks, bool kProducts>
+template <typename T, Layout kLayout, int kRows, int kWidth>
 GC_KERNEL(kMaxThreads, 1)
 residual_sums(const ResidualSumsArgs args) {
   using A = Acc<T>;
   using TileT = Tile<T, kLayout, kRows, kWidth>;
   constexpr int kChannels = TileT::kChannels;
-  constexpr int kSums = kProducts ? 2 * kChannels : kChannels;
+  constexpr int kSums = 2 * kChannels;
   static_assert(has_tile<ResidualSumsTraits>(kRows, kLayout, sizeof(T)), "no plan has such tiles");
   port::let_next_launch_begin();
   const typename TileT::Map map(args.walk);
+  const bool masks = args.out != nullptr;
+  const bool with_products = args.y != nullptr;
 
   A mean[kChannels];
   A sums[kSums];  // of g, then of the products
   GC_UNROLL
   for (int c = 0; c < kChannels; ++c) {
-    const bool subtracts = kProducts && args.mean.data != nullptr && map.channel(c) < map.channels;
+    const bool subtracts = with_products && args.mean.data != nullptr && map.channel(c) < map.channels;
     mean[c] = subtracts ? read<T>(args.mean, map.channel(c)) : A(0);
   }
   GC_UNROLL
@@ -69,10 +70,10 @@ residual_sums(const ResidualSumsArgs args) {
 
   for (int tile_index = map.first_tile; tile_index < map.end_tile; ++tile_index) {
     const int pixel0 = tile_index * map.tile_pixels();
-    TileT grad, out, y;
+    TileT grad, out{}, y{};
     grad.load(static_cast<const T*>(args.grad) + map.image0(), map, pixel0);
-    if constexpr (kMasks) out.load(static_cast<const T*>(args.out) + map.image0(), map, pixel0);
-    if constexpr (kProducts) y.load(static_cast<const T*>(args.y) + map.image0(), map, pixel0);
+    if (masks) out.load(static_cast<const T*>(args.out) + map.image0(), map, pixel0);
+    if (with_products) y.load(static_cast<const T*>(args.y) + map.image0(), map, pixel0);
     GC_UNROLL
     for (int c = 0; c < kChannels; ++c) {
       A grad_sum = 0;
@@ -80,22 +81,20 @@ residual_sums(const ResidualSumsArgs args) {
       GC_UNROLL
       for (int p = 0; p < TileT::kPixels; ++p) {
         A g = grad(c, p);
-        if constexpr (kMasks) {
-          g = out(c, p) <= A(0) ? A(0) : g;
-          grad.set(c, p, g);
-        }
+        g = masks && out(c, p) <= A(0) ? A(0) : g;
+        grad.set(c, p, g);
         grad_sum += g;
         // Outside the image g is 0, and the mean of channels there.
-        if constexpr (kProducts) product_sum += g * (y(c, p) - mean[c]);
+        product_sum += g * (y(c, p) - mean[c]);
       }
       sums[c] += grad_sum;
-      if constexpr (kProducts) sums[kChannels + c] += product_sum;
+      sums[kChannels + c] += product_sum;
     }
-    if constexpr (kMasks) grad.store(static_cast<T*>(args.grad_in) + map.image0(), map, pixel0);
+    if (masks) grad.store(static_cast<T*>(args.grad_in) + map.image0(), map, pixel0);
   }
 
   port::SharedArena arena;
-  A* const scratch = arena.take<A>(over_pixels_scratch(kLayout, map.shape, 2 * kChannels));
+  A* const scratch = arena.take<A>(over_pixels_scratch(kLayout, map.shape, kSums));
   OverPixels<kLayout, kSums>::publish(map, sums, scratch);
   port::sync_block<kSyncResidualSum>();
   OverPixels<kLayout, kSums>::collect(map, sums, scratch);
@@ -117,7 +116,7 @@ residual_sums(const ResidualSumsArgs args) {
     for (int c = 0; c < kChannels; ++c) {
       if (map.channel(c) >= map.channels) continue;
       put(to, false, map.channel(c), sums[c]);
-      if constexpr (kProducts) put(to, true, map.channel(c), sums[kChannels + c]);
+      if (with_products) put(to, true, map.channel(c), sums[kChannels + c]);
     }
   }
   if (args.walk.splits == 1) return;
@@ -130,7 +129,7 @@ residual_sums(const ResidualSumsArgs args) {
   };
   merge_partials(map.split, args.walk.splits, args.walk.group, tickets, flag, [&](int first, int count, int to) {
     add(first, count, to, false);
-    if constexpr (kProducts) add(first, count, to, true);
+    if (with_products) add(first, count, to, true);
   });
 }
 

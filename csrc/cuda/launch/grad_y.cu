@@ -4,24 +4,11 @@
 
 namespace gc {
 
-namespace {
-
-template <bool kAttention, bool kOfBatch>
-cudaError_t launch_with(const Plan& plan, const GradYArgs& args, cudaStream_t stream) {
+cudaError_t launch_grad_y(const Plan& plan, GradYArgs args, cudaStream_t stream) {
   return dispatch<GradYTraits>(plan, [&](auto instance) {
     using I = decltype(instance);
-    return launch(grad_y<typename I::T, I::kLayout, I::kRows, I::kWidth, kAttention, kOfBatch>, plan, args, stream);
+    return launch(grad_y<typename I::T, I::kLayout, I::kRows, I::kWidth>, plan, args, stream);
   });
-}
-
-}  // namespace
-
-cudaError_t launch_grad_y(const Plan& plan, GradYArgs args, cudaStream_t stream) {
-  if (args.attention == nullptr) {
-    return args.y == nullptr ? launch_with<false, false>(plan, args, stream)
-                             : launch_with<false, true>(plan, args, stream);
-  }
-  return args.y == nullptr ? launch_with<true, false>(plan, args, stream) : launch_with<true, true>(plan, args, stream);
 }
 
 cudaError_t launch_norm_gradients(ElementType type, NormGradientsArgs args, cudaStream_t stream) {
