@@ -171,8 +171,11 @@ class Reading {
     entries_.push_back({dict, key, py::reinterpret_borrow<py::object>(item(dict.ptr(), key))});
   }
 
-  // The instructions of a function in Python.
-  void function(const py::object& function, const py::object& code) { functions_.push_back({function, code}); }
+  // The instructions of a function in Python, and its defaults, by place and by name, or None.
+  void function(const py::object& function, const py::object& code, const py::object& defaults,
+                const py::object& by_name) {
+    functions_.push_back({function, code, defaults, by_name});
+  }
 
   // The parameters, in the order in which current() returns them, and the group that each is of.
   void parameter(const py::object& module, const py::str& name, int group) {
@@ -191,8 +194,12 @@ class Reading {
     for (const Entry& entry : entries_) {
       if (item(entry.dict.ptr(), entry.key) != entry.value.ptr()) return py::none();
     }
-    for (const auto& [function, code] : functions_) {
-      if (PyFunction_GetCode(function.ptr()) != code.ptr()) return py::none();
+    for (const Function& one : functions_) {
+      PyObject* const function = one.function.ptr();
+      if (PyFunction_GetCode(function) != one.code.ptr() || !is(PyFunction_GetDefaults(function), one.defaults) ||
+          !is(PyFunction_GetKwDefaults(function), one.by_name)) {
+        return py::none();
+      }
     }
     for (const Seen& one : seen_) {
       if (!holds(one)) return py::none();
@@ -216,6 +223,13 @@ class Reading {
 
  private:
   static constexpr int kGroups = 3;  // of the mask, of add, of mul
+
+  struct Function {
+    py::object function, code, defaults, by_name;
+  };
+
+  // A function without defaults has none in C, and None in Python.
+  static bool is(PyObject* now, const py::object& then) { return now == nullptr ? then.is_none() : now == then.ptr(); }
 
   struct Wanted {
     PyObject* module;
@@ -263,7 +277,7 @@ class Reading {
 
   std::vector<py::object> empty_;
   std::vector<Entry> entries_;
-  std::vector<std::pair<py::object, py::object>> functions_;
+  std::vector<Function> functions_;
   std::vector<Seen> seen_;
   std::vector<Wanted> parameters_;
   Py_ssize_t counts_[kGroups] = {};

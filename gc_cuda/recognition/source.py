@@ -58,13 +58,30 @@ class Unsafe(Unserved):
     """It may change something outside of the module: so it is not even traced."""
 
 
+class Body(NamedTuple):
+    """What a function does: its instructions, and the values of arguments that are not given."""
+
+    code: types.CodeType
+    defaults: tuple[tuple[type, Any], ...]
+    by_name: tuple[tuple[str, type, Any], ...]
+
+
+def body_of(function: types.FunctionType) -> Body:
+    by_name = sorted((function.__kwdefaults__ or {}).items())
+    return Body(
+        function.__code__,
+        tuple((type(value), value) for value in function.__defaults__ or ()),
+        tuple((name, type(value), value) for name, value in by_name),
+    )
+
+
 class Code(NamedTuple):
     """What the code of a class reads."""
 
     attributes: frozenset[str]  # names of attributes, of whatever object
     globals: tuple[Global, ...]
     members: tuple[tuple[type, str, Any], ...]  # of the class and its bases
-    functions: tuple[tuple[types.FunctionType, types.CodeType], ...]
+    functions: tuple[tuple[types.FunctionType, Body], ...]
     complaint: Unserved | None  # why a graph does not stand for it
 
     def holds(self) -> bool:
@@ -72,7 +89,7 @@ class Code(NamedTuple):
         return (
             all(entry.dictionary.get(entry.name, _ABSENT) is entry.value for entry in self.globals)
             and all(vars(base).get(name, _ABSENT) is value for base, name, value in self.members)
-            and all(function.__code__ is code for function, code in self.functions)
+            and all(body_of(function) == body for function, body in self.functions)
         )
 
 
@@ -99,9 +116,9 @@ class _Reader:
                 self.function(function)
         except Unserved as unserved:
             complaint = unserved
-        codes = tuple((function, function.__code__) for function in self.seen.values())
+        bodies = tuple((function, body_of(function)) for function in self.seen.values())
         return Code(
-            frozenset(self.attributes), tuple(self.globals.values()), tuple(self.members), codes, complaint
+            frozenset(self.attributes), tuple(self.globals.values()), tuple(self.members), bodies, complaint
         )
 
     def function(self, function: Any) -> None:
@@ -183,10 +200,10 @@ class _Reader:
             if not (
                 is_of_torch(value.__module__)
                 or value.__module__ == "builtins"
-                or issubclass(value, nn.Module)
+                or value in self.kind.__mro__  # as in super(Kind, self)
             ):
                 raise Unserved(f"{function.__name__} uses the class {value.__name__}")
-        elif not (_is_constant(value) or is_of_torch(getattr(value, "__module__", None))):
+        elif not (_is_constant(value) or is_torchs_own(value)):
             raise Unserved(f"{function.__name__} reads the global {name}, a {_kind(value)}")
 
 
@@ -196,6 +213,18 @@ def _is_torchs(function: types.FunctionType) -> bool:
 
 def is_of_torch(module: str | None) -> bool:
     return isinstance(module, str) and (module == "torch" or module.startswith("torch."))
+
+
+# Of PyTorch's, what cannot be set otherwise; a module of its can.
+_FIXED = (
+    *(types.FunctionType, types.BuiltinFunctionType, types.MethodDescriptorType, type),
+    *(torch.dtype, torch.device, torch.memory_format, torch.layout),
+)
+
+
+def is_torchs_own(value: Any) -> bool:
+    """Whether it is a function, a class or a constant of PyTorch."""
+    return isinstance(value, _FIXED) and is_of_torch(getattr(value, "__module__", None))
 
 
 def _is_constant(value: Any) -> bool:

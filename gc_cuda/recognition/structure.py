@@ -64,9 +64,9 @@ def read(look: Look, block: nn.Module, training: bool | None = None) -> Structur
         for entry in code.globals:
             look.entry(entry.dictionary, entry.name)
             signature.append((entry.name, type(entry.value), entry.value))
-        for function, instructions in code.functions:
+        for function, body in code.functions:
             look.function(function)
-            signature.append(instructions)
+            signature.append(body)
         tensors = _tensors(module)
         held = tuple(
             (name, numbers.setdefault(id(part), len(numbers))) for name, part in module._modules.items()
@@ -93,7 +93,7 @@ def _code(module: nn.Module, kind: type[nn.Module]) -> source.Code:
     functions = tuple(
         value
         for name, value in vars(module).items()
-        if isinstance(value, types.FunctionType) and name[0] != "_"
+        if isinstance(value, types.FunctionType) and name != "_compiled_call_impl"
     )
     key = kind, functions
     if key not in _codes or not _codes[key].holds():
@@ -121,13 +121,13 @@ def _attributes(look: Look, module: nn.Module, code: source.Code) -> Iterator[tu
         yield name, value
 
 
-def _is_fixed(value: Any) -> bool:
-    """Whether its identity says what it is."""
+def _is_fixed(value: Any, inner: bool = False) -> bool:
+    """Whether its identity says what it is. A function of the module was read, unless it is in a tuple."""
     if isinstance(value, (tuple, frozenset)):
-        return all(map(_is_fixed, value))
-    if value is None or isinstance(value, (int, float, str, types.FunctionType)):
+        return all(_is_fixed(one, inner=True) for one in value)
+    if value is None or isinstance(value, (int, float, str)):
         return True
-    return source.is_of_torch(getattr(value, "__module__", None)) and callable(value)
+    return source.is_torchs_own(value) or (isinstance(value, types.FunctionType) and not inner)
 
 
 def _tensors(module: nn.Module) -> list[tuple[str, Tensor | None]]:
