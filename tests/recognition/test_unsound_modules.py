@@ -109,6 +109,21 @@ CHANGES = {
     "code of a global function": (unsound.GlobalFunctionSE, set_code),
     "default": (unsound.DefaultSE, set_default),
     "default in place": (unsound.DefaultSE, change_default),
+    "constant default": (
+        unsound.ConstantDefaultSE,
+        lambda monkeypatch, net: monkeypatch.setattr(unsound.times_default, "__defaults__", (3.0,)),
+    ),
+    "global module": (
+        unsound.GlobalModuleSE,
+        lambda monkeypatch, net: monkeypatch.setattr(unsound.ACT, "negative_slope", -1.0),
+    ),
+    "module in a tuple": (
+        unsound.TupleSE,
+        lambda monkeypatch, net: setattr(net.attention.acts[0], "negative_slope", -1.0),
+    ),
+    "global of the instance's function": (unsound.UnderscoreSE, set_global),
+    "global of a function in a tuple": (unsound.FunctionsSE, set_global),
+    "global of another class's function": (unsound.OtherClassSE, set_global),
     "attribute": (unsound.AttributeSE, set_attribute("factor", 3.0)),
     "attribute of another type": (unsound.AttributeSE, set_attribute("factor", torch.tensor(3.0))),
     "attribute over the class's": (unsound.AttributeSE, set_attribute("of_class", 3.0)),

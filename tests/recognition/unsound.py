@@ -8,6 +8,7 @@ import random
 import torch
 import torch.nn.functional as F
 from near_misses import TwoConvs
+from torch import nn
 
 FACTOR = 1.0
 CALLS = 0
@@ -240,3 +241,70 @@ class BufferReadingSE(TwoConvs):
 
     def forward(self, x):
         return x * self.scale(x.mean((2, 3), keepdim=True) * self.factor)
+
+
+ACT = nn.LeakyReLU(0.1)
+
+
+class GlobalModuleSE(TwoConvs):
+    """A module that is no part."""
+
+    def forward(self, x):
+        return x * self.scale(ACT(x.mean((2, 3), keepdim=True)))
+
+
+class TupleSE(TwoConvs):
+    """A module that is no part, as it is in a tuple."""
+
+    def __init__(self):
+        super().__init__()
+        self.acts = (nn.LeakyReLU(0.1),)
+
+    def forward(self, x):
+        return x * self.scale(self.acts[0](x.mean((2, 3), keepdim=True)))
+
+
+def times_factor(t):
+    return t * FACTOR
+
+
+class UnderscoreSE(TwoConvs):
+    """A function of the instance that reads a global."""
+
+    def __init__(self):
+        super().__init__()
+        self._before = times_factor
+
+    def forward(self, x):
+        return x * self.scale(self._before(x.mean((2, 3), keepdim=True)))
+
+
+class FunctionsSE(TwoConvs):
+    def __init__(self):
+        super().__init__()
+        self.before = (times_factor,)
+
+    def forward(self, x):
+        return x * self.scale(self.before[0](x.mean((2, 3), keepdim=True)))
+
+
+def times_default(t, factor=1.0):
+    return t * factor
+
+
+class ConstantDefaultSE(TwoConvs):
+    def forward(self, x):
+        return x * self.scale(times_default(x.mean((2, 3), keepdim=True)))
+
+
+class Helpers(nn.Module):
+    @staticmethod
+    def before(t):
+        return t * FACTOR
+
+
+class OtherClassSE(TwoConvs):
+    """A function of another class."""
+
+    def forward(self, x):
+        return x * self.scale(Helpers.before(x.mean((2, 3), keepdim=True)))
