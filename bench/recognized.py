@@ -171,7 +171,7 @@ def taken(name: str, model: nn.Module) -> Iterator[tuple[Tensor, dict[str, Tenso
 
 def smaller_sizes(name: str, model: nn.Module) -> Iterator[tuple[int, ...]]:
     own = size_of(name, model)
-    for pixels in (64, 96, 128):
+    for pixels in (128, 192):
         if pixels < own[-1]:
             yield (*own[:-2], pixels, pixels)
     yield own
