@@ -75,9 +75,7 @@ def look_at(name: str, finder: Finder) -> dict[str, Any]:
             error = f"{type(failure).__name__}: {str(failure).splitlines()[0][:80]}"
             kinds = finder.known_blocks_of(model)
         kinds = {path: type(block).__name__ for path, block in kinds.items()}
-        start = time.perf_counter()
         done = done_with(gc_cuda.accelerate(model))
-        seconds = time.perf_counter() - start
         gc_cuda.restore(model)
     for path in done.keys() - kinds.keys():
         kinds[path] = type(model.get_submodule(path)).__name__
@@ -88,7 +86,6 @@ def look_at(name: str, finder: Finder) -> dict[str, Any]:
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "blocks": [Blocks(*key, count)._asdict() for key, count in counts.items()],
         "error": error,
-        "seconds": round(seconds, 2),
     }
 
 
@@ -166,7 +163,7 @@ def taken(name: str, model: nn.Module) -> Iterator[tuple[Tensor, dict[str, Tenso
             yield x, step(model, x)
         except (RuntimeError, AssertionError, ValueError):  # it takes other sizes
             continue
-    raise ValueError(f"{name} takes none of the sizes")
+    raise ValueError("it takes no batch of images of one of the sizes")
 
 
 def smaller_sizes(name: str, model: nn.Module) -> Iterator[tuple[int, ...]]:
