@@ -6,7 +6,6 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from typing import Any
 
-from architectures import TORCHVISION
 from markdown_text import number, table
 
 # What was done with a block
@@ -23,8 +22,8 @@ By `python bench/recognized.py look`, `compare`, `time` and `page`, with timm {t
 *block* is the innermost module that takes a map, pools all of its pixels, and multiplies or adds what is the
 same for all pixels (bench/attention_blocks.py finds it by the functions that run). *Differs* has the largest
 difference of the output, and of all gradients, each relative to its largest value, in float64, of the
-smallest such model, with its blocks served on maps of any size. PyTorch differentiates its double hard sigmoid
-with one sixth in float32, which is what 1e-8 stands for.
+smallest such model, with its blocks served on maps of any size. PyTorch differentiates its double hard
+sigmoid with one sixth in float32, which is what 1e-8 stands for.
 """
 
 
@@ -41,7 +40,7 @@ def page(content: dict[str, Any]) -> Iterator[str]:
             rows[found["family"], blocks["kind"], blocks["done"]].append((name, blocks))
     lines = []
     for (family, kind, done), found in sorted(
-        rows.items(), key=lambda item: (TORCHVISION in item[0][0], item[0])
+        rows.items(), key=lambda item: (item[0][0].startswith("torchvision "), item[0])
     ):
         said = Counter[str]()
         for _, blocks in found:
