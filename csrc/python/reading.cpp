@@ -171,8 +171,13 @@ class Reading {
     entries_.push_back({dict, key, py::reinterpret_borrow<py::object>(item(dict.ptr(), key))});
   }
 
-  // The instructions of a function in Python.
-  void function(const py::object& function, const py::object& code) { functions_.push_back({function, code}); }
+  // The instructions of a function in Python, and its defaults.
+  void function(const py::object& function) {
+    TORCH_CHECK_TYPE(PyFunction_Check(function.ptr()), "a function in Python is looked at");
+    functions_.push_back({function, kept(PyFunction_GetCode(function.ptr())),
+                          kept(PyFunction_GetDefaults(function.ptr())),
+                          kept(PyFunction_GetKwDefaults(function.ptr()))});
+  }
 
   // The parameters, in the order in which current() returns them, and the group that each is of.
   void parameter(const py::object& module, const py::str& name, int group) {
@@ -191,8 +196,12 @@ class Reading {
     for (const Entry& entry : entries_) {
       if (item(entry.dict.ptr(), entry.key) != entry.value.ptr()) return py::none();
     }
-    for (const auto& [function, code] : functions_) {
-      if (PyFunction_GetCode(function.ptr()) != code.ptr()) return py::none();
+    for (const Function& one : functions_) {
+      if (PyFunction_GetCode(one.function.ptr()) != one.code.ptr() ||
+          PyFunction_GetDefaults(one.function.ptr()) != one.defaults.ptr() ||
+          PyFunction_GetKwDefaults(one.function.ptr()) != one.keyword_defaults.ptr()) {
+        return py::none();
+      }
     }
     for (const Seen& one : seen_) {
       if (!holds(one)) return py::none();
@@ -229,6 +238,13 @@ class Reading {
     py::object value;  // null where there was none
   };
 
+  struct Function {
+    py::object function, code, defaults, keyword_defaults;  // the last two null where there are none
+  };
+
+  // Perhaps null.
+  static py::object kept(PyObject* borrowed) { return py::reinterpret_borrow<py::object>(borrowed); }
+
   // An interned string lives as long as the process here: there are few names.
   static PyObject* interned(const py::str& name) {
     PyObject* text = name.ptr();
@@ -263,7 +279,7 @@ class Reading {
 
   std::vector<py::object> empty_;
   std::vector<Entry> entries_;
-  std::vector<std::pair<py::object, py::object>> functions_;
+  std::vector<Function> functions_;
   std::vector<Seen> seen_;
   std::vector<Wanted> parameters_;
   Py_ssize_t counts_[kGroups] = {};

@@ -117,9 +117,9 @@ class Look:
             self.notes.entry(dictionary, name)
 
     def function(self, function: Any) -> None:
-        """Take a note of the instructions of a function in Python."""
+        """Take a note of the instructions of a function in Python, and of its defaults."""
         if self.notes is not None:
-            self.notes.function(function, function.__code__)
+            self.notes.function(function)
 
     def children(self, module: nn.Module) -> list[Any]:
         """Every part, in order."""
