@@ -141,11 +141,12 @@ def compare(name: str) -> dict[str, Any]:
         ValueError: if a size that it takes is not found.
     """
     found: dict[str, Any] = {"model": name}
-    plan.LEAST_NCHW_BYTES = 0  # these maps are small
+    plan.LEAST_NCHW_BYTES = plan.LEAST_CHANNELS_LAST_BYTES = 0  # these maps are small
     with quiet():
         model = wake(build(name)).double()
         x, _ = next(taken(name, model))
-        ours = copy.deepcopy(model)
+        ours = build(name).double()  # not every model can be copied
+        ours.load_state_dict(model.state_dict())
         found |= {"served": len(gc_cuda.accelerate(ours).accelerated), "pixels": x.shape[-1]}
         for mode, training in (("evaluation", False), ("training", True)):
             expected = step(model.train(training), x)
@@ -230,7 +231,7 @@ def paired(
 def time_of(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     with quiet():
         model = build(name)
-        pixels = next(x.shape[-1] for x, _ in taken(name, copy.deepcopy(model).double()))
+        pixels = next(x.shape[-1] for x, _ in taken(name, build(name).double()))
         ours = copy.deepcopy(model)
         served = len(gc_cuda.accelerate(ours).accelerated)
     x = torch.randn(options.batch, 3, pixels, pixels)
@@ -275,7 +276,7 @@ def compare_all(options: argparse.Namespace, content: dict[str, Any]) -> Iterato
             continue
         try:
             found = compare(name)
-        except (ValueError, TypeError, AttributeError, NotImplementedError) as error:
+        except (ValueError, TypeError, AttributeError, RuntimeError) as error:
             found = {"model": name, "error": str(error).splitlines()[0][:80]}
         content["compared"] |= dict.fromkeys(keys, found)
         yield f"{name}: {found}"

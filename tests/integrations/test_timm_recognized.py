@@ -42,7 +42,8 @@ MODELS = {
 
 @pytest.fixture(autouse=True)
 def small_maps_gain(monkeypatch):
-    monkeypatch.setattr(plan, "LEAST_NCHW_BYTES", 0)
+    for layout in ("NCHW", "CHANNELS_LAST"):
+        monkeypatch.setattr(plan, f"LEAST_{layout}_BYTES", 0)
 
 
 def model_of(name, **options):
