@@ -226,13 +226,6 @@ class Reading {
  private:
   static constexpr int kGroups = 3;  // of the mask, of add, of mul
 
-  struct Function {
-    py::object function, code, defaults, by_name;
-  };
-
-  // A function without defaults has none in C, and None in Python.
-  static bool is(PyObject* now, const py::object& then) { return now == nullptr ? then.is_none() : now == then.ptr(); }
-
   struct Wanted {
     PyObject* module;
     PyObject* name;

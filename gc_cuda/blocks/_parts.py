@@ -120,6 +120,8 @@ class Look:
         """Take a note of the instructions of a function in Python, and of its defaults."""
         if self.notes is not None:
             self.notes.function(function)
+            for name in function.__kwdefaults__ or ():
+                self.notes.entry(function.__kwdefaults__, name)
 
     def children(self, module: nn.Module) -> list[Any]:
         """Every part, in order."""

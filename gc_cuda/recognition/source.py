@@ -110,7 +110,7 @@ class _Reader:
             complaint = unserved
         codes = tuple(map(_instructions, self.seen.values()))
         return Code(
-            frozenset(self.attributes), tuple(self.globals.values()), tuple(self.members), bodies, complaint
+            frozenset(self.attributes), tuple(self.globals.values()), tuple(self.members), codes, complaint
         )
 
     def forward(self, kind: type[nn.Module]) -> None:
@@ -216,7 +216,8 @@ class _Reader:
 
 
 def _instructions(function: types.FunctionType) -> Instructions:
-    return function, function.__code__, function.__defaults__, function.__kwdefaults__
+    by_name = tuple(sorted((function.__kwdefaults__ or {}).items()))
+    return function, function.__code__, function.__defaults__, by_name
 
 
 def is_torchs(value: Any) -> bool:
@@ -230,18 +231,6 @@ def is_torchs(value: Any) -> bool:
 
 def is_of_torch(module: str | None) -> bool:
     return isinstance(module, str) and (module == "torch" or module.startswith("torch."))
-
-
-# Of PyTorch's, what cannot be set otherwise; a module of its can.
-_FIXED = (
-    *(types.FunctionType, types.BuiltinFunctionType, types.MethodDescriptorType, type),
-    *(torch.dtype, torch.device, torch.memory_format, torch.layout),
-)
-
-
-def is_torchs_own(value: Any) -> bool:
-    """Whether it is a function, a class or a constant of PyTorch."""
-    return isinstance(value, _FIXED) and is_of_torch(getattr(value, "__module__", None))
 
 
 def _is_constant(value: Any) -> bool:

@@ -127,11 +127,11 @@ def _attributes(look: Look, module: nn.Module, code: source.Code) -> Iterator[tu
         yield name, value
 
 
-def _is_fixed(value: Any, inner: bool = False) -> bool:
-    """Whether its identity says what it is. A function of the module was read, unless it is in a tuple."""
+def _is_fixed(value: Any) -> bool:
+    """Whether its identity says what it is."""
     if isinstance(value, (tuple, frozenset)):
-        return all(_is_fixed(one, inner=True) for one in value)
-    if value is None or isinstance(value, (int, float, str)):
+        return all(map(_is_fixed, value))
+    if value is None or isinstance(value, (int, float, str, types.FunctionType)):
         return True
     return source.is_torchs(value)
 
