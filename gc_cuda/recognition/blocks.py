@@ -49,6 +49,8 @@ def judge(block: nn.Module, channels: int | None = None) -> Verdict:
 
     channels: those of its input, where its weights do not tell.
     """
+    if torch._C._len_torch_dispatch_stack() > 0:  # it would see the trace, and perhaps make no numbers
+        return Verdict(None, "within a TorchDispatchMode nothing is traced")
     _judged.add(swap.innermost(type(block)))
     outline = tuple(_outline(block))
     if outline in _dull:
