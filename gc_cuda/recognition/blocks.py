@@ -19,7 +19,7 @@ from gc_cuda.recognition.formula import formula_of
 from gc_cuda.recognition.plan import Around, AroundRecipe, FusedPlan, FusedRecipe, plan_of
 
 # The first torch with which this was run; with an older one only classes known by name are served.
-OLDEST_TORCH = (2, 11)
+OLDEST_TORCH = (2, 13)
 
 # Channels of a map for blocks that take any number.
 _SOME_CHANNELS = 12
