@@ -171,10 +171,12 @@ class Reading {
     entries_.push_back({dict, key, py::reinterpret_borrow<py::object>(item(dict.ptr(), key))});
   }
 
-  // The instructions of a function in Python, and its defaults, by place and by name, or None.
-  void function(const py::object& function, const py::object& code, const py::object& defaults,
-                const py::object& by_name) {
-    functions_.push_back({function, code, defaults, by_name});
+  // The instructions of a function in Python, and its defaults.
+  void function(const py::object& function) {
+    TORCH_CHECK_TYPE(PyFunction_Check(function.ptr()), "a function in Python is looked at");
+    functions_.push_back({function, kept(PyFunction_GetCode(function.ptr())),
+                          kept(PyFunction_GetDefaults(function.ptr())),
+                          kept(PyFunction_GetKwDefaults(function.ptr()))});
   }
 
   // The parameters, in the order in which current() returns them, and the group that each is of.
@@ -195,9 +197,9 @@ class Reading {
       if (item(entry.dict.ptr(), entry.key) != entry.value.ptr()) return py::none();
     }
     for (const Function& one : functions_) {
-      PyObject* const function = one.function.ptr();
-      if (PyFunction_GetCode(function) != one.code.ptr() || !is(PyFunction_GetDefaults(function), one.defaults) ||
-          !is(PyFunction_GetKwDefaults(function), one.by_name)) {
+      if (PyFunction_GetCode(one.function.ptr()) != one.code.ptr() ||
+          PyFunction_GetDefaults(one.function.ptr()) != one.defaults.ptr() ||
+          PyFunction_GetKwDefaults(one.function.ptr()) != one.keyword_defaults.ptr()) {
         return py::none();
       }
     }
@@ -224,13 +226,6 @@ class Reading {
  private:
   static constexpr int kGroups = 3;  // of the mask, of add, of mul
 
-  struct Function {
-    py::object function, code, defaults, by_name;
-  };
-
-  // A function without defaults has none in C, and None in Python.
-  static bool is(PyObject* now, const py::object& then) { return now == nullptr ? then.is_none() : now == then.ptr(); }
-
   struct Wanted {
     PyObject* module;
     PyObject* name;
@@ -242,6 +237,13 @@ class Reading {
     PyObject* key;
     py::object value;  // null where there was none
   };
+
+  struct Function {
+    py::object function, code, defaults, keyword_defaults;  // the last two null where there are none
+  };
+
+  // Perhaps null.
+  static py::object kept(PyObject* borrowed) { return py::reinterpret_borrow<py::object>(borrowed); }
 
   // An interned string lives as long as the process here: there are few names.
   static PyObject* interned(const py::str& name) {

@@ -119,7 +119,7 @@ class Look:
     def function(self, function: Any) -> None:
         """Take a note of the instructions of a function in Python, and of its defaults."""
         if self.notes is not None:
-            self.notes.function(function, function.__code__, function.__defaults__, function.__kwdefaults__)
+            self.notes.function(function)
             for name in function.__kwdefaults__ or ():
                 self.notes.entry(function.__kwdefaults__, name)
 

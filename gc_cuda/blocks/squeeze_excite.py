@@ -24,6 +24,7 @@ class SEBlock(nn.Module):
         hidden: the channels between; C / 16, at least one, if None.
         act_layer: nn.ReLU, nn.SiLU or nn.Hardswish.
         gate_layer: nn.Sigmoid or nn.Hardsigmoid.
+        bias: False: without b1 and b2.
 
     Raises:
         TypeError: for a number that is not an integer, or what is not a class of modules.
@@ -36,6 +37,7 @@ class SEBlock(nn.Module):
         hidden: int | None = None,
         act_layer: type[nn.Module] = nn.ReLU,
         gate_layer: type[nn.Module] = nn.Sigmoid,
+        bias: bool = True,
     ) -> None:
         super().__init__()
         _values.count(channels, "channels")
@@ -44,9 +46,9 @@ class SEBlock(nn.Module):
         _values.module_class(act_layer, "act_layer")
         _values.module_class(gate_layer, "gate_layer")
         hidden = max(channels // 16, 1) if hidden is None else hidden
-        self.fc1 = nn.Conv2d(channels, hidden, kernel_size=1)
+        self.fc1 = nn.Conv2d(channels, hidden, kernel_size=1, bias=bias)
         self.act = act_layer()
-        self.fc2 = nn.Conv2d(hidden, channels, kernel_size=1)
+        self.fc2 = nn.Conv2d(hidden, channels, kernel_size=1, bias=bias)
         self.gate = gate_layer()
         look = Look()
         for made, name, read, served in (

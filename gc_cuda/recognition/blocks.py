@@ -19,7 +19,7 @@ from gc_cuda.recognition.formula import formula_of
 from gc_cuda.recognition.plan import Around, AroundRecipe, FusedPlan, FusedRecipe, plan_of
 
 # The first torch with which this was run; with an older one only classes known by name are served.
-OLDEST_TORCH = (2, 11)
+OLDEST_TORCH = (2, 13)
 
 # Channels of a map for blocks that take any number.
 _SOME_CHANNELS = 12
@@ -49,6 +49,8 @@ def judge(block: nn.Module, channels: int | None = None) -> Verdict:
 
     channels: those of its input, where its weights do not tell.
     """
+    if torch._C._len_torch_dispatch_stack() > 0:  # it would see the trace, and perhaps make no numbers
+        return Verdict(None, "within a TorchDispatchMode nothing is traced")
     _judged.add(swap.innermost(type(block)))
     outline = tuple(_outline(block))
     if outline in _dull:

@@ -276,6 +276,8 @@ def _convolution(self: _Follower, node: fx.Node) -> Any:
         return None
     if not isinstance(weight, fx.Node) or weight.meta["val"].shape[0] != 1 or self.dims(node) != "NHW":
         return None
+    if any(isinstance(one, fx.Node) and one.op != "get_attr" for one in (weight, bias)):
+        return None  # they are computed
     return _Logits(Mask(weight, bias if isinstance(bias, fx.Node) else None))
 
 

@@ -102,7 +102,9 @@ def _branch(
     if kinds[1:2] == ["norm"]:
         norm = steps.pop(1)
         kinds.pop(1)
-    if kinds != wanted:
+    if kinds != wanted or any(node not in traced.places for step in steps for node in step.tensors if node):
+        return None
+    if norm is not None and any(node not in traced.places for node in norm.tensors if node):
         return None
     first, act, last, *gate = steps
     words["act"].add(act.word)

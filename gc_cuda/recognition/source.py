@@ -9,6 +9,7 @@ from __future__ import annotations
 import builtins
 import dis
 import types
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -40,6 +41,8 @@ _HARMLESS = frozenset(("is_scripting", "is_tracing", "is_exporting", "is_compili
 _WRITES = tuple(
     f"{how}_{what}" for how in ("STORE", "DELETE") for what in ("ATTR", "GLOBAL", "SUBSCR", "DEREF")
 )
+# Methods of a layer that calling it does not run.
+_NOT_IN_A_CALL = ("__init__", "extra_repr", "reset_parameters", "init_weights")
 _SIMPLE = (int, float, str, bytes, type(None), type(Ellipsis))
 
 
@@ -58,30 +61,17 @@ class Unsafe(Unserved):
     """It may change something outside of the module: so it is not even traced."""
 
 
-class Body(NamedTuple):
-    """What a function does: its instructions, and the values of arguments that are not given."""
-
-    code: types.CodeType
-    defaults: tuple[tuple[type, Any], ...]
-    by_name: tuple[tuple[str, type, Any], ...]
-
-
-def body_of(function: types.FunctionType) -> Body:
-    by_name = sorted((function.__kwdefaults__ or {}).items())
-    return Body(
-        function.__code__,
-        tuple((type(value), value) for value in function.__defaults__ or ()),
-        tuple((name, type(value), value) for name, value in by_name),
-    )
+# Of a function: the function, its instructions, its defaults
+Instructions = tuple[types.FunctionType, types.CodeType, Any, Any]
 
 
 class Code(NamedTuple):
-    """What the code of a class reads."""
+    """What the code of some classes reads."""
 
     attributes: frozenset[str]  # names of attributes, of whatever object
     globals: tuple[Global, ...]
-    members: tuple[tuple[type, str, Any], ...]  # of the class and its bases
-    functions: tuple[tuple[types.FunctionType, Body], ...]
+    members: tuple[tuple[type, str, Any], ...]  # of the classes and their bases
+    functions: tuple[Instructions, ...]
     complaint: Unserved | None  # why a graph does not stand for it
 
     def holds(self) -> bool:
@@ -89,42 +79,57 @@ class Code(NamedTuple):
         return (
             all(entry.dictionary.get(entry.name, _ABSENT) is entry.value for entry in self.globals)
             and all(vars(base).get(name, _ABSENT) is value for base, name, value in self.members)
-            and all(body_of(function) == body for function, body in self.functions)
+            and all(_instructions(one[0]) == one for one in self.functions)
         )
 
 
-NOTHING = Code(frozenset(), (), (), (), None)
+def code_of(kinds: Sequence[type[nn.Module]], functions: Sequence[types.FunctionType]) -> Code:
+    """What the forwards of the classes of a block's parts read, and those functions, with all that they call.
 
-
-def code_of(kind: type[nn.Module], *functions: types.FunctionType) -> Code:
-    """What ``kind.forward`` and those functions read, with all of the class and its module that they call."""
-    return _Reader(kind).result(kind.forward, *functions)
+    An attribute may be of any part, whichever code reads it.
+    """
+    return _Reader(kinds).result(functions)
 
 
 class _Reader:
-    def __init__(self, kind: type[nn.Module]) -> None:
-        self.kind = kind
+    def __init__(self, kinds: Sequence[type[nn.Module]]) -> None:
+        self.kinds = kinds
         self.attributes: set[str] = set()
         self.globals: dict[tuple[int, str], Global] = {}
-        self.members: list[tuple[type, str, Any]] = [(kind, "forward", vars(kind).get("forward", _ABSENT))]
+        self.members: list[tuple[type, str, Any]] = []
         self.seen: dict[int, types.FunctionType] = {}
 
-    def result(self, *functions: Any) -> Code:
+    def result(self, functions: Sequence[Any]) -> Code:
         complaint = None
         try:
+            for kind in self.kinds:
+                self.forward(kind)
             for function in functions:
                 self.function(function)
         except Unserved as unserved:
             complaint = unserved
-        bodies = tuple((function, body_of(function)) for function in self.seen.values())
+        codes = tuple(map(_instructions, self.seen.values()))
         return Code(
-            frozenset(self.attributes), tuple(self.globals.values()), tuple(self.members), bodies, complaint
+            frozenset(self.attributes), tuple(self.globals.values()), tuple(self.members), codes, complaint
         )
+
+    def forward(self, kind: type[nn.Module]) -> None:
+        """The forward of a class; of a layer on top of one of PyTorch's, what that may call, too."""
+        self.members.append((kind, "forward", vars(kind).get("forward", _ABSENT)))
+        self.function(kind.forward)
+        if not is_of_torch(kind.forward.__module__):
+            return
+        for base in kind.__mro__:
+            if is_of_torch(base.__module__):
+                break
+            for name, found in vars(base).items():
+                if isinstance(found, types.FunctionType) and name not in _NOT_IN_A_CALL:
+                    self.function(found)
 
     def function(self, function: Any) -> None:
         if not isinstance(function, types.FunctionType):
             raise Unserved(f"{getattr(function, '__qualname__', function)!s} is not a plain Python function")
-        if id(function) in self.seen or _is_torchs(function):
+        if id(function) in self.seen or is_of_torch(function.__module__):
             return
         self.seen[id(function)] = function
         names = function.__code__.co_freevars
@@ -162,11 +167,17 @@ class _Reader:
         )
         if asks and name not in _HARMLESS:
             raise Unserved(f"{function.__name__} reads {name}, which no graph records")
+        if name in self.attributes:
+            return
         self.attributes.add(name)
-        for base in self.kind.__mro__:
+        for base in dict.fromkeys(base for kind in self.kinds for base in kind.__mro__):
             if base is not object and base is not nn.Module:
                 self.members.append((base, name, vars(base).get(name, _ABSENT)))
-            if name not in vars(base) or base is object:
+            if (
+                name not in vars(base)
+                or base is object
+                or (base is not nn.Module and is_of_torch(base.__module__))
+            ):
                 continue
             if base is nn.Module:
                 if name == "forward":  # of super()
@@ -197,34 +208,29 @@ class _Reader:
         elif isinstance(value, types.FunctionType):
             self.function(value)
         elif isinstance(value, type):
-            if not (
-                is_of_torch(value.__module__)
-                or value.__module__ == "builtins"
-                or value in self.kind.__mro__  # as in super(Kind, self)
-            ):
+            is_own = any(value in kind.__mro__ for kind in self.kinds)  # for super()
+            if not (is_of_torch(value.__module__) or value.__module__ == "builtins" or is_own):
                 raise Unserved(f"{function.__name__} uses the class {value.__name__}")
-        elif not (_is_constant(value) or is_torchs_own(value)):
+        elif not (_is_constant(value) or is_torchs(value)):
             raise Unserved(f"{function.__name__} reads the global {name}, a {_kind(value)}")
 
 
-def _is_torchs(function: types.FunctionType) -> bool:
-    return is_of_torch(function.__module__)
+def _instructions(function: types.FunctionType) -> Instructions:
+    by_name = tuple(sorted((function.__kwdefaults__ or {}).items()))
+    return function, function.__code__, function.__defaults__, by_name
+
+
+def is_torchs(value: Any) -> bool:
+    """Whether it is a function or a constant of PyTorch's."""
+    if isinstance(value, (torch.dtype, torch.memory_format, torch.layout)):
+        return True
+    if isinstance(value, types.BuiltinFunctionType):
+        return any(getattr(home, value.__name__, None) is value for home in (torch, nn.functional))
+    return isinstance(value, types.FunctionType) and is_of_torch(value.__module__)
 
 
 def is_of_torch(module: str | None) -> bool:
     return isinstance(module, str) and (module == "torch" or module.startswith("torch."))
-
-
-# Of PyTorch's, what cannot be set otherwise; a module of its can.
-_FIXED = (
-    *(types.FunctionType, types.BuiltinFunctionType, types.MethodDescriptorType, type),
-    *(torch.dtype, torch.device, torch.memory_format, torch.layout),
-)
-
-
-def is_torchs_own(value: Any) -> bool:
-    """Whether it is a function, a class or a constant of PyTorch."""
-    return isinstance(value, _FIXED) and is_of_torch(getattr(value, "__module__", None))
 
 
 def _is_constant(value: Any) -> bool:

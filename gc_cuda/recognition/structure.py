@@ -7,7 +7,7 @@ all. The structure is read again in a call only if the notes of it (csrc/python/
 from __future__ import annotations
 
 import types
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -44,6 +44,7 @@ def read(look: Look, block: nn.Module, training: bool | None = None) -> Structur
     signature: list[Any] = []
     places: list[Place] = []
     numbers: dict[int, int] = {}  # of parts and tensors, so that what is shared tells
+    code = _code([module for _, module in parts(block)])
     for path, module in parts(block):
         kind = swap.innermost(type(module))
         if path:
@@ -54,19 +55,10 @@ def read(look: Look, block: nn.Module, training: bool | None = None) -> Structur
         if parametrize.is_parametrized(module):
             raise Unserved(f"{path or 'it'} is parametrized")
         look.children(module)
-        code = _code(module, kind)
-        if code.complaint is not None:
-            raise code.complaint
         for name, value in _attributes(look, module, code):
             if name == "training" and training is not None:
                 value = training
             signature.append((name, type(value), value))
-        for entry in code.globals:
-            look.entry(entry.dictionary, entry.name)
-            signature.append((entry.name, type(entry.value), entry.value))
-        for function, body in code.functions:
-            look.function(function)
-            signature.append(body)
         tensors = _tensors(module)
         held = tuple(
             (name, numbers.setdefault(id(part), len(numbers))) for name, part in module._modules.items()
@@ -76,6 +68,15 @@ def read(look: Look, block: nn.Module, training: bool | None = None) -> Structur
         )
         signature.append((path, kind, held, shapes))
         places += [(path, name) for name, _ in tensors]
+    if code.complaint is not None:
+        raise code.complaint
+    for entry in code.globals:
+        look.entry(entry.dictionary, entry.name)
+        signature.append((entry.name, type(entry.value), entry.value))
+    for function, *instructions in code.functions:
+        look.function(function)
+        signature.append(repr(instructions[1:]))
+        signature.append(instructions[0])
     return Structure(tuple(signature), tuple(places))
 
 
@@ -87,27 +88,32 @@ def parts(block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         yield path, module
 
 
-def _code(module: nn.Module, kind: type[nn.Module]) -> source.Code:
-    if kind.__module__.startswith("torch.nn.") and kind.forward.__module__.startswith("torch."):
-        return source.NOTHING
-    functions = tuple(
-        value
-        for name, value in vars(module).items()
-        if isinstance(value, types.FunctionType) and name != "_compiled_call_impl"
-    )
-    key = kind, functions
+def _code(modules: list[nn.Module]) -> source.Code:
+    """What the code of these modules reads that is not PyTorch's own."""
+    kinds = dict.fromkeys(swap.innermost(type(module)) for module in modules)
+    own_kinds = tuple(kind for kind in kinds if not source.is_of_torch(kind.__module__))
+    functions = tuple(_functions_in(value for module in modules for value in vars(module).values()))
+    key = own_kinds, functions
     if key not in _codes or not _codes[key].holds():
-        _codes[key] = source.code_of(kind, *functions)
+        _codes[key] = source.code_of(*key)
     return _codes[key]
 
 
+def _functions_in(values: Iterable[Any]) -> Iterator[types.FunctionType]:
+    for value in values:
+        if isinstance(value, types.FunctionType):
+            yield value
+        elif isinstance(value, (tuple, frozenset)):
+            yield from _functions_in(value)
+
+
 def _attributes(look: Look, module: nn.Module, code: source.Code) -> Iterator[tuple[str, Any]]:
-    """Everything that the module's forward may read of it beside tensors and parts."""
+    """Everything that a forward may read of the module beside tensors and parts."""
     own = vars(module)
-    of_torch = not code.attributes
-    for name in sorted(own) if of_torch else sorted(code.attributes | {"training"}):
-        if of_torch and name.startswith("_"):
-            continue
+    names = {*code.attributes, "training"}
+    if source.is_of_torch(swap.innermost(type(module)).forward.__module__):
+        names.update(name for name in own if not name.startswith("_"))
+    for name in sorted(names):
         if name in module._modules or name in module._parameters or name in module._buffers:
             continue
         look.noted(module, name)
@@ -121,13 +127,13 @@ def _attributes(look: Look, module: nn.Module, code: source.Code) -> Iterator[tu
         yield name, value
 
 
-def _is_fixed(value: Any, inner: bool = False) -> bool:
-    """Whether its identity says what it is. A function of the module was read, unless it is in a tuple."""
+def _is_fixed(value: Any) -> bool:
+    """Whether its identity says what it is."""
     if isinstance(value, (tuple, frozenset)):
-        return all(_is_fixed(one, inner=True) for one in value)
-    if value is None or isinstance(value, (int, float, str)):
+        return all(map(_is_fixed, value))
+    if value is None or isinstance(value, (int, float, str, types.FunctionType)):
         return True
-    return source.is_torchs_own(value) or (isinstance(value, types.FunctionType) and not inner)
+    return source.is_torchs(value)
 
 
 def _tensors(module: nn.Module) -> list[tuple[str, Tensor | None]]:

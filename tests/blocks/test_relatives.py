@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from block_cases import Spy
 from torch import nn
 from torch.nn import functional
 from whole_models import assert_same, awake, step
@@ -46,6 +47,24 @@ def test_squeeze_excite(random, act, gate, layout):
     block = awake(SEBlock(24, 5, act, gate))
     x = random(2, 24, 7, 9, layout=layout)
     assert_same(step(block, x), step(SEReference(block), x), 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_squeeze_excite_without_biases(random, dtype):
+    """Fused, with zeros in their place; one that comes later counts, and one that goes again does not."""
+    block = awake(SEBlock(24, 5, bias=False)).to(dtype)
+    assert list(block.state_dict()) == ["fc1.weight", "fc2.weight"]
+    x, relative = random(2, 24, 7, 9).to(dtype), 1e-10 if dtype == torch.float64 else 3e-2
+    for first in (None, nn.Parameter(torch.ones(5, dtype=dtype)), None):
+        block.fc1.bias = first
+        with Spy() as spy:
+            assert_same(step(block, x), step(SEReference(block), x), relative)
+        assert "gc_cuda::global_context_backward" in spy.names()
+        with torch.no_grad():
+            torch.testing.assert_close(block(x), SEReference(block)(x), rtol=relative, atol=relative)
+    with torch.inference_mode():
+        SEBlock(24, 11, bias=False).to(dtype)(x)  # its zeros are made here, and serve training, too
+    step(awake(SEBlock(24, 11, bias=False)).to(dtype), x)
 
 
 def test_squeeze_excite_refuses():

@@ -268,3 +268,22 @@ def test_small_maps_are_the_modules_own(monkeypatch, layout, least):
         with torch.no_grad(), Spy() as spy:
             block(x)
         assert "gc_cuda::pixel_sum" not in spy.names()
+
+
+def test_an_unpickled_block_within_a_dispatch_mode(random):
+    """It is not traced there, where the mode would see it; its own forward runs."""
+    from gc_cuda.recognition import blocks
+
+    block, x = awake(ECALayer()), random(2, 16, 5, 6)
+    gc_cuda.accelerate(block)
+    expected = block(x)
+    blocks._judged.clear()
+    blocks._verdicts.clear()
+    twin = copy.deepcopy(block)
+    with Spy() as spy:
+        torch.testing.assert_close(twin(x.requires_grad_()), expected)
+    assert "gc_cuda::pixel_sum" not in spy.names() and not blocks._verdicts
+    twin(x)
+    with Spy() as spy:
+        twin(x)
+    assert "gc_cuda::pixel_sum" in spy.names()

@@ -145,11 +145,11 @@ def test_channels_by_an_example(random):
 
 def test_an_older_torch_is_told(monkeypatch):
     """Classes known by name are served there, and the report says that others were not looked at."""
-    monkeypatch.setattr(torch, "__version__", "2.10.1+cpu")
+    monkeypatch.setattr(torch, "__version__", "2.12.1+cpu")
     net = Residual(ConvSE())
     report = gc_cuda.accelerate(net)
     assert not report.entries and type(net.attention) is ConvSE
-    assert "wants torch 2.11 or newer" in str(report)
+    assert "wants torch 2.13 or newer" in str(report)
     monkeypatch.undo()
     assert blocks.available() and "wants torch" not in str(gc_cuda.accelerate(net))
 

@@ -180,3 +180,40 @@ def test_a_changed_variable_of_a_closure_is_obeyed(random):
     change(3.0)
     assert not torch.allclose(plain(x), before)
     torch.testing.assert_close(ours(x), plain(x), rtol=1e-10, atol=1e-10)
+
+
+def test_what_a_part_has_is_obeyed(random, monkeypatch):
+    """The block's code reads an attribute, and a property, of a part, whose own code does not."""
+    plain = awake(Residual(unsound.OuterSE())).eval()
+    ours, x = copy.deepcopy(plain), random(2, 3, 9, 7)
+    assert gc_cuda.accelerate(ours).accelerated == ["attention"]
+    before = ours(x)
+    for net in (plain, ours):
+        net.attention.inner.factor = 3.0
+    assert not torch.allclose(plain(x), before)
+    torch.testing.assert_close(ours(x), plain(x), rtol=1e-10, atol=1e-10)
+    monkeypatch.setattr(unsound.Inner, "halved", property(lambda self: 5.0), raising=False)
+    report = gc_cuda.accelerate(Residual(unsound.OuterOfPropertySE()))
+    assert "halved of the class Inner, a property" in report.left_alone["attention"]
+
+
+def test_the_code_of_a_layer_on_top_of_a_torch_layer_is_read(random):
+    """Its forward is PyTorch's, and calls a method of its own."""
+    net = Residual(unsound.ScaledConvSE())
+    reason = gc_cuda.accelerate(net).left_alone["attention"]
+    assert "SETTINGS" in reason
+    plain = awake(Residual(unsound.TripledConvSE()))
+    ours, x = copy.deepcopy(plain), random(2, 3, 9, 7)
+    assert "its own mul conv2d" in gc_cuda.accelerate(ours).entries[0].formula
+    for name, expected in step(plain, x).items():
+        torch.testing.assert_close(step(ours, x)[name], expected, rtol=1e-9, atol=1e-9)
+
+
+def test_changed_defaults_are_obeyed(random, monkeypatch):
+    plain = awake(Residual(unsound.NumberDefaultSE())).eval()
+    ours, x = copy.deepcopy(plain), random(2, 3, 9, 7)
+    assert gc_cuda.accelerate(ours).accelerated == ["attention"]
+    before = ours(x)
+    monkeypatch.setattr(unsound.times, "__defaults__", (3.0,))
+    assert not torch.allclose(plain(x), before)
+    torch.testing.assert_close(ours(x), plain(x), rtol=1e-10, atol=1e-10)

@@ -7,6 +7,7 @@ import random
 
 import torch
 import torch.nn.functional as F
+from hand_written import CHANNELS, HIDDEN
 from near_misses import TwoConvs
 from torch import nn
 
@@ -308,3 +309,72 @@ class OtherClassSE(TwoConvs):
 
     def forward(self, x):
         return x * self.scale(Helpers.before(x.mean((2, 3), keepdim=True)))
+
+
+class Inner(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.factor = 1.0
+
+    def forward(self, x):
+        return F.relu(x)
+
+
+class OuterSE(TwoConvs):
+    """It reads what a part of it has."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = Inner()
+
+    def forward(self, x):
+        pooled = x.mean((2, 3), keepdim=True) * self.inner.factor
+        return x * torch.sigmoid(self.fc2(self.inner(self.fc1(pooled))))
+
+
+class OuterOfPropertySE(OuterSE):
+    def forward(self, x):
+        return x * self.scale(x.mean((2, 3), keepdim=True) * self.inner.halved)
+
+
+class ScaledConv(nn.Conv2d):
+    """A layer of PyTorch's with another step in it, which reads a dictionary."""
+
+    def _conv_forward(self, input, weight, bias):
+        return super()._conv_forward(input, weight * SETTINGS["factor"], bias)
+
+
+class TripledConv(nn.Conv2d):
+    """A weight that is computed from a parameter."""
+
+    def _conv_forward(self, input, weight, bias):
+        return super()._conv_forward(input, weight * 3, bias)
+
+
+class TripledConvSE(TwoConvs):
+    def __init__(self):
+        super().__init__()
+        self.fc1 = TripledConv(CHANNELS, HIDDEN, 1)
+
+    def forward(self, x):
+        return x * self.scale(x.mean((2, 3), keepdim=True))
+
+
+class ScaledConvSE(TwoConvs):
+    def __init__(self):
+        super().__init__()
+        self.fc1 = ScaledConv(CHANNELS, HIDDEN, 1)
+
+    def forward(self, x):
+        return x * self.scale(x.mean((2, 3), keepdim=True))
+
+
+def times(x, factor=1.0):
+    return x * factor
+
+
+class NumberDefaultSE(TwoConvs):
+    """A default that is a number."""
+
+    def forward(self, x):
+        return x * self.scale(times(x.mean((2, 3), keepdim=True)))
