@@ -129,14 +129,16 @@ def _judge(block: nn.Module, channels: int | None) -> Verdict:
     known = [_verdicts[one] for one in signatures.values() if one in _verdicts]
     if len(known) == 2:
         return next((one for one in known if one.plan is None), known[0])
-    try:
-        twin = tracing.copy_of(block)
-    except Unserved as unserved:
-        return Verdict(None, str(unserved))
     by_weights = channels_of(block)
     guesses = [channels] if channels else by_weights or [_SOME_CHANNELS]
-    twin.eval()
-    width = next((c for c in guesses if tracing.shape_of(twin, c) == torch.Size(tracing.sizes(c))), None)
+    guesses = tracing.may_give_maps(block, guesses)
+    width, twin = None, block
+    if guesses:
+        try:
+            twin = tracing.copy_of(block).eval()
+        except Unserved as unserved:
+            return Verdict(None, str(unserved))
+        width = next((c for c in guesses if tracing.shape_of(twin, c) == torch.Size(tracing.sizes(c))), None)
     if width is None:
         if channels is None and not by_weights:
             return Verdict(
@@ -144,11 +146,14 @@ def _judge(block: nn.Module, channels: int | None) -> Verdict:
             )
         return Verdict(None)
     is_any = channels is None and not by_weights
-    verdicts = [_of_mode(twin.train(mode), width, is_any, unsound) for mode in (True, False)]
-    verdict = next((one for one in verdicts if one.plan is None), verdicts[0])
-    for signature, own in zip(signatures.values(), verdicts):
-        _verdicts[signature] = own if verdict.plan is not None else verdict
-    return verdict
+    verdicts: list[Verdict] = []
+    for mode in (True, False):
+        verdicts.append(_of_mode(twin.train(mode), width, is_any, unsound))
+        if verdicts[-1].plan is None:  # what is not served in one mode is served in none
+            verdicts = [verdicts[-1]] * 2
+            break
+    _verdicts.update(zip(signatures.values(), verdicts))
+    return verdicts[0]
 
 
 def _of_mode(twin: Any, channels: int, is_any: bool, unsound: str) -> Verdict:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -32,10 +32,14 @@ def copy_of(block: nn.Module) -> Any:
 
     Of a block on the meta device, too. The random state is that of the caller, who forks it.
     """
-    # Parameters and buffers are replaced below; nothing is copied of their numbers.
+    return _copy(block, _awake)
+
+
+def _copy(block: nn.Module, tensor_for: Callable[[Tensor], Tensor]) -> Any:
+    # Parameters and buffers are replaced; nothing is copied of their numbers.
     memo: dict[int, Any] = {}
     for tensor in (*block.parameters(), *block.buffers()):
-        memo[id(tensor)] = _awake(tensor)
+        memo[id(tensor)] = tensor_for(tensor)
     try:
         twin = copy.deepcopy(block, memo)
     except Exception as error:
@@ -76,6 +80,36 @@ def undisturbed() -> Iterator[None]:
         stack.enter_context(torch.autocast("cpu", enabled=False))
         torch.default_generator.manual_seed(0)
         yield
+
+
+def may_give_maps(block: nn.Module, guesses: list[int]) -> list[int]:
+    """The numbers of channels of which a map may come out as a map of its size: without numbers, at no cost.
+
+    None is excluded where that takes numbers.
+    """
+    try:
+        twin = _copy(block, _empty).eval()
+    except Unserved:
+        return guesses
+    return [channels for channels in guesses if _may_give_a_map(twin, channels)]
+
+
+def _may_give_a_map(twin: Any, channels: int) -> bool:
+    with torch.no_grad():
+        try:
+            out = twin.forward(torch.empty(sizes(channels), **_META))
+        except Exception as error:
+            return isinstance(error, NotImplementedError) or "meta" in str(error)
+    return isinstance(out, Tensor) and out.shape == torch.Size(sizes(channels))
+
+
+_META: Any = {"dtype": torch.float64, "device": "meta"}
+
+
+def _empty(tensor: Tensor) -> Tensor:
+    made = torch.empty(tensor.shape, **_META)
+    made = made if tensor.is_floating_point() else made.to(tensor.dtype)
+    return nn.Parameter(made, requires_grad=False) if isinstance(tensor, nn.Parameter) else made
 
 
 def shape_of(block: Any, channels: int) -> torch.Size | None:

@@ -96,7 +96,26 @@ def test_a_module_that_is_none_is_looked_at_once(monkeypatch):
 
     traces = counted(monkeypatch)
     assert not gc_cuda.accelerate(nn.Sequential(*(Mixer(channels) for channels in range(4, 30)))).entries
-    assert len(traces) == 2
+    assert len(traces) == 1
+
+
+def test_a_module_that_takes_no_map_is_not_copied(monkeypatch):
+    """As of a transformer, however large: its shapes tell, without numbers."""
+
+    class Tokens(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(48, 48)
+
+        def forward(self, x):
+            n, tokens, channels = x.shape
+            return self.fc(x - x.mean(1, keepdim=True))
+
+    def refused(block):
+        raise AssertionError("it was copied")
+
+    monkeypatch.setattr(tracing, "copy_of", refused)
+    assert not gc_cuda.accelerate(nn.Sequential(Tokens())).entries
 
 
 def test_memory_of_the_largest_candidate(monkeypatch):
