@@ -108,7 +108,7 @@ def test_a_module_that_takes_no_map_is_not_copied(monkeypatch):
             self.fc = nn.Linear(48, 48)
 
         def forward(self, x):
-            n, tokens, channels = x.shape
+            _images, _tokens, _channels = x.shape
             return self.fc(x - x.mean(1, keepdim=True))
 
     def refused(block):
