@@ -13,7 +13,7 @@ from gc_cuda.blocks._parts import Look, Unserved
 from gc_cuda.models import kinds, swap
 from gc_cuda.ops.contexts import is_foreign, plain_pytorch_wanted
 from gc_cuda.recognition import proof, sight, source, structure, tracing
-from gc_cuda.recognition.candidates import channels_of, is_candidate
+from gc_cuda.recognition.candidates import channels_of, is_candidate, may_average
 from gc_cuda.recognition.example import channels_given
 from gc_cuda.recognition.formula import formula_of
 from gc_cuda.recognition.plan import Around, AroundRecipe, FusedPlan, FusedRecipe, plan_of
@@ -34,7 +34,9 @@ class Verdict(NamedTuple):
 
 
 _verdicts: dict[Any, Verdict] = {}  # by the signature of a structure
-_dull: set[Any] = set()  # kinds of modules that are no attention blocks, whatever their sizes
+_attends: dict[Any, bool] = {}  # by the outline: whether modules of other sizes were attention blocks
+_left: dict[Any, list[Verdict]] = {}  # by the outline: of those whose graph was no formula
+_ENOUGH = 2  # of these, after which others of the outline are left alone untraced
 _judged: set[type] = set()  # classes that were looked at in this process
 
 
@@ -53,12 +55,12 @@ def judge(block: nn.Module, channels: int | None = None) -> Verdict:
         return Verdict(None, "within a TorchDispatchMode nothing is traced")
     _judged.add(swap.innermost(type(block)))
     outline = tuple(_outline(block))
-    if outline in _dull:
+    if not _attends.get(outline, True):
         return Verdict(None)
     with tracing.undisturbed():
-        verdict = _judge(block, channels)
-    if verdict.plan is None and not verdict.attends:
-        _dull.add(outline)
+        verdict = _judge(block, channels, outline)
+    if verdict.plan is None:
+        _attends[outline] = verdict.attends
     return verdict
 
 
@@ -117,7 +119,7 @@ def read(look: Look, block: Any) -> FusedRecipe | AroundRecipe:
     return verdict.plan.recipe(block)
 
 
-def _judge(block: nn.Module, channels: int | None) -> Verdict:
+def _judge(block: nn.Module, channels: int | None, outline: Any) -> Verdict:
     signatures: dict[bool, Any] = {}
     unsound = ""
     try:
@@ -129,6 +131,10 @@ def _judge(block: nn.Module, channels: int | None) -> Verdict:
     known = [_verdicts[one] for one in signatures.values() if one in _verdicts]
     if len(known) == 2:
         return next((one for one in known if one.plan is None), known[0])
+    if unsound and outline in _attends:
+        return Verdict(None, unsound, True)
+    if channels is None and len(_left.get(outline, ())) == _ENOUGH:
+        return _left[outline][-1]
     by_weights = channels_of(block)
     guesses = [channels] if channels else by_weights or [_SOME_CHANNELS]
     guesses = tracing.may_give_maps(block, guesses)
@@ -140,7 +146,7 @@ def _judge(block: nn.Module, channels: int | None) -> Verdict:
             return Verdict(None, str(unserved))
         width = next((c for c in guesses if tracing.shape_of(twin, c) == torch.Size(tracing.sizes(c))), None)
     if width is None:
-        if channels is None and not by_weights:
+        if channels is None and not by_weights and may_average(block):
             return Verdict(
                 None, "its weights do not tell its channels: pass accelerate(model, example=…)", True
             )
@@ -153,6 +159,8 @@ def _judge(block: nn.Module, channels: int | None) -> Verdict:
             verdicts = [verdicts[-1]] * 2
             break
     _verdicts.update(zip(signatures.values(), verdicts))
+    if verdicts[0].plan is None and not unsound:
+        _left.setdefault(outline, []).append(verdicts[0])
     return verdicts[0]
 
 
@@ -180,3 +188,6 @@ def _outline(block: nn.Module) -> Iterator[Any]:
         yield path, swap.innermost(type(part)), part.training
         for name, tensor in part._parameters.items():
             yield name, None if tensor is None else tensor.dim()
+        for name, value in vars(part).items():
+            if name[0] != "_" and isinstance(value, (str, bool, type(None))):
+                yield name, value

@@ -19,6 +19,7 @@ _POOL_NAMES = """
     adaptive_max_pool2d softmax std var norm einsum
 """
 _POOLS = frozenset(_POOL_NAMES.split())
+_MEANS = frozenset(name for name in _POOLS if name in ("mean", "sum") or "avg_pool" in name)
 _POOLING_MODULES = (
     *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d, nn.AdaptiveMaxPool2d),
     *(nn.AvgPool2d, nn.Softmax, nn.Softmax2d),
@@ -42,6 +43,15 @@ def is_candidate(module: nn.Module) -> bool:
             return False
     has_weights = any(parameter.dim() > 1 for parameter in module.parameters())
     return has_weights and any(map(_may_pool, module.modules()))
+
+
+def may_average(module: nn.Module) -> bool:
+    """Whether its code, or that of a part, may take the mean over pixels."""
+    return any(
+        isinstance(part, (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d))
+        or not _MEANS.isdisjoint(_names(swap.innermost(type(part))))
+        for part in module.modules()
+    )
 
 
 def channels_of(module: nn.Module) -> list[int]:

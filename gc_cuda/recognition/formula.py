@@ -427,4 +427,4 @@ def _named(node: fx.Node) -> str:
     """The operation, as its author would know it."""
     target = node.target
     name = target.overloadpacket.__name__ if isinstance(target, torch._ops.OpOverload) else str(target)
-    return f"{name} ({node.name})"
+    return name if node.name == name else f"{name} ({node.name})"

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor, fx
 
 aten = torch.ops.aten
+_EXPANSIONS = (aten.expand.default, aten.expand_as.default, aten.repeat.default)
 _COMBINES = (aten.mul.Tensor, aten.add.Tensor, aten.mul_.Tensor, aten.add_.Tensor)
 
 
 def is_attention(graph: fx.Graph) -> bool:
-    """Whether a whole map is multiplied by, or added to, something that was made of a smaller one."""
+    """Whether a whole map is multiplied by, or added to, something smaller that was made of it."""
     whole: set[fx.Node] = set()
-    reduced: set[fx.Node] = set()  # made of x by way of something smaller
+    small: set[fx.Node] = set()  # also expanded again
     size = 0
     for node in graph.nodes:
         if node.op == "placeholder":
@@ -23,15 +24,15 @@ def is_attention(graph: fx.Graph) -> bool:
         if node.op != "call_function":
             continue
         inputs = node.all_input_nodes
-        if node.target in _COMBINES and whole.intersection(inputs) and reduced.intersection(inputs):
+        if node.target in _COMBINES and whole.intersection(inputs) and small.intersection(inputs):
             return True
-        if reduced.intersection(inputs):
-            reduced.add(node)
-        elif whole.intersection(inputs):
-            value = node.meta.get("val")
-            first = value[0] if isinstance(value, (tuple, list)) and value else value
-            if isinstance(first, Tensor):
-                (reduced if _numel(first) < size else whole).add(node)
+        if not whole.union(small).intersection(inputs):
+            continue
+        value = node.meta.get("val")
+        first = value[0] if isinstance(value, (tuple, list)) and value else value
+        if isinstance(first, Tensor):
+            is_small = _numel(first) < size or (node.target in _EXPANSIONS and node.args[0] in small)
+            (small if is_small else whole).add(node)
     return False
 
 

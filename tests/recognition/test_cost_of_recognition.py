@@ -7,6 +7,7 @@ import weakref
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hand_written import ConvSE, ECALayer, Residual
 from torch import nn
 from whole_models import awake, step
@@ -116,6 +117,28 @@ def test_a_module_that_takes_no_map_is_not_copied(monkeypatch):
 
     monkeypatch.setattr(tracing, "copy_of", refused)
     assert not gc_cuda.accelerate(nn.Sequential(Tokens())).entries
+
+
+def test_an_attention_block_that_is_left_alone_is_traced_twice(monkeypatch):
+    """Others of its outline, of other sizes, are left alone with its reason; another option is looked at."""
+
+    class Coordinates(nn.Module):
+        def __init__(self, channels, mode):
+            super().__init__()
+            self.fc, self.mode = nn.Conv2d(channels, channels, 1), mode
+
+        def forward(self, x):
+            pooled = x.mean(2, keepdim=True) if self.mode == "rows" else x.mean((2, 3), keepdim=True)
+            return x * torch.sigmoid(self.fc(F.relu(pooled)))
+
+    traces = counted(monkeypatch)
+    net = nn.Sequential(*(Coordinates(channels, "rows") for channels in range(4, 30)), Coordinates(4, "all"))
+    report = gc_cuda.accelerate(net)
+    assert len(report.left_alone) == 26 and set(report.left_alone.values()) == {
+        "mean is over a part of the pixels"
+    }
+    assert report.accelerated == ["26"]
+    assert len(traces) == 2 + 2
 
 
 def test_memory_of_the_largest_candidate(monkeypatch):
