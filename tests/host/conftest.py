@@ -49,12 +49,14 @@ def pool() -> Iterator[ThreadPoolExecutor]:
         pool.shutdown(cancel_futures=True)  # where a run was stopped
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def selected(request: pytest.FixtureRequest) -> Callable[[str], list[dict[str, Any]]]:
-    """A function: the parameters of the selected tests with this name."""
+    """A function: the parameters of the module's selected tests with this name; other modules may have one."""
+    module = request.node.path
 
     def parameters_of(name: str) -> list[dict[str, Any]]:
         items = [item for item in request.session.items if isinstance(item, pytest.Function)]
-        return [item.callspec.params for item in items if item.originalname == name]
+        own = [item for item in items if item.path == module]
+        return [item.callspec.params for item in own if item.originalname == name]
 
     return parameters_of
