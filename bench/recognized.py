@@ -228,7 +228,7 @@ def paired(
 def time_of(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     with quiet():
         model = build(name)
-        pixels = next(x.shape[-1] for x, _ in taken(name, build(name).double()))
+        pixels = options.pixels or next(x.shape[-1] for x, _ in taken(name, build(name).double()))
         ours = copy.deepcopy(model)
         served = len(gc_cuda.accelerate(ours).accelerated)
     x = torch.randn(options.batch, 3, pixels, pixels)
@@ -283,7 +283,7 @@ def time_all(options: argparse.Namespace, content: dict[str, Any]) -> Iterator[s
     for name in SAMPLE:
         if fnmatch(name, options.only):
             rows = time_of(name, options)
-            setting = {"model": name, "threads": torch.get_num_threads()}
+            setting = {key: rows[0][key] for key in ("model", "pixels", "batch", "threads")}
             kept = [row for row in content["times"] if not setting.items() <= row.items()]
             content["times"] = kept + rows
             yield from map(str, rows)
@@ -298,6 +298,9 @@ def main(arguments: Iterable[str] | None = None) -> int:
     parser.add_argument("--only", default="*", help="models by a pattern")
     parser.add_argument("--anew", action="store_true", help="look and compare: what was found before, too")
     parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument(
+        "--pixels", type=int, help="time: of the images; default: the fewest that the model takes"
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--pairs", type=int, default=15, help="at least")
     parser.add_argument("--seconds", type=float, default=3, help="for each model and direction, at least")
