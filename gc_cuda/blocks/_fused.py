@@ -16,7 +16,7 @@ from gc_cuda.blocks._parts import Look, Recipe
 from gc_cuda.ops import checks
 from gc_cuda.ops.contexts import is_foreign, plain_pytorch_wanted
 from gc_cuda.ops.operands import ACCUMULATION, filled
-from gc_cuda.ops.whole_block import Policy, PolicyWithoutBias, policy_of, whole_block
+from gc_cuda.ops.whole_block import PolicyWithoutBias, policy_of, whole_block
 
 Read = Callable[[Look, Any], Any]  # a Recipe, or Weights
 Groups = Sequence[Sequence[Any]]  # the parameters of the mask, of add and of mul
@@ -56,7 +56,7 @@ def run(block: Any, read: Read, own_forward: Callable[..., Any], x: Any, *, stri
     if seen is None:
         return own_forward(block, given)
     fits, groups, policy = seen
-    if not isinstance(policy, Policy):
+    if policy.runs_itself:
         return policy.run(block, own_forward, given, groups[0])
     if not fits:
         fitting = fitted(x, groups, strict=strict)
@@ -145,7 +145,7 @@ def _look(block: Any, read: Read) -> _Known:
         for part, name in names:
             notes.parameter(part, name, group)
     policy = _policy(recipe)
-    if isinstance(policy, Policy) and _lacks_a_bias(recipe):
+    if policy is not None and not policy.runs_itself and _lacks_a_bias(recipe):
         policy = PolicyWithoutBias(*policy)
     return _Known(notes, policy)
 

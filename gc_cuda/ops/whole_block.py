@@ -27,6 +27,11 @@ class Policy(NamedTuple):
     def lacks_bias(self) -> bool:
         return False
 
+    @property
+    def runs_itself(self) -> bool:
+        """Whether it has a ``run`` that stands for the operators; not its class, of which a reload makes another."""
+        return False
+
     def words(self) -> dict[str, Any]:
         """The same as arguments of the reference."""
         (activation,) = (name for name, number in ACTIVATIONS.items() if number == self.activation)

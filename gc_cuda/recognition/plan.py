@@ -77,6 +77,10 @@ class Around(NamedTuple):
     channels: int | None  # that x has to have; None: any number
     text: str
 
+    @property
+    def runs_itself(self) -> bool:
+        return True
+
     def recipe(self, block: nn.Module) -> AroundRecipe:
         return AroundRecipe(self, _places(block, self.places) or ())
 
