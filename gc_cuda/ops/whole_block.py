@@ -29,7 +29,7 @@ class Policy(NamedTuple):
 
     @property
     def runs_itself(self) -> bool:
-        """Whether it has a ``run`` that stands for the operators; not its class, of which a reload makes another."""
+        """Whether it has a ``run`` of its own. Its class would not tell: a reload makes another."""
         return False
 
     def words(self) -> dict[str, Any]:

@@ -51,7 +51,7 @@ def pool() -> Iterator[ThreadPoolExecutor]:
 
 @pytest.fixture(scope="module")
 def selected(request: pytest.FixtureRequest) -> Callable[[str], list[dict[str, Any]]]:
-    """A function: the parameters of the module's selected tests with this name; other modules may have one."""
+    """A function: the parameters of the selected tests of the asking module that have this name."""
     module = request.node.path
 
     def parameters_of(name: str) -> list[dict[str, Any]]:
