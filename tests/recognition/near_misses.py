@@ -121,6 +121,13 @@ class SquaredSE(TwoConvs):
         return x * self.scale(x.square().mean((2, 3), keepdim=True))
 
 
+class ImageSE(TwoConvs):
+    """One scale for all channels of an image."""
+
+    def forward(self, x):
+        return x * self.scale(x.mean((2, 3), keepdim=True)).mean(1, keepdim=True)
+
+
 class NearMiss(NamedTuple):
     make: type[nn.Module]
     reason: str  # a pattern of what the report has to say; it names the point
@@ -140,5 +147,6 @@ NEAR_MISSES = {
     "mean over the batch": NearMiss(BatchMeanSE, "mean"),
     "a size decides": NearMiss(SizeDependentSE, "size"),
     "sum": NearMiss(SumSE, "sum"),
+    "one scale an image": NearMiss(ImageSE, "mul"),
     "mean of squares": NearMiss(SquaredSE, "square|pow|mean"),
 }
