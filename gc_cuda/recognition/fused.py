@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
-from gc_cuda.recognition.formula import Formula, arguments, aten, is_pointwise, is_random
+from gc_cuda.recognition.formula import Formula
 from gc_cuda.recognition.structure import Place
 from gc_cuda.recognition.tracing import Traced
+from gc_cuda.recognition.values import arguments, aten, is_pointwise, is_random
 
 _SHAPES_ONLY = (
     *(aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints),
