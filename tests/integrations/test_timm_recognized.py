@@ -112,6 +112,32 @@ def test_layers(random, name):
     assert_same_steps(steps(block, x, 1), steps(twin, x, 1), FLOAT32_CONSTANT)
 
 
+def of_each_family():
+    """The smallest model with blocks of each of timm's families, by the sweep's committed table."""
+    compared = json.loads((BENCH / "results/timm-recognized.json").read_text())["compared"]
+    return sorted({found["model"] for found in compared.values() if "error" not in found})
+
+
+@pytest.fixture(scope="module")
+def recognized():
+    """bench/recognized.py, and its neighbours gone again."""
+    sys.path.insert(0, str(BENCH))
+    yield importlib.import_module("recognized")
+    sys.path.remove(str(BENCH))
+    for path in BENCH.glob("*.py"):
+        sys.modules.pop(path.stem, None)
+
+
+@pytest.mark.parametrize("name", of_each_family())
+def test_a_model_of_each_family(recognized, name):
+    """In float64, in both modes: all blocks served, outputs, gradients, and the same bits once restored."""
+    if name.startswith("torchvision"):
+        pytest.importorskip("torchvision", reason="torchvision is not installed")
+    found = recognized.compare(name)
+    assert found["served"] > 0 and found["restored"]
+    assert max(found["evaluation"]) < 1e-6 and max(found["training"]) < 1e-5, found
+
+
 @pytest.mark.skipif(not SWEEP, reason="GC_CUDA_SWEEP is not set: half an hour")
 def test_every_architecture(monkeypatch, tmp_path):
     """No block is missing in a report, none is left alone, and all numbers are equal."""
