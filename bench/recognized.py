@@ -239,7 +239,9 @@ def time_of(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     def training(one: nn.Module) -> Callable[[], object]:
         def run() -> None:
             one.zero_grad()
-            one(x).square().mean().backward()
+            out = one(x)
+            out = out["out"] if isinstance(out, dict) else out  # of a segmentor
+            out.square().mean().backward()
 
         return run
 
@@ -280,7 +282,10 @@ def compare_all(options: argparse.Namespace, content: dict[str, Any]) -> Iterato
 
 
 def time_all(options: argparse.Namespace, content: dict[str, Any]) -> Iterator[str]:
-    for name in SAMPLE:
+    of_each_family = sorted(
+        {found["model"] for found in content["compared"].values() if "error" not in found}
+    )
+    for name in dict.fromkeys((*SAMPLE, *of_each_family)):
         if fnmatch(name, options.only):
             rows = time_of(name, options)
             setting = {key: rows[0][key] for key in ("model", "pixels", "batch", "threads")}
