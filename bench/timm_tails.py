@@ -10,12 +10,9 @@ then says which of them it serves. For one model of each kind of residual block 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import copy
 import functools
-import logging
 import sys
-import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from fnmatch import fnmatch
@@ -23,6 +20,7 @@ from typing import Any, NamedTuple
 
 import timm
 import torch
+from architectures import quiet
 from kept import kept_by
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -120,14 +118,6 @@ def look_at(name: str) -> Found | None:
     recorder, uses = uses_of(model, torch.empty(1, *model.default_cfg["input_size"]))
     patterns = Counter(pattern(recorder, use) for use in uses.values())
     return Found(patterns, len(report.tails), Counter(report.tails_left_alone.values()))
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    logging.disable(logging.WARNING)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 def sweep(names: list[str]) -> Iterator[str]:

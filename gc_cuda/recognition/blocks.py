@@ -109,11 +109,11 @@ def run(block: Any, own_forward: Any, x: Any) -> Any:
 
 def read(look: Look, block: Any) -> FusedRecipe | AroundRecipe:
     """The reader of such a block; raises Unserved where it is not, or no longer, what was recognized."""
-    found = structure.read(look, block)
-    verdict = _verdicts.get(found.signature)
+    signature = structure.read(look, block)
+    verdict = _verdicts.get(signature)
     if verdict is None and swap.innermost(type(block)) not in _judged:  # it comes from a pickle
         judge(block)
-        verdict = _verdicts.get(found.signature)
+        verdict = _verdicts.get(signature)
     if verdict is None or verdict.plan is None:
         raise Unserved("it has changed since it was recognized" if verdict is None else verdict.reason)
     return verdict.plan.recipe(block)
@@ -123,7 +123,7 @@ def _judge(block: nn.Module, channels: int | None, outline: Any) -> Verdict:
     signatures: dict[bool, Any] = {}
     unsound = ""
     try:
-        signatures = {mode: structure.read(Look(), block, mode).signature for mode in (True, False)}
+        signatures = {mode: structure.read(Look(), block, mode) for mode in (True, False)}
     except source.Unsafe as unsafe:
         return Verdict(None, str(unsafe), True)
     except Unserved as unserved:

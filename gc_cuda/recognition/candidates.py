@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import types
-from typing import Any
 
 from torch import nn
 
 from gc_cuda.models import swap
+from gc_cuda.recognition.source import is_of_torch
 
-_MOST_PARTS = 32
+MOST_PARTS = 32
 _MOST_TENSORS = 24
 _FEW = 2  # channels of a map that a convolution over pixels may read: those of spatial attention
 
@@ -29,11 +29,11 @@ _POOLING_MODULES = (
 def is_candidate(module: nn.Module) -> bool:
     """Whether the module may be a block: of its own class, with few weights, none of them over pixels."""
     kind = swap.innermost(type(module))
-    if _is_of_torch(kind) or kind.forward is nn.Module.forward:
+    if is_of_torch(kind.__module__) or kind.forward is nn.Module.forward:
         return False
     tensors = 0
     for number, part in enumerate(module.modules()):
-        if number == _MOST_PARTS or isinstance(part, (nn.ConvTranspose2d, nn.Conv3d, nn.Embedding)):
+        if number == MOST_PARTS or isinstance(part, (nn.ConvTranspose2d, nn.Conv3d, nn.Embedding)):
             return False
         for parameter in part._parameters.values():
             tensors += parameter is not None
@@ -68,7 +68,7 @@ def _may_pool(part: nn.Module) -> bool:
     if isinstance(part, _POOLING_MODULES):
         return True
     kind = swap.innermost(type(part))
-    if _is_of_torch(kind):
+    if is_of_torch(kind.__module__):
         return False
     return not _POOLS.isdisjoint(_names(kind))
 
@@ -81,16 +81,14 @@ def _names(kind: type) -> frozenset[str]:
     if kind not in _names_of:
         found: set[str] = set()
         for base in kind.__mro__:
-            if base.__module__.startswith("torch."):
+            if is_of_torch(base.__module__):
                 break
             for member in vars(base).values():
                 if isinstance(member, types.FunctionType) and member.__name__ != "__init__":
                     _collect(member.__code__, found)
                     for name in list(found):
                         helper = member.__globals__.get(name)
-                        if isinstance(helper, types.FunctionType) and not helper.__module__.startswith(
-                            "torch"
-                        ):
+                        if isinstance(helper, types.FunctionType) and not is_of_torch(helper.__module__):
                             _collect(helper.__code__, found)
         _names_of[kind] = frozenset(found)
     return _names_of[kind]
@@ -101,7 +99,3 @@ def _collect(code: types.CodeType, found: set[str]) -> None:
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
             _collect(constant, found)
-
-
-def _is_of_torch(kind: Any) -> bool:
-    return str(kind.__module__).startswith("torch.")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -16,25 +16,16 @@ from torch.nn.utils import parametrize
 from gc_cuda.blocks._parts import Look, Unserved
 from gc_cuda.models import swap
 from gc_cuda.recognition import source
+from gc_cuda.recognition.candidates import MOST_PARTS
 
 # A tensor of the block: the path of the part that has it, "" for the block itself, and its name there.
 Place = tuple[str, str]
 
-_MOST_PARTS = 32  # a block has few
-
-
-class Structure(NamedTuple):
-    """What decides on the graph."""
-
-    signature: Any  # equal for modules of the same structure
-    places: tuple[Place, ...]  # of every parameter and buffer
-
-
 _codes: dict[Any, source.Code] = {}
 
 
-def read(look: Look, block: nn.Module, training: bool | None = None) -> Structure:
-    """The structure of the block, with a note of everything that was looked at.
+def read(look: Look, block: nn.Module, training: bool | None = None) -> Any:
+    """What decides on the graph, equal for blocks of one structure; everything looked at is noted.
 
     training: what it would be with all parts in that mode.
 
@@ -42,7 +33,6 @@ def read(look: Look, block: nn.Module, training: bool | None = None) -> Structur
         Unserved: if what its code reads could change unseen, or calling a part does more than its forward.
     """
     signature: list[Any] = []
-    places: list[Place] = []
     numbers: dict[int, int] = {}  # of parts and tensors, so that what is shared tells
     code = _code([module for _, module in parts(block)])
     for path, module in parts(block):
@@ -67,9 +57,8 @@ def read(look: Look, block: nn.Module, training: bool | None = None) -> Structur
             (name, numbers.setdefault(id(tensor), len(numbers)), *_shape(tensor)) for name, tensor in tensors
         )
         signature.append((path, kind, held, shapes))
-        places += [(path, name) for name, _ in tensors]
     if code.complaint is not None:
-        raise code.complaint
+        raise type(code.complaint)(str(code.complaint))  # raised itself, it would keep the block
     for entry in code.globals:
         look.entry(entry.dictionary, entry.name)
         signature.append((entry.name, type(entry.value), entry.value))
@@ -77,14 +66,14 @@ def read(look: Look, block: nn.Module, training: bool | None = None) -> Structur
         look.function(function)
         signature.append(repr(instructions[1:]))
         signature.append(instructions[0])
-    return Structure(tuple(signature), tuple(places))
+    return tuple(signature)
 
 
 def parts(block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The block and everything in it by path, each module once, a parent before its children."""
     for number, (path, module) in enumerate(block.named_modules()):
-        if number == _MOST_PARTS:
-            raise Unserved(f"it has more than {_MOST_PARTS} parts")
+        if number == MOST_PARTS:
+            raise Unserved(f"it has more than {MOST_PARTS} parts")
         yield path, module
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
+import weakref
 
 import pytest
 import torch
@@ -217,3 +219,13 @@ def test_changed_defaults_are_obeyed(random, monkeypatch):
     monkeypatch.setattr(unsound.times, "__defaults__", (3.0,))
     assert not torch.allclose(plain(x), before)
     torch.testing.assert_close(ours(x), plain(x), rtol=1e-10, atol=1e-10)
+
+
+def test_nothing_is_kept_of_what_is_left_alone():
+    """Not by the reason either, whose traceback would have the module."""
+    block = unsound.RememberingSE()
+    assert gc_cuda.accelerate(block).left_alone
+    kept = weakref.ref(block)
+    del block
+    gc.collect()
+    assert kept() is None
