@@ -247,6 +247,31 @@ class AddedSE(nn.Module):
         return x + self.b(F.relu(self.a(x.mean(dim=(2, 3))))).view(n, c, 1, 1)
 
 
+class GatedSE(ConvSE):
+    """With a gate that is given."""
+
+    def __init__(self, gate):
+        super().__init__()
+        self.gate = gate
+
+    def forward(self, feature):
+        pooled = feature.mean([2, 3], keepdim=True)
+        return feature * self.gate(self.excite(self.nonlinear(self.squeeze(pooled))))
+
+
+def half_sigmoid(t):
+    """The other convention of a hard sigmoid."""
+    return torch.clamp((t + 1) / 2, 0, 1)
+
+
+def one_and_tanh(t):
+    return 1 + torch.tanh(t)
+
+
+def same(t):
+    return t
+
+
 class MixingSE(ConvSE):
     """Images of a batch meet in the middle, as in a batch norm."""
 
@@ -312,6 +337,9 @@ BLOCKS = {
     "convolution over channels": Block(ECALayer, AROUND),
     "one layer": Block(OneLayerSE, AROUND),
     "batch norm": Block(NormedSE, AROUND),
+    "other hard sigmoid": Block(lambda: GatedSE(half_sigmoid), AROUND),
+    "1 + tanh": Block(lambda: GatedSE(one_and_tanh), AROUND),
+    "no gate": Block(lambda: GatedSE(same), AROUND),
     "mixed batch": Block(MixingSE, AROUND),
     "detached": Block(DetachedSE, AROUND),
 }
